@@ -1,0 +1,27 @@
+"""zoo: composable blocks for early-fusion models. Everything public is named here."""
+
+from zoo import attention, depth, experts, feedforward, moma  # noqa: F401  they register their blocks
+from zoo.build import build
+from zoo.config import Config, ConfigError, UserError
+from zoo.context import TokenContext, Trace
+from zoo.flops import Cost
+from zoo.model import Model, ModelConfig, initialise
+from zoo.objectives import autoregressive  # noqa: F401
+from zoo.registry import BlockConfig, Place, known, register
+
+__all__ = [
+    "BlockConfig",
+    "Config",
+    "ConfigError",
+    "Cost",
+    "Model",
+    "ModelConfig",
+    "Place",
+    "TokenContext",
+    "Trace",
+    "UserError",
+    "build",
+    "initialise",
+    "known",
+    "register",
+]

@@ -1,0 +1,87 @@
+"""The block: mixer and feed-forward with norm and residual; norm placement, dropout and depth are its slots' business."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from zoo import noise
+from zoo.config import Config
+from zoo.context import TokenContext
+from zoo.flops import Cost
+from zoo.layers import RMSNorm
+from zoo.registry import DepthSlot, FeedForwardSlot, MixerSlot, Place
+from zoo.states import State
+
+
+class LayerConfig(Config):
+    """One entry of `model.layers`."""
+
+    mixer: MixerSlot
+    feedforward: FeedForwardSlot | None = None
+    depth: DepthSlot | None = None
+    norm: Literal["pre", "post"] = "pre"
+    """"pre": x + F(N(x)). "post": x + N(F(x)), Swin's order (Chameleon-34B, MoMa, Mixture-of-Transformers)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """On both branches, before they join the residual stream."""
+    repeat: int = Field(1, gt=0)
+    """How many layers like this follow each other."""
+
+    def check(self, place: Place, path: str) -> None:
+        for slot in ("mixer", "feedforward", "depth"):
+            part = getattr(self, slot)
+            if part is not None:
+                part.check(place.child(slot, norm=self.norm), f"{path}.{slot}")
+
+    def build(self, place: Place) -> nn.Module:
+        """The layer at `place`, wrapped by its depth router if it has one."""
+        if self.depth is None:
+            return Block(self, place)
+        return self.depth.block(self.depth, place, Block(self, place.child("block")))
+
+
+class Block(nn.Module):
+    """x + mixer, then + feed-forward, each under its norm."""
+
+    def __init__(self, config: LayerConfig, place: Place) -> None:
+        super().__init__()
+        self.name, self.post, self.dropout = place.name, config.norm == "post", config.dropout
+        self.mixer = config.mixer.block(config.mixer, place.child("mixer", norm=config.norm))
+        self.mixer_norm = self._norm_for(self.mixer, place)
+        self.feedforward = None
+        if config.feedforward is not None:
+            self.feedforward = config.feedforward.block(config.feedforward, place.child("feedforward", norm=config.norm))
+            self.feedforward_norm = self._norm_for(self.feedforward, place)
+
+    def forward(self, x: Tensor, context: TokenContext, state: State | None = None) -> Tensor:
+        """(B, T, D) → (B, T, D), residual included."""
+        x = x + self._branch(x, self.mixer, self.mixer_norm, "mixer", context, state)
+        if self.feedforward is not None:
+            x = x + self._branch(x, self.feedforward, self.feedforward_norm, "feedforward", context, None)
+        return x
+
+    def _branch(
+        self, x: Tensor, part: nn.Module, norm: nn.Module | None, slot: str, context: TokenContext, state: State | None
+    ) -> Tensor:
+        y = part(x if self.post or norm is None else norm(x), context, state)
+        if self.post and norm is not None:
+            y = norm(y)
+        if self.training and self.dropout:
+            y = noise.dropout(y, self.dropout, context.key, noise.salt(f"{self.name}.{slot}", context.step))
+        return y
+
+    @staticmethod
+    def _norm_for(part: nn.Module, place: Place) -> nn.Module | None:
+        """Parts that normalise inside themselves (experts gated outside a post-norm) need none here."""
+        return None if getattr(part, "owns_norm", False) else RMSNorm(place.d_model)
+
+    def init_state(self, rows: int, length: int, like: Tensor) -> State:
+        return self.mixer.init_state(rows, length, like)
+
+    def cost(self, length: float) -> Cost:
+        """Sum of the branches."""
+        parts = [self.mixer] if self.feedforward is None else [self.mixer, self.feedforward]
+        costs = [part.cost(length) for part in parts]
+        return Cost.total(costs, len(costs[0].flops))

@@ -1,0 +1,102 @@
+"""The config base: typed, closed, and explicit about what is wrong.
+
+A block keeps its `Config` beside it and is built from nothing else. Every mistake a user can make becomes a
+`ConfigError` whose message names the dotted key, the value, the rule and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import pydantic
+
+
+class UserError(ValueError):
+    """A mistake that the user can fix. Entry points print it without a traceback and exit with 2."""
+
+
+class ConfigError(UserError):
+    """A wrong entry of a recipe or block config; the message begins with the dotted key."""
+
+
+class Config(pydantic.BaseModel):
+    """Base of every config: unknown keys are errors, values are not coerced ("4" is no integer), instances are frozen."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=False)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any] | Self, path: str = "") -> Self:
+        """Validate `data` (a mapping as YAML gives it) into this config.
+
+        Args:
+            data: the mapping, or an instance, which is returned as it is.
+            path: dotted key of `data` inside the recipe; begins every message.
+        Raises:
+            ConfigError: naming every wrong key, one line each.
+        """
+        if isinstance(data, cls):
+            return data
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{path or 'the config'}: {data!r} is not a mapping of keys; write it as `key: value` lines")
+        try:
+            return cls.model_validate(dict(data))
+        except pydantic.ValidationError as error:
+            raise ConfigError(explain(error, path, cls)) from None
+
+
+def dotted(path: str, location: Iterable[str | int]) -> str:
+    """`("model", "layers", 1)` below `path` → `model.layers[1]`."""
+    for part in location:
+        if isinstance(part, int):
+            path = f"{path}[{part}]"
+        else:
+            path = f"{path}.{part}" if path else str(part)
+    return path
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'moma'?)"` where a known word is close, else the empty string."""
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def explain(error: pydantic.ValidationError, path: str, root: type[pydantic.BaseModel]) -> str:
+    """One line for each thing wrong in `error`: dotted key, value, rule, way out."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+        key = dotted(path, location)
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(root, location[:-1])
+            known_text = f"; known: {', '.join(known)}" if known else ""
+            lines.append(f"{key}: unknown key{known_text}{suggestion(str(location[-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: this key is required; add it")
+        elif item["type"] == "zoo_nested":  # a block in an open slot, see registry.py
+            lines.append(explain(item["ctx"]["error"], key, item["ctx"]["root"]))
+        elif item["type"] == "zoo_type":
+            lines.append(f"{key}.type: {item['msg']}")
+        elif item["type"] == "zoo":
+            lines.append(f"{key}: {item['msg']}")
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            prefix = "must be " if item["msg"].startswith("Input should be ") else ""
+            value = "" if isinstance(item["input"], Mapping) else f"{item['input']!r}: "
+            lines.append(f"{key}: {value}{prefix}{message}")
+    return "\n".join(lines)
+
+
+def _fields_at(root: Any, location: list[str | int]) -> list[str]:
+    """The keys that the config at `location` below `root` knows; empty where the path leads through open slots."""
+    current = root
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, pydantic.BaseModel)), None)
+    return list(getattr(current, "model_fields", {}))

@@ -1,0 +1,267 @@
+"""TokenContext: what a block knows about its tokens, and Trace: what it tells about its routing.
+
+A context is built once per batch on the host and moved with it. Everything that all layers share (token indices by
+modality, masks, rotary tables) is derived once; shapes are Python ints known on the host, so that no block waits for
+the device to learn one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.noise import token_keys
+
+TOPK, CAUSAL = "topk", "causal"
+
+
+@dataclasses.dataclass(eq=False)
+class Trace:
+    """Collector for one forward: routing decisions, auxiliary losses and router statistics by block name.
+
+    Use a fresh one for each forward. While activation checkpointing recomputes a layer the trace replays the decisions
+    of the first pass and takes nothing in, so that routes cannot flip and nothing counts twice.
+    """
+
+    decisions: dict[str, Any] = dataclasses.field(default_factory=dict)
+    losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
+    """name → (sum over tokens, count)."""
+    statistics: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """name → sums, to be added over micro-batches and ranks."""
+    replaying: bool = False
+
+    def decide(self, name: str, decision: Callable[[], Any]) -> Any:
+        """The decision of block `name`: computed and recorded in the first pass, replayed in a recomputation."""
+        if not self.replaying:
+            self.decisions[name] = decision()
+        return self.decisions[name]
+
+    def add_loss(self, name: str, total: Tensor, count: int) -> None:
+        if not self.replaying:
+            self.losses[name] = (total, count)
+
+    def add_statistics(self, name: str, sums: dict[str, Tensor]) -> None:
+        if not self.replaying:
+            self.statistics[name] = {key: value.detach() for key, value in sums.items()}
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """The region in which a checkpointed layer is recomputed."""
+        self.replaying = True
+        try:
+            yield
+        finally:
+            self.replaying = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenContext:
+    """B rows of T tokens. Build with `from_modality`; narrow with `select`.
+
+    Tensors are on one device. Padding has modality −1 and document −1, is counted nowhere, and its output is 0.
+    """
+
+    modalities: tuple[str, ...]
+    modality: Tensor
+    """(B, T) int64, an index into `modalities`; −1 for padding. Begin/end-of-image tokens are text."""
+    position: Tensor
+    """(B, T) int64, index inside the document: original, never renumbered."""
+    document: Tensor
+    """(B, T) int64, id within the row; −1 for padding."""
+    key: Tensor
+    """(B, T) int32, identity of the token for counter-based noise (`zoo.noise`)."""
+    counts: tuple[tuple[int, ...], ...]
+    """counts[b][m]: tokens of modality m in row b, known on the host."""
+    single_document: bool
+    """Every row is one document, its padding (if any) at the end: plain causal attention is right."""
+    segments: tuple[tuple[int, int, int], ...] | None = None
+    """(row, start, length) of every run of one document, where the host knows them."""
+    step: int = 0
+    routing: str = TOPK
+    """"topk": expert choice over the scope, as in training. "causal": auxiliary routers decide token by token."""
+    trace: Trace | None = None
+    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_modality(
+        cls,
+        modality: Tensor,
+        document: Tensor | None = None,
+        position: Tensor | None = None,
+        *,
+        modalities: tuple[str, ...] = ("text", "image"),
+        step: int = 0,
+        routing: str = TOPK,
+        trace: Trace | None = None,
+        key: Tensor | None = None,
+    ) -> TokenContext:
+        """Context of a batch.
+
+        Args:
+            modality: (B, T) integers in the order of `modalities`, −1 for padding.
+            document: (B, T) ids within the row, −1 for padding; default: each row is one document.
+            position: (B, T) index inside the document; default: counted from each document's first token in the row.
+            key: (B, T) int32 noise identities; default: hashed from (row, column).
+        Raises:
+            ValueError: a modality out of range, or padding that `modality` and `document` see differently.
+        """
+        modality = modality.to(torch.int64)
+        if modality.dim() != 2:
+            raise ValueError(f"modality: shape {tuple(modality.shape)}; it must be (B, T)")
+        padding = modality < 0
+        if document is None:
+            document = torch.where(padding, -1, 0)
+        document = document.to(torch.int64)
+        host_modality, host_document = modality.cpu(), document.cpu()
+        if host_modality.numel() and int(host_modality.max()) >= len(modalities):
+            raise ValueError(f"modality: {int(host_modality.max())} is out of range; modalities are {', '.join(modalities)}")
+        if not torch.equal(host_modality < 0, host_document < 0):
+            raise ValueError("modality and document disagree about padding; both are −1 exactly there")
+        segments = _segments(host_document)
+        if position is None:
+            position = torch.zeros_like(host_document)
+            for row, start, length in segments:
+                position[row, start : start + length] = torch.arange(length)
+            position = position.to(modality.device)
+        if key is None:
+            keys = token_keys(0, np.arange(modality.shape[0]), modality.shape[1])
+            key = torch.from_numpy(keys).to(modality.device)
+        return cls(
+            modalities=tuple(modalities),
+            modality=modality,
+            position=position.to(torch.int64),
+            document=document,
+            key=key,
+            counts=_counts(host_modality, len(modalities)),
+            single_document=len({row for row, _, _ in segments}) == len(segments) and all(s == 0 for _, s, _ in segments),
+            segments=segments,
+            step=step,
+            routing=routing,
+            trace=trace,
+        )
+
+    # ------------------------------------------------------------------------------------------ shapes, on the host
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return tuple(self.modality.shape)  # type: ignore[return-value]
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Tokens of each row, padding apart."""
+        return tuple(sum(row) for row in self.counts)
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """Tokens of each modality in the batch."""
+        return tuple(sum(row[m] for row in self.counts) for m in range(len(self.modalities)))
+
+    @property
+    def padded(self) -> bool:
+        return sum(self.row_counts) < self.modality.numel()
+
+    # ------------------------------------------------------------------------------------------- derived once, shared
+
+    def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
+        """A value that depends on this context alone: computed by the first layer that asks, kept for the others."""
+        if name not in self._derived:
+            self._derived[name] = compute()
+        return self._derived[name]
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, T) bool: not padding."""
+        return self.shared("valid", lambda: self.modality >= 0)
+
+    @property
+    def order(self) -> Tensor:
+        """(B·T,) flat token indices: padding first, then modality by modality, in time order within each."""
+        return self.shared("order", lambda: torch.argsort(self.modality.reshape(-1), stable=True))
+
+    def index(self, modality: int) -> Tensor:
+        """Flat indices into B·T of the tokens of a modality, in row and time order: (totals[modality],)."""
+        start = self.modality.numel() - sum(self.totals[modality:])
+        return self.order[start : start + self.totals[modality]]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Flat indices of all tokens that are not padding, in row and time order."""
+        if not self.padded:
+            return self.shared("tokens", lambda: torch.arange(self.modality.numel(), device=self.modality.device))
+        start = self.modality.numel() - sum(self.totals)
+        return self.shared("tokens", lambda: self.order[start:].sort().values)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, 1, T, T) bool: query t may see key s of its own document, s ≤ t. Padding sees padding, so no row is empty."""
+
+        def compute() -> Tensor:
+            time = torch.arange(self.modality.shape[1], device=self.modality.device)
+            same = self.document[:, None, :, None] == self.document[:, None, None, :]
+            return same & (time[:, None] >= time[None, :])
+
+        return self.shared("mask", compute)
+
+    # ---------------------------------------------------------------------------------------------------- narrowing
+
+    def select(self, index: Tensor, valid: Tensor) -> TokenContext:
+        """The context of a kept sub-sequence.
+
+        Args:
+            index: (B, K) columns kept, ascending within a row; K is the largest row's count.
+            valid: (B, K) bool; False where a shorter row is padded.
+        Returns:
+            Context of B rows of K tokens with original positions and documents. Its counts depend on the data and are
+            copied to the host here, once.
+        """
+
+        def take(values: Tensor, padding: int) -> Tensor:
+            return values.gather(1, index).masked_fill(~valid, padding)
+
+        modality = take(self.modality, -1)
+        return dataclasses.replace(
+            self,
+            modality=modality,
+            position=take(self.position, 0),
+            document=take(self.document, -1),
+            key=take(self.key, 0),
+            counts=_counts(modality, len(self.modalities)),
+            segments=None,
+            _derived={},
+        )
+
+    def replace(self, **changes: Any) -> TokenContext:
+        """The same tokens under another `step`, `routing` or `trace`; derived values stay shared."""
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> TokenContext:
+        if self.modality.device == torch.device(device):
+            return self
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("modality", "position", "document", "key")}
+        return dataclasses.replace(self, **moved, _derived={})
+
+
+def _counts(modality: Tensor, modalities: int) -> tuple[tuple[int, ...], ...]:
+    rows = torch.stack([(modality == m).sum(1) for m in range(modalities)], dim=1)
+    return tuple(tuple(row) for row in rows.tolist())
+
+
+def _segments(document: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """(row, start, length) of every run of equal document ids ≥ 0, in row and time order; `document` is on the host."""
+    ids = document.numpy()
+    if ids.size == 0:
+        return ()
+    begins = np.ones_like(ids, dtype=bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    rows, starts = np.nonzero(begins)
+    ends = np.append(rows * ids.shape[1] + starts, ids.size)
+    lengths = np.diff(ends)
+    real = ids[rows, starts] >= 0
+    return tuple(zip(rows[real].tolist(), starts[real].tolist(), lengths[real].tolist(), strict=True))

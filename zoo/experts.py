@@ -1,0 +1,182 @@
+"""Expert choice: feed-forward experts that pick their tokens, as many FLOPs as one dense feed-forward.
+
+The shared mechanism of `experts` (one group over all tokens) and `moma` (one group a modality).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from zoo import kernels
+from zoo.config import ConfigError
+from zoo.context import CAUSAL, TokenContext
+from zoo.flops import Cost
+from zoo.layers import RMSNorm
+from zoo.registry import BlockConfig, Place, RouterSlot, register
+from zoo.routers import (
+    AuxiliaryRouter,
+    Capacity,
+    LinearRouter,
+    Scope,
+    decide,
+    expert_choice,
+    membership,
+    train_auxiliary,
+)
+
+
+class ExpertConfig(BlockConfig):
+    """What every expert-choice feed-forward can be told."""
+
+    d_ff: int = Field(gt=0)
+    """Hidden width F of one expert."""
+    capacity: Capacity | None = None
+    """Share of its group's tokens an expert takes; default 1 / experts, which costs what one dense feed-forward does."""
+    scope: Scope = "microbatch"
+    gate: Literal["outside", "inside"] = "outside"
+    """With post-norm: Σ G · N(FFN(x)), or N(Σ G · FFN(x)) as published, which cancels the gate of a token with a single
+    expert. No difference with pre-norm."""
+    auxiliary: bool = True
+    """Train a causal router beside the main one. Without it the block has no causal mode."""
+    router: RouterSlot = Field(default_factory=LinearRouter.Config)
+
+    def share(self, experts: int) -> Fraction:
+        """The capacity of a group of `experts`."""
+        return Fraction(1, experts) if self.capacity is None else Fraction(str(self.capacity))
+
+
+class StackedSwiGLU(nn.Module):
+    """E SwiGLU experts of one shape, their weights stacked: every rank touches all of them, whatever its tokens."""
+
+    def __init__(self, experts: int, d_ff: int, place: Place) -> None:
+        super().__init__()
+        self.out_scale = (2 * place.layers) ** -0.5
+        self.w_in = nn.Parameter(torch.empty(experts, place.d_model, 2 * d_ff))
+        self.w_out = nn.Parameter(torch.empty(experts, d_ff, place.d_model))
+        self.kernel = kernels.choose("experts", place.kernels.get("experts", "auto")).module
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        scale = self.out_scale if name == "w_out" else 1.0
+        parameter.normal_(0.0, scale * parameter.shape[1] ** -0.5, generator=generator)
+
+    def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """x (R, D), rows sorted by expert, `counts` rows each → (R, D)."""
+        return self.kernel.grouped_swiglu(x, counts, self.w_in, self.w_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Which tokens go to which expert of a group, sorted by expert."""
+
+    token: Tensor
+    """(R,) index into the group's n tokens."""
+    expert: Tensor
+    """(R,)."""
+    counts: tuple[int, ...]
+    """Rows of each expert, on the host."""
+
+
+class ExpertGroup(nn.Module):
+    """A router, its causal stand-in, and the experts that compete for the same tokens."""
+
+    def __init__(self, experts: int, config: ExpertConfig, place: Place) -> None:
+        super().__init__()
+        self.name, self.count, self.share, self.scope = place.name, experts, config.share(experts), config.scope
+        self.router = config.router.block(config.router, place.child("router"), experts)
+        self.auxiliary = AuxiliaryRouter(place.child("auxiliary"), experts) if config.auxiliary else None
+        self.experts = StackedSwiGLU(experts, config.d_ff, place.child("experts"))
+
+    def route(self, x: Tensor, counts: tuple[int, ...], context: TokenContext) -> tuple[Route, Tensor]:
+        """Decide for the group's tokens x (n, D), `counts` of them in each row; also the weights (R,), fp32."""
+        scores = self.router(x)  # (n, E)
+        logits = None if self.auxiliary is None else self.auxiliary(x)
+
+        def choose() -> Route:
+            if context.routing == CAUSAL:
+                return self._causal(logits)
+            scopes = counts if self.scope == "row" else (sum(counts),)
+            index = expert_choice(scores, scopes, self.share, context)  # (E, K)
+            expert = torch.arange(self.count, device=x.device).repeat_interleave(index.shape[1])
+            return Route(index.reshape(-1), expert, (index.shape[1],) * self.count)
+
+        route = decide(context, self.name, choose)
+        if context.routing != CAUSAL and logits is not None:
+            chosen = membership(route.token.view(self.count, -1), x.shape[0])
+            train_auxiliary(context, self.name, logits, chosen)
+        weight = scores.reshape(-1).index_select(0, route.token * self.count + route.expert)
+        return route, weight
+
+    def _causal(self, logits: Tensor | None) -> Route:
+        if logits is None:
+            raise ConfigError(f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true")
+        yes = (logits > 0).T  # (E, n)
+        expert, token = yes.nonzero(as_tuple=True)
+        return Route(token, expert, tuple(yes.sum(1).tolist()))
+
+
+class ExpertChoice(nn.Module):
+    """Groups of experts over parts of the tokens: gather once, compute, weigh, add once."""
+
+    def __init__(self, groups: dict[str, int], config: ExpertConfig, place: Place) -> None:
+        super().__init__()
+        self.groups = nn.ModuleDict(
+            {name: ExpertGroup(experts, config, place.child(f"groups.{name}")) for name, experts in groups.items()}
+        )
+        self.owns_norm = place.norm == "post" and config.gate == "outside"
+        self.norm = RMSNorm(place.d_model) if self.owns_norm else None
+
+    def members(self, context: TokenContext) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """For each group the flat indices of its tokens (n,) in row order, and how many each row has."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: TokenContext, state: None = None) -> Tensor:
+        """(B, T, D) → Σ over the experts that took a token of weight · SwiGLU(x); 0 where none did."""
+        flat = x.reshape(-1, x.shape[-1])
+        tokens, weights, counts = [], [], []
+        for group, (member, rows) in zip(self.groups.values(), self.members(context), strict=True):
+            route, weight = group.route(F.embedding(member, flat), rows, context)
+            tokens.append(member.index_select(0, route.token))
+            weights.append(weight)
+            counts.append(route.counts)
+        token = torch.cat(tokens)
+        parts = F.embedding(token, flat).split([sum(c) for c in counts])
+        y = torch.cat([group.experts(part, c) for group, part, c in zip(self.groups.values(), parts, counts, strict=True)])
+        if self.norm is not None:
+            y = self.norm(y)
+        y = y * torch.cat(weights).unsqueeze(-1).to(y.dtype)
+        return torch.zeros_like(flat).index_add(0, token, y).view_as(x)
+
+    def cost(self, length: float) -> Cost:
+        """One group's experts at nominal capacity; what a modality pays depends on its group alone."""
+        modalities = len(self.group_of_modality)
+        result = []
+        for name in self.group_of_modality:
+            group = self.groups[name]
+            used = float(group.share) * (group.experts.w_in.numel() + group.experts.w_out.numel())
+            router = 2.0 * group.router.weight.numel()
+            auxiliary = 0.0 if group.auxiliary is None else 2.0 * group.auxiliary.weights
+            active = used + group.router.weight.numel() + auxiliary / 2
+            result.append((2.0 * used, active, router, auxiliary))
+        return Cost(*(tuple(row[i] for row in result) for i in range(4))) if modalities else Cost.of(0)
+
+
+@register("feedforward", "experts")
+class Experts(ExpertChoice):
+    """Expert-choice mixture over all tokens, whatever their modality (arXiv 2202.09368; MoMa's "MoE 8x" baseline)."""
+
+    class Config(ExpertConfig):
+        experts: int = Field(gt=0)
+
+    def __init__(self, config: Config, place: Place) -> None:
+        super().__init__({"all": config.experts}, config, place)
+        self.group_of_modality = ["all"] * len(place.modalities)
+
+    def members(self, context: TokenContext) -> list[tuple[Tensor, tuple[int, ...]]]:
+        return [(context.tokens, context.row_counts)]

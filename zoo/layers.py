@@ -1,0 +1,81 @@
+"""The small parts: linear, RMSNorm, embedding, rotary embedding; and how a parameter gets its first value."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.context import TokenContext
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ, no bias.
+
+    Args:
+        d_in, d_out: widths.
+        scale: standard deviation of the first weights in units of 1/√d_in.
+    """
+
+    def __init__(self, d_in: int, d_out: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        parameter.normal_(0.0, self.scale * parameter.shape[-1] ** -0.5, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) → (..., d_out)."""
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + eps) · weight over the last dimension; 0 stays 0."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        parameter.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    """Token ids (B, T) → (B, T, D)."""
+
+    def __init__(self, size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, d_model))
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+def rotary_tables(context: TokenContext, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, T, 1, K/2) at the tokens' original positions; shared by all layers of one context.
+
+    RoFormer (arXiv 2104.09864). Angles are fp32 (float64 for a float64 model).
+    """
+
+    def compute() -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        exponent = torch.arange(0, head_dim, 2, device=context.position.device, dtype=wide) / head_dim
+        angle = context.position.to(wide)[:, :, None, None] * theta**-exponent
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    return context.shared(("rotary", head_dim, theta, dtype), compute)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the halves of each head of x (B, T, H, K) by the angles of `rotary_tables`."""
+    cosine, sine = tables
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)

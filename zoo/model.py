@@ -1,0 +1,144 @@
+"""The model: embedding, layers, final norm, head; its config; and how weights get their first values."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.block import LayerConfig
+from zoo.config import Config, ConfigError
+from zoo.context import TokenContext, Trace
+from zoo.flops import Cost
+from zoo.layers import Embedding, Linear, RMSNorm
+from zoo.registry import Place
+from zoo.states import State
+
+
+class ModelConfig(Config):
+    """The `model:` section."""
+
+    modalities: list[str] = Field(min_length=1)
+    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to."""
+    d_model: int = Field(gt=0)
+    vocab_size: int | None = Field(None, gt=0)
+    """Default: what the data's tokenizers need."""
+    layers: list[LayerConfig] = Field(min_length=1)
+    repeat: int = Field(1, gt=0)
+    """How often the whole pattern of `layers` is repeated."""
+
+    @field_validator("modalities")
+    @classmethod
+    def _distinct(cls, modalities: list[str]) -> list[str]:
+        if len(set(modalities)) != len(modalities):
+            raise ValueError("names one modality twice; each stands once")
+        return modalities
+
+    def pattern(self) -> list[tuple[int, LayerConfig]]:
+        """(index in `layers`, config) of every layer of the model, repeats written out."""
+        once = [(i, layer) for i, layer in enumerate(self.layers) for _ in range(layer.repeat)]
+        return once * self.repeat
+
+    def place(self, kernels: Mapping[str, str]) -> Place:
+        return Place(self.d_model, tuple(self.modalities), layers=len(self.pattern()), kernels=dict(kernels))
+
+    def check(self, path: str = "model") -> None:
+        """Raise `ConfigError` for what no single block sees: widths that do not divide, modalities without experts."""
+        for index, layer in enumerate(self.layers):
+            layer.check(self.place({}), f"{path}.layers[{index}]")
+
+
+class Model(nn.Module):
+    """A decoder over one stream of tokens of all modalities.
+
+    Args:
+        config: validated and checked.
+        kernels: backend of each operation, see `zoo.kernels`.
+        activation_checkpointing: recompute layers in the backward pass. Never changes results: routes are replayed.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: Mapping[str, str], activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size: not set; give it, or a data section whose tokenizers decide it")
+        place = config.place(kernels)
+        self.modalities = place.modalities
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(
+            [layer.build(place.child(f"layers.{i}")) for i, (_, layer) in enumerate(config.pattern())]
+        )
+        self.norm = RMSNorm(config.d_model)
+        self.head = Linear(config.d_model, config.vocab_size)
+
+    def forward(self, tokens: Tensor, context: TokenContext, states: Sequence[State] | None = None) -> Tensor:
+        """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
+
+        With `states` (from `init_state`) the tokens continue what the states have seen.
+        """
+        x = self.embedding(tokens)
+        if context.padded:
+            x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
+        if self.activation_checkpointing and self.training and states is None:
+            context = context if context.trace is not None else context.replace(trace=Trace())
+            for layer in self.layers:
+                x = _recomputed(layer, x, context)
+        else:
+            for i, layer in enumerate(self.layers):
+                x = layer(x, context, None if states is None else states[i])
+        return self.head(self.norm(x))
+
+    def init_state(self, rows: int, length: int) -> list[State]:
+        """Decoding states of all layers, for `rows` rows of at most `length` tokens."""
+        return [layer.init_state(rows, length, self.norm.weight) for layer in self.layers]
+
+    def cost(self, length: float) -> Cost:
+        """Cost a token at sequence length `length`. Embedding and head count whole as active."""
+        modalities = len(self.modalities)
+        ends = Cost.matmul(modalities, self.head.weight.numel()) + Cost.of(modalities, active=self.embedding.weight.numel())
+        return ends + Cost.total((layer.cost(length) for layer in self.layers), modalities)
+
+
+def _recomputed(layer: nn.Module, x: Tensor, context: TokenContext) -> Tensor:
+    trace = context.trace
+    assert trace is not None
+    return checkpoint(
+        layer,
+        x,
+        context,
+        use_reentrant=False,
+        preserve_rng_state=False,  # all noise is a function of the tokens' keys
+        context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
+    )
+
+
+Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
+
+
+def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> None:
+    """Give every parameter its first value, which depends on (seed, its dotted name) alone.
+
+    So every ZeRO stage, rank count and device starts from the same model, and adding a block moves no other.
+
+    Args:
+        gather: makes partitioned parameters whole for writing (ZeRO-3); default: they are whole.
+    Raises:
+        TypeError: a module has parameters of its own and no `initialise(name, parameter, generator)`.
+    """
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not hasattr(module, "initialise"):
+                raise TypeError(f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator)")
+            digest = hashlib.sha256(f"{seed}:{module_name}.{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            with gather([parameter]) if gather else contextlib.nullcontext(), torch.no_grad():
+                if parameter.is_meta or parameter.numel() == 0:
+                    continue
+                value = torch.empty(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+                module.initialise(name, value, generator)
+                parameter.copy_(value)

@@ -1,0 +1,48 @@
+"""MoMa: mixture of modality-aware experts, one expert-choice group a modality (arXiv 2407.21770 §2.2).
+
+Stage one is fixed: a token goes to the group of its modality. Stage two is learned: inside the group each expert takes
+its top-k. 1t1i, 4t4i, 7t1i are `experts: {text: 4, image: 4}` and so on.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from zoo.config import ConfigError, suggestion
+from zoo.context import TokenContext
+from zoo.experts import ExpertChoice, ExpertConfig
+from zoo.registry import Place, register
+
+
+@register("feedforward", "moma")
+class MoMa(ExpertChoice):
+    class Config(ExpertConfig):
+        experts: dict[str, int] = Field(min_length=1)
+        """Experts of each modality."""
+
+        @field_validator("experts")
+        @classmethod
+        def _positive(cls, experts: dict[str, int]) -> dict[str, int]:
+            for modality, count in experts.items():
+                if count < 1:
+                    raise ValueError(f"{modality} has {count} experts; every modality needs at least 1")
+            return experts
+
+        def check(self, place: Place, path: str) -> None:
+            for modality in self.experts:
+                if modality not in place.modalities:
+                    raise ConfigError(
+                        f"{path}.experts.{modality}: unknown modality; model.modalities are "
+                        f"{', '.join(place.modalities)}{suggestion(modality, place.modalities)}"
+                    )
+            for modality in place.modalities:
+                if modality not in self.experts:
+                    raise ConfigError(f"{path}.experts: no entry for {modality!r}; give every modality its number of experts")
+
+    def __init__(self, config: Config, place: Place) -> None:
+        super().__init__({modality: config.experts[modality] for modality in place.modalities}, config, place)
+        self.group_of_modality = list(place.modalities)
+
+    def members(self, context: TokenContext) -> list[tuple[Tensor, tuple[int, ...]]]:
+        return [(context.index(m), tuple(row[m] for row in context.counts)) for m in range(len(context.modalities))]

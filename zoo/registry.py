@@ -1,0 +1,122 @@
+"""The open tables of blocks, one a slot, and the config field that looks a block up in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
+
+import pydantic
+from pydantic_core import PydanticCustomError
+
+from zoo.config import Config, ConfigError, explain, suggestion
+
+SLOTS = ("mixer", "feedforward", "depth", "router", "objective")
+_tables: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
+
+
+class BlockConfig(Config):
+    """Base of the configs that stand in a slot. `type` is the registered name; it is written out again on dumping."""
+
+    type_name: ClassVar[str] = ""
+    block: ClassVar[type]
+
+    @pydantic.model_serializer(mode="wrap")
+    def _with_type(self, handler: Callable[[Any], dict]) -> dict:
+        return {"type": self.type_name, **handler(self)}
+
+    def check(self, place: Place, path: str) -> None:
+        """Raise `ConfigError` for what depends on where the block stands (widths that do not divide, modalities)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a block stands in a model: everything it may know that is not its own config."""
+
+    d_model: int
+    modalities: tuple[str, ...]
+    name: str = ""
+    """Dotted name, as its parameters carry it."""
+    norm: str = "pre"
+    """Norm placement of the surrounding block: "pre" or "post"."""
+    layers: int = 1
+    """Number of layers of the model; the projections into the residual stream start smaller by √(2 · layers)."""
+    kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def child(self, name: str, **changes: Any) -> Place:
+        """The place of a part called `name`."""
+        return dataclasses.replace(self, name=f"{self.name}.{name}" if self.name else name, **changes)
+
+
+def register(slot: str, name: str) -> Callable[[type], type]:
+    """Class decorator: `name` in `slot` means this class. The class has a nested `Config(BlockConfig)` and is built as
+    `cls(config, place)`.
+
+    Raises:
+        ConfigError: the slot does not exist, or the name is taken by another class.
+    """
+    if slot not in _tables:
+        raise ConfigError(f"register: slot {slot!r} is not known; slots: {', '.join(SLOTS)}")
+
+    def add(cls: type) -> type:
+        taken = _tables[slot].get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"register: {slot} {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another")
+        config = getattr(cls, "Config", None)
+        if not (isinstance(config, type) and issubclass(config, BlockConfig)):
+            raise ConfigError(f"register: {cls.__qualname__} has no nested `class Config(BlockConfig)`; add one")
+        config.type_name, config.block = name, cls
+        _tables[slot][name] = cls
+        return cls
+
+    return add
+
+
+def known(slot: str) -> list[str]:
+    """Names registered in a slot, in order of registration."""
+    return list(_tables[slot])
+
+
+def resolve(slot: str, value: Any) -> BlockConfig:
+    """The config a mapping with `type:` stands for.
+
+    Raises:
+        pydantic.ValidationError or PydanticCustomError: for `zoo.config.explain`, which adds the dotted path.
+    """
+    if isinstance(value, BlockConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("zoo", "{text}", {"text": f"{value!r} is not a block; write {{type: …}}"})
+    options = dict(value)
+    name = options.pop("type", None)
+    if name not in _tables[slot]:
+        text = f"{name!r} is not known; known: {', '.join(known(slot))}{suggestion(str(name), known(slot))}"
+        raise PydanticCustomError("zoo_type", "{text}", {"text": text})
+    try:
+        return _tables[slot][name].Config.model_validate(options)
+    except pydantic.ValidationError as error:
+        raise PydanticCustomError("zoo_nested", "nested", {"error": error, "root": _tables[slot][name].Config}) from None
+
+
+def _field(slot: str) -> Any:
+    return Annotated[pydantic.SerializeAsAny[BlockConfig], pydantic.BeforeValidator(functools.partial(resolve, slot))]
+
+
+MixerSlot = _field("mixer")
+FeedForwardSlot = _field("feedforward")
+DepthSlot = _field("depth")
+RouterSlot = _field("router")
+ObjectiveSlot = _field("objective")
+
+
+def parse_block(slot: str, value: Any, path: str) -> BlockConfig:
+    """A block's validated config.
+
+    Raises:
+        ConfigError: naming every wrong key below `path`.
+    """
+    try:
+        return pydantic.TypeAdapter(_field(slot)).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise ConfigError(explain(error, path, BlockConfig)) from None
