@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -85,7 +87,7 @@ class Attention(nn.Module):
         """State for `rows` rows of at most `length` tokens, with the dtype and device of `like`."""
         return AttentionState.empty(rows, length, self.kv_heads, self.head_dim, like)
 
-    def cost(self, length: float) -> Cost:
+    def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Projections, and scores and mixing at (T + 1) / 2 keys a query."""
         weights = sum(p.weight.numel() for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
         pairs = 4.0 * self.heads * self.head_dim * (length + 1) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -80,8 +81,8 @@ class Block(nn.Module):
     def init_state(self, rows: int, length: int, like: Tensor) -> State:
         return self.mixer.init_state(rows, length, like)
 
-    def cost(self, length: float) -> Cost:
+    def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Sum of the branches."""
         parts = [self.mixer] if self.feedforward is None else [self.mixer, self.feedforward]
-        costs = [part.cost(length) for part in parts]
+        costs = [part.cost(length, load) for part in parts]
         return Cost.total(costs, len(costs[0].flops))

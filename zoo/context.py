@@ -109,7 +109,8 @@ class TokenContext:
             position: (B, T) index inside the document; default: counted from each document's first token in the row.
             key: (B, T) int32 noise identities; default: hashed from (row, column).
         Raises:
-            ValueError: a modality out of range, or padding that `modality` and `document` see differently.
+            ValueError: a modality out of range, a document in two pieces, or padding that `modality` and `document` see
+                differently.
         """
         modality = modality.to(torch.int64)
         if modality.dim() != 2:
@@ -264,4 +265,7 @@ def _segments(document: Tensor) -> tuple[tuple[int, int, int], ...]:
     ends = np.append(rows * ids.shape[1] + starts, ids.size)
     lengths = np.diff(ends)
     real = ids[rows, starts] >= 0
+    begun = np.stack((rows, ids[rows, starts]))[:, real]
+    if np.unique(begun, axis=1).shape[1] < begun.shape[1]:
+        raise ValueError("document: an id stands in two places of a row; the tokens of a document stand together")
     return tuple(zip(rows[real].tolist(), starts[real].tolist(), lengths[real].tolist(), strict=True))

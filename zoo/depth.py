@@ -8,6 +8,7 @@ For a recurrent mixer the recurrence runs over the kept tokens: this project's d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
@@ -28,6 +29,7 @@ from zoo.routers import (
     decide,
     expert_choice,
     membership,
+    record_load,
     train_auxiliary,
 )
 from zoo.states import State
@@ -58,6 +60,7 @@ class MixtureOfDepths(nn.Module):
         scores = self.router(flat)  # (B·T, 1)
         logits = None if self.auxiliary is None else self.auxiliary(flat)
         keep, index, valid, inner = decide(context, self.name, lambda: self._select(scores, logits, context))
+        record_load(context, self.name, sum(inner.row_counts), sum(context.row_counts))
         if context.routing != CAUSAL and logits is not None:
             members = context.tokens
             chosen = keep.reshape(-1, 1).index_select(0, members)
@@ -93,10 +96,11 @@ class MixtureOfDepths(nn.Module):
     def init_state(self, rows: int, length: int, like: Tensor) -> State:
         return self.block.init_state(rows, length, like)
 
-    def cost(self, length: float) -> Cost:
-        """The block at capacity · T tokens, for the share of tokens that enter it; the router for all."""
-        share = float(self.capacity)
+    def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
+        """The block at share · T tokens, for the share of tokens that enter it (the capacity, or as in `load`); the router
+        for all."""
+        share = (load or {}).get(self.name, float(self.capacity))
         router = Cost.of(self.modalities, router=2.0 * self.router.weight.numel(), active=self.router.weight.numel())
         weights = 0 if self.auxiliary is None else self.auxiliary.weights
         auxiliary = Cost.of(self.modalities, auxiliary=2.0 * weights, active=weights)
-        return self.block.cost(share * length).scaled(share) + router + auxiliary
+        return self.block.cost(share * length, load).scaled(share) + router + auxiliary

@@ -6,6 +6,7 @@ The shared mechanism of `experts` (one group over all tokens) and `moma` (one gr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal
 
@@ -28,6 +29,7 @@ from zoo.routers import (
     decide,
     expert_choice,
     membership,
+    record_load,
     train_auxiliary,
 )
 
@@ -107,6 +109,7 @@ class ExpertGroup(nn.Module):
             return Route(index.reshape(-1), expert, (index.shape[1],) * self.count)
 
         route = decide(context, self.name, choose)
+        record_load(context, self.name, sum(route.counts), x.shape[0] * self.count)
         if context.routing != CAUSAL and logits is not None:
             chosen = membership(route.token.view(self.count, -1), x.shape[0])
             train_auxiliary(context, self.name, logits, chosen)
@@ -153,18 +156,18 @@ class ExpertChoice(nn.Module):
         y = y * torch.cat(weights).unsqueeze(-1).to(y.dtype)
         return torch.zeros_like(flat).index_add(0, token, y).view_as(x)
 
-    def cost(self, length: float) -> Cost:
-        """One group's experts at nominal capacity; what a modality pays depends on its group alone."""
-        modalities = len(self.group_of_modality)
-        result = []
+    def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
+        """What a modality pays depends on its group alone: an expert for `share` of the tokens, nominal or as in `load`."""
+        rows = []
         for name in self.group_of_modality:
             group = self.groups[name]
-            used = float(group.share) * (group.experts.w_in.numel() + group.experts.w_out.numel())
-            router = 2.0 * group.router.weight.numel()
-            auxiliary = 0.0 if group.auxiliary is None else 2.0 * group.auxiliary.weights
-            active = used + group.router.weight.numel() + auxiliary / 2
-            result.append((2.0 * used, active, router, auxiliary))
-        return Cost(*(tuple(row[i] for row in result) for i in range(4))) if modalities else Cost.of(0)
+            share = (load or {}).get(group.name, float(group.share))
+            used = share * (group.experts.w_in.numel() + group.experts.w_out.numel())
+            router = group.router.weight.numel()
+            auxiliary = 0 if group.auxiliary is None else group.auxiliary.weights
+            rows.append((2.0 * used, used + router + auxiliary, 2.0 * router, 2.0 * auxiliary))
+        flops, active, router, auxiliary = zip(*rows, strict=True)
+        return Cost(flops, active, router, auxiliary)
 
 
 @register("feedforward", "experts")

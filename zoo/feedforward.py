@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -31,5 +33,5 @@ class Dense(nn.Module):
         gate, up = self.w_in(x).chunk(2, dim=-1)
         return self.w_out(F.silu(gate) * up)
 
-    def cost(self, length: float) -> Cost:
+    def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         return Cost.matmul(self.modalities, self.w_in.weight.numel() + self.w_out.weight.numel())

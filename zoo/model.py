@@ -97,11 +97,15 @@ class Model(nn.Module):
         """Decoding states of all layers, for `rows` rows of at most `length` tokens."""
         return [layer.init_state(rows, length, self.norm.weight) for layer in self.layers]
 
-    def cost(self, length: float) -> Cost:
-        """Cost a token at sequence length `length`. Embedding and head count whole as active."""
+    def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
+        """Cost a token at sequence length `length`. Embedding and head count whole as active.
+
+        Args:
+            load: share of its tokens that each routed block, by name, really took (`zoo.routers.loads`); default: nominal.
+        """
         modalities = len(self.modalities)
         ends = Cost.matmul(modalities, self.head.weight.numel()) + Cost.of(modalities, active=self.embedding.weight.numel())
-        return ends + Cost.total((layer.cost(length) for layer in self.layers), modalities)
+        return ends + Cost.total((layer.cost(length, load) for layer in self.layers), modalities)
 
 
 def _recomputed(layer: nn.Module, x: Tensor, context: TokenContext) -> Tensor:

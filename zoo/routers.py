@@ -8,7 +8,7 @@ Sources: MoMa (arXiv 2407.21770 §2.2–2.4), Mixture-of-Depths (arXiv 2404.0225
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -152,6 +152,21 @@ def train_auxiliary(context: TokenContext, name: str, logits: Tensor, chosen: Te
             "both": (said & chosen).sum().float(),
         },
     )
+
+
+def record_load(context: TokenContext, name: str, taken: int, offered: int) -> None:
+    """Tell the trace how many of the token–expert pairs offered were taken; both are known on the host."""
+    if context.trace is not None:
+        context.trace.add_statistics(f"{name}/load", {"taken": torch.tensor(float(taken)), "offered": torch.tensor(float(offered))})
+
+
+def loads(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Share of its tokens that each routed block took, by the block's name, from summed statistics; for `Model.cost`."""
+    return {
+        name.removesuffix("/load"): sums["taken"] / sums["offered"]
+        for name, sums in statistics.items()
+        if name.endswith("/load") and sums["offered"]
+    }
 
 
 def rates(sums: dict[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ def grouped_swiglu(x: Tensor, counts: tuple[int, ...], w_in: Tensor, w_out: Tens
     """
     experts = len(counts)
     if len(set(counts)) == 1:
-        gate, up = torch.bmm(x.view(experts, counts[0], -1), w_in).chunk(2, dim=-1)
+        gate, up = torch.bmm(x.view(experts, counts[0], x.shape[-1]), w_in).chunk(2, dim=-1)
         return torch.bmm(F.silu(gate) * up, w_out).reshape(x.shape)
     outputs = []
     for rows, into, out in zip(x.split(counts), w_in.unbind(0), w_out.unbind(0), strict=True):

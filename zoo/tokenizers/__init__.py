@@ -5,6 +5,13 @@ from zoo.tokenizers.text import BPEConfig, BPETokenizer, BytesConfig, BytesToken
 from zoo.tokenizers.vocabulary import Vocabulary
 
 __all__ = [
-    "BPEConfig", "BPETokenizer", "BytesConfig", "BytesTokenizer", "ImageTokenizer", "PatchTokenizer", "PatchesConfig",
-    "TextTokenizer", "Vocabulary",
+    "BPEConfig",
+    "BPETokenizer",
+    "BytesConfig",
+    "BytesTokenizer",
+    "ImageTokenizer",
+    "PatchTokenizer",
+    "PatchesConfig",
+    "TextTokenizer",
+    "Vocabulary",
 ]

@@ -12,12 +12,14 @@ TEXT = "text"
 class Vocabulary:
     """Ids of a mixed-modal token stream.
 
-    Ids 0 and 1 are `<bos>` and `<eos>`, the begin and end of a document. A pair `<begin_X>`, `<end_X>` follows for
-    each modality X other than text. Then come the payload ids: a contiguous range for each modality, in order.
-    All special tokens are of modality text. Padding has no id: it is token 0 whose modality and document are -1.
+    Ids 0 and 1 are `<bos>` and `<eos>`, the begin and end of a document. A pair `<begin_X>`, `<end_X>`
+    follows for each modality X other than text. Then come the payload ids: a contiguous range for each
+    modality, in order. All special tokens are of modality text. Padding has no id: it is token 0 whose
+    modality and document are -1.
 
     Args:
-        sizes: payload ids of each modality, at least 1; their order is the order of the modalities. Needs "text".
+        sizes: payload ids of each modality, at least 1; their order is the order of the modalities. Needs
+            "text".
     Raises:
         ValueError: no "text", or a size below 1.
     """
@@ -27,7 +29,9 @@ class Vocabulary:
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         if TEXT not in sizes:
-            raise ValueError(f"a vocabulary of {list(sizes)} lacks 'text', the modality of the special tokens")
+            raise ValueError(
+                f"a vocabulary of {list(sizes)} lacks 'text', the modality of the special tokens"
+            )
         self.sizes = dict(sizes)
         self.modalities = tuple(self.sizes)
         self.specials = {"<bos>": self.bos, "<eos>": self.eos}
@@ -61,14 +65,17 @@ class Vocabulary:
         return self.specials[f"<end_{modality}>"]
 
     def modality_of(self, tokens: np.ndarray) -> np.ndarray:
-        """Number of the modality (in the order of `modalities`) of each token, int8, in the shape of `tokens`.
+        """Number of the modality (in the order of `modalities`) of each token, int8, in the shape of
+        `tokens`.
 
         Raises:
             ValueError: an id outside the vocabulary.
         """
         tokens = np.asarray(tokens)
         if tokens.size and not (0 <= tokens.min() and tokens.max() < self.size):
-            raise ValueError(f"token ids lie in [{tokens.min()}, {tokens.max()}]; the vocabulary has [0, {self.size - 1}]")
+            raise ValueError(
+                f"token ids lie in [{tokens.min()}, {tokens.max()}]; the vocabulary has [0, {self.size - 1}]"
+            )
         return self._modality[tokens]
 
     def name(self, token: int) -> str:

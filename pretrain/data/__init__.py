@@ -1,0 +1,23 @@
+"""Data: shards → documents → token stream → packed rows → batches."""
+
+from pretrain.data.batches import Batch, micro_batches
+from pretrain.data.config import DataConfig, vocabulary
+from pretrain.data.documents import Documents
+from pretrain.data.errors import DataError
+from pretrain.data.index import Skipped
+from pretrain.data.opening import Data, open_data
+from pretrain.data.packing import Row, TokenStream
+
+__all__ = [
+    "Batch",
+    "Data",
+    "DataConfig",
+    "DataError",
+    "Documents",
+    "Row",
+    "Skipped",
+    "TokenStream",
+    "micro_batches",
+    "open_data",
+    "vocabulary",
+]

@@ -1,0 +1,79 @@
+"""Rows → micro-batches of a rank, by arithmetic on the global row numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data.packing import TokenStream
+from zoo.context import TokenContext
+from zoo.noise import token_keys
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows of T tokens and what the model knows about them."""
+
+    tokens: Tensor
+    """(B, T) int64; 0 in padding."""
+    context: TokenContext
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        return Batch(self.tokens.to(device, non_blocking=True), self.context.to(device))
+
+
+def micro_batches(
+    stream: TokenStream,
+    first_row: int,
+    rows_per_step: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    step: int,
+    seed: int,
+    end: int | None = None,
+) -> list[Batch]:
+    """The share of `rank` in rows [first_row, first_row + rows_per_step), cut into batches of `micro_batch`
+    rows.
+
+    The share of rank r of W is the contiguous stretch r·G/W to (r + 1)·G/W of the G rows. Tokens, documents
+    and noise keys of a row depend on its number alone.
+
+    Args:
+        step: handed on to the contexts.
+        seed: of the noise keys.
+        end: rows from this number on are all padding, so that a stream that ends fills the last step.
+    Raises:
+        ValueError: rows_per_step is not a multiple of micro_batch · world.
+    """
+    if rows_per_step % (micro_batch * world):
+        raise ValueError(
+            f"{rows_per_step} rows a step do not divide into micro-batches of {micro_batch} on {world} ranks"
+        )
+    share = rows_per_step // world
+    begin = first_row + rank * share
+    return [
+        _batch(stream, np.arange(start, start + micro_batch), step, seed, end)
+        for start in range(begin, begin + share, micro_batch)
+    ]
+
+
+def _batch(stream: TokenStream, numbers: np.ndarray, step: int, seed: int, end: int | None) -> Batch:
+    rows = [stream.row(n) if end is None or n < end else stream.padding_row() for n in numbers.tolist()]
+    tokens, modality, document, position = (
+        torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(np.int64))
+        for name in ("tokens", "modality", "document", "position")
+    )
+    context = TokenContext.from_modality(
+        modality,
+        document=document,
+        position=position,
+        modalities=stream.documents.vocabulary.modalities,
+        step=step,
+        key=torch.from_numpy(token_keys(seed, numbers, stream.sequence_length)),
+    )
+    return Batch(tokens, context)

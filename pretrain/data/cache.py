@@ -1,0 +1,72 @@
+"""The folder in which indexes and trained tokenizers are kept: choosing, locking, committing files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+
+from pretrain.data.errors import DataError
+
+HIDDEN = ".index"
+"""Name of the cache inside a data folder."""
+
+
+def cache_folder(data: Path, wanted: str | None) -> Path:
+    """A writable folder, made if need be: `wanted`, else one inside `data`, else one under the user's cache
+    folder.
+
+    Raises:
+        DataError: none of them can be written.
+    """
+    if wanted is not None:
+        candidates = [Path(wanted)]
+    else:
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:16]
+        candidates = [data / HIDDEN, user / "pretrain-data" / name]
+    reasons = []
+    for folder in candidates:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(
+                dir=folder
+            ).close()  # permissions alone do not tell: root, read-only mounts
+            return folder
+        except OSError as error:
+            reasons.append(f"{folder}: {error.strerror}")
+    raise DataError(
+        f"data.cache: no folder to keep the index in ({'; '.join(reasons)}); set data.cache to a writable one"
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Let one process at a time through; the others wait. The lock ends with its process, however that
+    ends."""
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log(f"waiting for another process that is indexing into {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def committed(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it at the end: readers see the whole file or none."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,73 @@
+"""All documents of a split as one array of tokens that stays on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from pretrain.data.index import ShardTokens
+from zoo.tokenizers import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """The documents of some shards one after the other: document i is tokens starts[i] to starts[i + 1] of
+    the whole."""
+
+    vocabulary: Vocabulary
+    starts: np.ndarray
+    """(d + 1,) int64."""
+    spans: np.ndarray
+    """(s, 2) int64, ascending: [start, stop) of the parts that must never be cut."""
+    shards: Sequence[np.ndarray]
+    """The tokens, an int32 array for each shard."""
+    shard_starts: np.ndarray
+    """(shards + 1,) int64: first token of each shard in the whole."""
+    keys: np.ndarray
+    """(d,) str."""
+
+    @classmethod
+    def join(cls, shards: Sequence[ShardTokens], vocabulary: Vocabulary) -> Documents:
+        """The documents of `shards`, in their order."""
+        shard_starts = np.concatenate([[0], np.cumsum([len(s.tokens) for s in shards])]).astype(np.int64)
+        base = list(zip(shards, shard_starts.tolist(), strict=False))
+        return cls(
+            vocabulary,
+            np.concatenate([[0], *(s.starts[1:] + first for s, first in base)]).astype(np.int64),
+            np.concatenate([np.zeros((0, 2), np.int64), *(s.spans + first for s, first in base)]),
+            [s.tokens for s in shards],
+            shard_starts,
+            np.concatenate([np.zeros(0, np.str_), *(s.keys for s in shards)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(d,) tokens of each document."""
+        return np.diff(self.starts)
+
+    @property
+    def total(self) -> int:
+        """Tokens of all documents."""
+        return int(self.starts[-1])
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """(length,) int32: tokens from `start` of the whole; they lie inside one document."""
+        shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
+        offset = start - int(self.shard_starts[shard])
+        return self.shards[shard][offset : offset + length]
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """(n,) int32: the tokens at ascending `positions` (n,) of the whole."""
+        cuts = np.searchsorted(positions, self.shard_starts)
+        runs = [
+            tokens[positions[first:stop] - start]
+            for tokens, start, first, stop in zip(
+                self.shards, self.shard_starts[:-1], cuts[:-1], cuts[1:], strict=True
+            )
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *runs])

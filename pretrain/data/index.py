@@ -1,0 +1,187 @@
+"""The index of a shard: its documents with byte offsets, and their tokens.
+
+Two records, both made once. The *listing* (`NAME-PLACE.listing.npz`) is what the tar file says: checksum,
+keys, offsets. It is made again when the size or the modification time of the shard changes. The *tokens*
+(`CHECKSUM-TOKENIZERS.npy` with `….npz` beside it) depend on the content of the shard and on the tokenizers,
+so they carry both in their name; they are mapped into memory, never read whole.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pretrain.data.cache import committed
+from pretrain.data.reading import BrokenDocument, tokenize
+from pretrain.data.shards import Entry, Member, checksum, scan_shard
+from zoo.tokenizers import Vocabulary
+
+
+class Skipped(NamedTuple):
+    """A document that could not be used."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The documents of a shard, as flat arrays; `entries` unfolds them."""
+
+    shard: Path
+    checksum: str
+    keys: np.ndarray
+    """(d,) str."""
+    members: np.ndarray
+    """(d,) members of each document."""
+    extensions: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    """(m,) fields of all members, document by document."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def entries(self) -> list[Entry]:
+        """The documents, in the order in which they begin in the shard."""
+        fields = (self.extensions.tolist(), self.offsets.tolist(), self.sizes.tolist())
+        members = [Member(*each) for each in zip(*fields, strict=True)]
+        stops = np.cumsum(self.members)
+        edges = zip(self.keys.tolist(), (stops - self.members).tolist(), stops.tolist(), strict=True)
+        return [Entry(key, tuple(members[start:stop])) for key, start, stop in edges]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTokens:
+    """The usable documents of a shard as one array of tokens."""
+
+    tokens: np.ndarray
+    """(n,) int32, mapped from disk."""
+    keys: np.ndarray
+    """(d,) str: key of each document."""
+    starts: np.ndarray
+    """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
+    spans: np.ndarray
+    """(s, 2) int64, ascending: [start, stop) in `tokens` of what must never be cut."""
+    skipped: list[Skipped]
+
+
+def list_shard(shard: Path, cache: Path) -> Listing:
+    """The listing of a shard, from the cache where it is up to date.
+
+    Raises:
+        DataError: see `scan_shard`.
+    """
+    place = hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:8]  # folders may share a cache
+    record = cache / f"{shard.name}-{place}.listing.npz"
+    status = shard.stat()
+    stamp = np.array([status.st_size, status.st_mtime_ns])
+    arrays = _load(record)
+    if arrays is None or not np.array_equal(arrays.pop("stamp"), stamp):
+        entries = scan_shard(shard)
+        members = [member for entry in entries for member in entry.members]
+        arrays = {
+            "checksum": np.array(checksum(shard)),
+            "keys": np.array([entry.key for entry in entries]),
+            "members": np.array([len(entry.members) for entry in entries]),
+            "extensions": np.array([member.extension for member in members]),
+            "offsets": np.array([member.offset for member in members]),
+            "sizes": np.array([member.size for member in members]),
+        }
+        _save(record, stamp=stamp, **arrays)
+    return Listing(shard, str(arrays.pop("checksum")), **arrays)
+
+
+def shard_tokens(listing: Listing, cache: Path, fingerprint: str) -> ShardTokens | None:
+    """The tokens of a shard under the tokenizers of `fingerprint`, or None where they have not been made."""
+    record, flat = _names(listing, cache, fingerprint)
+    arrays = _load(record)
+    if arrays is None:
+        return None
+    try:
+        # An empty array cannot be mapped.
+        tokens = np.load(flat, mmap_mode="r") if arrays["starts"][-1] else np.zeros(0, np.int32)
+    except (OSError, ValueError):
+        return None
+    skipped = [Skipped(listing.shard.name, str(key), str(reason)) for key, reason in arrays["skipped"]]
+    return ShardTokens(tokens, arrays["keys"], arrays["starts"], arrays["spans"], skipped)
+
+
+def tokenize_shard(
+    listing: Listing,
+    cache: Path,
+    fingerprint: str,
+    tokenizers: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    advance: Callable[[int], Any],
+) -> None:
+    """Make the tokens of a shard; `advance(1)` is called after each document. Decoding runs in threads."""
+    local = threading.local()
+    files = []
+
+    def work(entry: Entry) -> tuple[np.ndarray, list[tuple[int, int]]] | str:
+        if not hasattr(local, "file"):
+            local.file = open(listing.shard, "rb")
+            files.append(local.file)
+        try:
+            return tokenize(local.file, entry, tokenizers, vocabulary)
+        except BrokenDocument as broken:
+            return str(broken)
+
+    entries = listing.entries()
+    keys, lengths, spans, skipped, runs = [], [], [], [], []
+    start = 0
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for entry, result in zip(entries, pool.map(work, entries), strict=True):
+                advance(1)
+                if isinstance(result, str):
+                    skipped.append((entry.key, result))
+                    continue
+                tokens, uncut = result
+                keys.append(entry.key)
+                lengths.append(len(tokens))
+                spans += [(start + first, start + stop) for first, stop in uncut]
+                runs.append(tokens)
+                start += len(tokens)
+    finally:
+        for file in files:
+            file.close()
+    record, flat = _names(listing, cache, fingerprint)
+    with committed(flat) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.concatenate([np.zeros(0, np.int32), *runs]))
+    _save(
+        record,  # last: where it exists, the tokens do too
+        keys=np.array(keys, dtype=np.str_),
+        starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
+        skipped=np.array(skipped, dtype=np.str_).reshape(-1, 2),
+    )
+
+
+def _names(listing: Listing, cache: Path, fingerprint: str) -> tuple[Path, Path]:
+    stem = f"{listing.checksum[:32]}-{fingerprint[:16]}"
+    return cache / f"{stem}.npz", cache / f"{stem}.npy"
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a record, or None where there is none that can be read: it is then made again."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    with committed(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)

@@ -1,0 +1,171 @@
+"""`open_data`: from the `data` section of a recipe to streams of packed rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from pretrain.data.cache import cache_folder, locked
+from pretrain.data.config import DataConfig, vocabulary
+from pretrain.data.documents import Documents
+from pretrain.data.errors import DataError
+from pretrain.data.fitting import fingerprint, load_tokenizers
+from pretrain.data.index import Listing, Skipped, list_shard, shard_tokens, tokenize_shard
+from pretrain.data.packing import TokenStream
+from pretrain.data.shards import find_shards
+from zoo.tokenizers import ImageTokenizer, TextTokenizer, Vocabulary
+
+NAMED = 5
+"""How many broken documents an error lists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Opened data: streams, vocabulary, tokenizers."""
+
+    train: TokenStream
+    validation: TokenStream | None
+    vocabulary: Vocabulary
+    text: TextTokenizer
+    image: ImageTokenizer | None
+    skipped: list[Skipped]
+    """Documents that could not be used."""
+    fingerprint: str
+    """Hash of the training shards' content and of the tokenizers; equal means the same token stream."""
+
+    def unigram_entropy(self, split: str) -> dict[str, float]:
+        """Entropy of single tokens of each modality, in nats per target token: the loss of the best constant
+        guess.
+
+        A target token is one with a predecessor in the same piece of a document; a modality without any is
+        left out.
+
+        Args:
+            split: "train" or "validation".
+        """
+        stream = {"train": self.train, "validation": self.validation}[split]
+        if stream is None:
+            raise ValueError(f"the data has no {split} split")
+        counts = np.zeros(self.vocabulary.size, dtype=np.int64)
+        for tokens in stream.documents.shards:
+            counts += np.bincount(tokens, minlength=self.vocabulary.size)
+        counts -= np.bincount(stream.documents.take(stream.pieces.starts), minlength=self.vocabulary.size)
+        modality = self.vocabulary.modality_of(np.arange(self.vocabulary.size))
+        entropy = {}
+        for number, name in enumerate(self.vocabulary.modalities):
+            seen = counts[(modality == number) & (counts > 0)]
+            if seen.size:
+                share = seen / seen.sum()
+                entropy[name] = float(-(share * np.log(share)).sum())
+        return entropy
+
+
+def open_data(config: DataConfig, seed: int, log: Callable[[str], None] = print) -> Data:
+    """Index the shards (once; kept in the cache), train the tokenizers (once), and open the streams.
+
+    Every rank may call this at the same time: one does the work, the others wait for it and read.
+
+    Args:
+        seed: of the order of the training documents.
+        log: is told what is being done, one line each.
+    Raises:
+        DataError: no shard, an unreadable shard, too many broken documents; names the file and the way out.
+        UserError: a tokenizer's file does not fit.
+    """
+    folder = Path(config.path)
+    train = find_shards(folder, config.train, "data.train")
+    validation = (
+        [] if config.validation is None else find_shards(folder, config.validation, "data.validation")
+    )
+    both = sorted({path.name for path in train} & {path.name for path in validation})
+    if both:
+        raise DataError(
+            f"data.validation: {config.validation!r} and data.train: {config.train!r} both match {both[0]}; "
+            "make the patterns disjoint, or set data.validation to null"
+        )
+    cache = cache_folder(folder, config.cache)
+    words = vocabulary(config)
+    with locked(cache, log):
+        listings = [
+            list_shard(shard, cache)
+            for shard in tqdm.tqdm(
+                train + validation, desc="listing shards", unit="shard", disable=None, leave=False
+            )
+        ]
+        tokenizers = load_tokenizers(config, listings[: len(train)], cache, log)
+        name = fingerprint(config, tokenizers)
+        _index(listings, cache, name, tokenizers, words, log)
+    tokens = [shard_tokens(listing, cache, name) for listing in listings]
+    skipped = [broken for shard in tokens for broken in shard.skipped]
+    _check_broken(skipped, config, log)
+    splits = {"train": tokens[: len(train)], "validation": tokens[len(train) :]}
+    streams = {
+        split: TokenStream(
+            _documents(split, shards, words), config.sequence_length, seed if split == "train" else None
+        )
+        for split, shards in splits.items()
+        if shards
+    }
+    for split, stream in streams.items():
+        log(
+            f"{split}: {len(stream.documents):,} documents, {stream.documents.total:,} tokens, "
+            f"{stream.rows_per_epoch:,} rows of {config.sequence_length} an epoch, "
+            f"{stream.share_of_padding:.1%} padding"
+        )
+    content = json.dumps([[listing.checksum for listing in listings[: len(train)]], name])
+    return Data(
+        streams["train"],
+        streams.get("validation"),
+        words,
+        tokenizers["text"],
+        tokenizers.get("image"),
+        skipped,
+        hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def _index(
+    listings: list[Listing],
+    cache: Path,
+    name: str,
+    tokenizers: dict,
+    words: Vocabulary,
+    log: Callable[[str], None],
+) -> None:
+    """Tokenise the shards that have not been."""
+    todo = [listing for listing in listings if shard_tokens(listing, cache, name) is None]
+    if not todo:
+        return
+    count = sum(map(len, todo))
+    log(f"indexing {count:,} documents of {len(todo)} shards into {cache}")
+    with tqdm.tqdm(total=count, desc="indexing", unit="document", disable=None, leave=False) as bar:
+        for listing in todo:
+            tokenize_shard(listing, cache, name, tokenizers, words, bar.update)
+
+
+def _documents(split: str, shards: list, words: Vocabulary) -> Documents:
+    documents = Documents.join(shards, words)
+    if not len(documents):
+        raise DataError(
+            f"data.{split}: none of the documents can be used; see the reasons of the skipped ones"
+        )
+    return documents
+
+
+def _check_broken(skipped: list[Skipped], config: DataConfig, log: Callable[[str], None]) -> None:
+    lines = [f"{shard}: {key}: {reason}" for shard, key, reason in skipped[:NAMED]]
+    if len(skipped) > NAMED:
+        lines.append(f"… and {len(skipped) - NAMED} more")
+    if len(skipped) > config.max_broken_documents:
+        raise DataError(
+            f"data.max_broken_documents: {config.max_broken_documents}: {len(skipped)} documents cannot be "
+            f"used; repair them or set it to at least {len(skipped)}:\n  " + "\n  ".join(lines)
+        )
+    if skipped:
+        log(f"skipping {len(skipped)} broken documents:\n  " + "\n  ".join(lines))

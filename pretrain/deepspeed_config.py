@@ -1,0 +1,333 @@
+"""The `deepspeed:` section of a recipe: every key checked, "auto" filled in, cross-checked, completed.
+
+DeepSpeed ignores a misspelt top-level key without a word. Here an unknown key is an error, at the top and
+inside each section, before any process group exists; the keys below are those of DeepSpeed 0.19.8. What
+passes goes to DeepSpeed as written. Does not import deepspeed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.optim import OptimizerConfig
+from zoo.config import ConfigError, suggestion
+
+ROOT = "deepspeed"
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "zero_optimization": (
+        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size",
+        "overlap_comm", "compute_grad_norm", "load_from_fp32_weights", "offload_param",
+        "offload_optimizer", "sub_group_size", "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
+        "ignore_unused_parameters", "round_robin_gradients", "parameter_alignment",
+        "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients", "memory_efficient_linear", "pipeline_loading_checkpoint",
+        "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module",
+    ),
+    "zero_optimization.offload_param": (
+        "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory",
+    ),
+    "zero_optimization.offload_optimizer": (
+        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write",
+        "fast_init", "ratio", "cpuadam_cores_perc",
+    ),
+    "zero_optimization.leaf_module": ("classes", "names", "name_suffixes"),
+    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"),
+    "fp16": (
+        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window",
+        "hysteresis", "consecutive_hysteresis", "min_loss_scale",
+    ),
+    "data_types": ("grad_accum_dtype",),
+    "checkpoint": ("tag_validation", "checkpoint_serialization"),
+    "comms_logger": ("enabled", "prof_all", "prof_ops", "verbose", "debug"),
+    "flops_profiler": (
+        "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
+        "output_file",
+    ),
+    "aio": (
+        "block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events",
+        "use_gds",
+    ),
+    "timers": ("throughput",),
+    "timers.throughput": ("enabled", "synchronized"),
+    "tensorboard": ("enabled", "output_path", "job_name"),
+    "csv_monitor": ("enabled", "output_path", "job_name"),
+    "wandb": ("enabled", "group", "team", "project"),
+}
+
+SCALARS: dict[str, tuple[type, ...]] = {
+    "train_batch_size": (int,),
+    "train_micro_batch_size_per_gpu": (int,),
+    "gradient_accumulation_steps": (int,),
+    "gradient_clipping": (int, float),
+    "steps_per_print": (int, type(None)),
+    "wall_clock_breakdown": (bool,),
+    "memory_breakdown": (bool,),
+    "dump_state": (bool,),
+    "disable_python_gc": (bool,),
+    "communication_data_type": (str,),
+    "prescale_gradients": (bool,),
+    "gradient_predivide_factor": (int, float),
+    "disable_allgather": (bool,),
+}
+
+REFUSED: dict[str, str] = {
+    "optimizer": "the recipe's own `optimizer` section decides; move its values there",
+    "scheduler": "the recipe's own `schedule` section decides; move its values there",
+    "zero_allow_untested_optimizer": "the optimizers of this library are tested ones; remove it",
+    "zero_force_ds_cpu_optimizer": "the optimizer is made here, as offload_optimizer asks; remove it",
+    "managed_gradient_accumulation": "the training loop marks a step's last micro-batch itself; remove it",
+    "gradient_allreduce_op": "losses are divided by the global token count, which needs the mean; remove it",
+    "torch_autocast": "precision is `train.precision`; autocast is not supported",
+    "amp": "precision is `train.precision`; DeepSpeed has removed amp",
+    "activation_checkpointing": "use `train.activation_checkpointing`, which replays routing decisions",
+    "compile": "compiled graphs with data-dependent token groups are not supported",
+    "pipeline": "pipeline parallelism is not supported; use a ZeRO stage",
+    "tensor_parallel": "tensor parallelism is not supported; use a ZeRO stage",
+    "expert_parallel": "experts are stacked parameters, sharded by the ZeRO stage; remove it",
+    "sequence_parallel_size": "sequence parallelism is not supported; remove it",
+    "data_efficiency": "the `data` section decides what is read; remove it",
+    "autotuning": "not supported; set the sizes in the recipe",
+    "hybrid_engine": "not supported; remove it",
+    "elasticity": "DeepSpeed has removed it; to change the number of ranks, stop and resume",
+    "zero_optimization.cpu_offload": "deprecated; write `offload_optimizer: {device: cpu}`",
+    "zero_optimization.cpu_offload_param": "deprecated; write `offload_param: {device: cpu}`",
+    "zero_optimization.elastic_checkpoint": "checkpoints fit any number of ranks anyway; remove it",
+    "zero_optimization.zenflow": "its stale updates break exact resuming; remove it",
+    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
+    "zero_optimization.offload_optimizer.super_offload": "not supported; remove it",
+    "bf16.bf16_master_weights_and_grads": "master weights stay fp32; remove it",
+    "bf16.bf16_optimizer_states": "optimizer states stay fp32; remove it",
+    "data_types.param_dtype": "precision is `train.precision`; remove it",
+    "checkpoint.load_universal": "set when another number of ranks resumes; remove it",
+    "checkpoint.use_node_local_storage": "a checkpoint is one folder that all ranks see; remove it",
+    "checkpoint.writer": "checkpoints are written and synced by this library; remove it",
+}
+
+
+def read(section: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+    """The section as a dictionary of its own; a string is the path of a DeepSpeed JSON file.
+
+    Raises ConfigError where the file is missing, is no JSON, or repeats a key.
+    """
+    if section is None:
+        return {}
+    if isinstance(section, Mapping):
+        return copy.deepcopy(dict(section))
+    path = Path(section)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except OSError as error:
+        reason = f"cannot read {str(path)!r} ({error.strerror}); give the path of a JSON file"
+        raise ConfigError(f"{ROOT}: {reason}") from None
+    except ValueError as error:
+        raise ConfigError(f"{ROOT}: {str(path)!r} is not a valid DeepSpeed JSON file: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{ROOT}: {str(path)!r} holds {type(data).__name__}, not an object of keys")
+    return data
+
+
+def check_keys(section: Mapping[str, Any]) -> None:
+    """Every key must be one that DeepSpeed 0.19.8 reads and this library supports; ConfigError names the others."""
+    problems: list[str] = []
+    top = [name for name in SECTIONS if "." not in name]
+    _check_level(section, "", [*SCALARS, *top], problems)
+    for key, types in SCALARS.items():
+        value = section.get(key)
+        if key not in section or value == "auto":
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            problems.append(f"{ROOT}.{key}: {value!r} must be {wanted}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def effective(
+    section: Mapping[str, Any] | str | Path | None,
+    *,
+    world: int,
+    precision: str,
+    global_batch: int,
+    micro_batch: int,
+    clip: float,
+    optimizer: OptimizerConfig,
+    d_model: int | None = None,
+) -> dict[str, Any]:
+    """The dictionary DeepSpeed gets.
+
+    Args:
+        section: the recipe's `deepspeed` section, or the path of a DeepSpeed JSON file.
+        world: number of ranks.
+        precision: "fp32" or "bf16".
+        global_batch, micro_batch: rows an optimizer step over all ranks, rows a forward on one rank.
+        clip: largest gradient norm, 0 for none.
+        d_model: width; fills the ZeRO-3 sizes that say "auto".
+    Raises:
+        ConfigError: naming the key, its value, and the recipe's key and value where the two disagree.
+    """
+    config = read(section)
+    check_keys(config)
+    rows = micro_batch * world
+    if global_batch % rows:
+        raise ConfigError(
+            f"train.global_batch: {global_batch} is not a multiple of train.micro_batch × ranks = {micro_batch} "
+            f"× {world} = {rows}; choose a multiple, or another micro_batch"
+        )
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"train.precision: {precision!r} is not known; known: fp32, bf16 (no fp16)")
+
+    for key in ("zero_optimization", "bf16", "fp16", "data_types", "checkpoint", "timers"):
+        config.setdefault(key, {})
+    _agree(config, "train_batch_size", global_batch, "train.global_batch", global_batch)
+    _agree(config, "train_micro_batch_size_per_gpu", micro_batch, "train.micro_batch", micro_batch)
+    steps = global_batch // rows
+    reason = f"train.global_batch / (train.micro_batch × {world} ranks)"
+    _agree(config, "gradient_accumulation_steps", steps, reason, steps)
+    _agree(config, "gradient_clipping", float(clip), "train.clip", clip)
+    _agree(config, "bf16.enabled", precision == "bf16", "train.precision", precision)
+    if config["fp16"].get("enabled") == "auto":
+        config["fp16"]["enabled"] = False
+    if config["fp16"].get("enabled"):
+        raise ConfigError(
+            f"{ROOT}.fp16.enabled: true is not supported (its loss scale would skip good steps); remove it and "
+            "set train.precision: bf16"
+        )
+    zero = config["zero_optimization"]
+    _fill_zero(zero, d_model)
+    _check_zero(zero, precision)
+    _check_sound(config)
+    if optimizer.type == "muon":
+        _check_muon(config, precision)
+
+    config["data_types"].setdefault("grad_accum_dtype", "fp32")
+    config["checkpoint"].setdefault("tag_validation", "Fail")
+    # DeepSpeed's throughput timer would synchronize the device at every step.
+    config["timers"].setdefault("throughput", {"enabled": False})
+    config.setdefault("steps_per_print", None)
+    config["zero_optimization"].setdefault("stage", 0)
+    if optimizer.type == "adamw":
+        offloaded = _offloads(zero, "offload_optimizer")
+        # DeepSpeed's own Adams are compiled at the first start (1 to 2 minutes, and nvcc on a GPU); only the
+        # one for offloading is worth that.
+        params = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps,
+                  "weight_decay": optimizer.weight_decay, "torch_adam": not offloaded}
+        config["optimizer"] = {"type": "AdamW", "params": params}
+    return config
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return result
+
+
+def _check_level(section: Mapping[str, Any], path: str, known: list[str], problems: list[str]) -> None:
+    for key, value in section.items():
+        inner = f"{path}.{key}" if path else str(key)
+        if inner in REFUSED:
+            problems.append(f"{ROOT}.{inner}: not allowed here: {REFUSED[inner]}")
+        elif key not in known:
+            words = ", ".join(sorted(known))
+            problems.append(f"{ROOT}.{inner}: unknown key; known: {words}{suggestion(str(key), known)}")
+        elif inner in SECTIONS:
+            if isinstance(value, Mapping):
+                _check_level(value, inner, list(SECTIONS[inner]), problems)
+            elif value is not None or inner.count(".") == 0:
+                problems.append(f"{ROOT}.{inner}: {value!r} is not a mapping; write it as `key: value` lines")
+
+
+def _agree(config: dict[str, Any], key: str, value: Any, theirs: str, shown: Any) -> None:
+    """Fill `key` where silent or "auto"; else it must equal what the recipe says."""
+    *parents, last = key.split(".")
+    place = config
+    for parent in parents:
+        place = place[parent]
+    written = place.get(last, "auto")
+    if written == "auto":
+        place[last] = value
+    elif written != value:
+        raise ConfigError(
+            f"{ROOT}.{key}: {written!r} contradicts {theirs}: {shown!r}; make them equal, or write "
+            f"{ROOT}.{key}: auto"
+        )
+
+
+def _fill_zero(zero: dict[str, Any], d_model: int | None) -> None:
+    """Replace "auto" by the sizes that Hugging Face's integration made customary."""
+    zero.setdefault("stage", 0)
+    known = d_model or 0
+    sizes = {
+        "reduce_bucket_size": known * known,
+        "stage3_prefetch_bucket_size": int(0.9 * known * known),
+        "stage3_param_persistence_threshold": 10 * known,
+    }
+    for key, value in list(zero.items()):
+        if value != "auto":
+            continue
+        if key not in sizes or d_model is None:
+            raise ConfigError(f"{ROOT}.zero_optimization.{key}: 'auto' has no meaning here; write the value")
+        zero[key] = max(value if isinstance(value, int) else 0, sizes[key])
+
+
+def _offloads(zero: Mapping[str, Any], what: str) -> bool:
+    return (zero.get(what) or {}).get("device", "none") != "none"
+
+
+def _check_zero(zero: Mapping[str, Any], precision: str) -> None:
+    stage = zero["stage"]
+    key = f"{ROOT}.zero_optimization"
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{key}.stage: {stage!r} must be 0, 1, 2 or 3")
+    if stage == 0 and precision == "bf16":
+        raise ConfigError(
+            f"{key}.stage: 0 does not go with train.precision: 'bf16' (without ZeRO DeepSpeed keeps neither fp32 "
+            "master weights nor fp32 gradients); use stage 1, or fp32"
+        )
+    for what, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        if _offloads(zero, what) and stage not in stages:
+            raise ConfigError(
+                f"{key}.{what}.device: {zero[what]['device']!r} needs stage {' or '.join(map(str, stages))}, "
+                f"and stage is {stage}; change the stage, or remove {what}"
+            )
+    if zero.get("compute_grad_norm") is False:
+        raise ConfigError(f"{key}.compute_grad_norm: false would let non-finite gradients pass; remove it")
+
+
+def _check_sound(config: Mapping[str, Any]) -> None:
+    if config["bf16"].get("check_grad_overflow") is False:
+        raise ConfigError(
+            f"{ROOT}.bf16.check_grad_overflow: false would let non-finite gradients pass; remove it"
+        )
+    if config["bf16"].get("immediate_grad_update") is True:
+        raise ConfigError(f"{ROOT}.bf16.immediate_grad_update: true is not supported; remove it")
+    accumulation = config["data_types"].get("grad_accum_dtype", "fp32")
+    allowed = ("fp32", "bf16") if config["bf16"]["enabled"] else ("fp32",)
+    if accumulation not in allowed:
+        raise ConfigError(f"{ROOT}.data_types.grad_accum_dtype: {accumulation!r} must be {' or '.join(allowed)}")
+
+
+def _check_muon(config: Mapping[str, Any], precision: str) -> None:
+    """Only where DeepSpeed clips the gradient *before* Muon orthogonalizes it, and a skip leaves no trace."""
+    stage = config["zero_optimization"]["stage"]
+    if _offloads(config["zero_optimization"], "offload_optimizer"):
+        raise ConfigError("optimizer.type: 'muon' does not go with offload_optimizer; remove one of them")
+    if config["data_types"].get("grad_accum_dtype", "fp32") != "fp32":
+        raise ConfigError(f"optimizer.type: 'muon' needs {ROOT}.data_types.grad_accum_dtype: 'fp32'")
+    if (stage, precision) not in ((0, "fp32"), (1, "bf16")):
+        raise ConfigError(
+            f"optimizer.type: 'muon' does not go with {ROOT}.zero_optimization.stage: {stage} and "
+            f"train.precision: {precision!r}; there DeepSpeed 0.19.8 clips and measures the orthogonalized update "
+            "instead of the gradient. Use stage 0 with fp32 or stage 1 with bf16, or type: adamw"
+        )

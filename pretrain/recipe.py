@@ -1,0 +1,274 @@
+"""Recipes: YAML in, overrides on top, everything validated and cross-checked, the resolved copy out.
+
+Nothing here starts a process or touches data, so every mistake is found before anything is launched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+import zoo
+import zoo.kernels
+from pretrain.data import DataConfig, vocabulary
+from pretrain.optim import OptimizerConfig, ScheduleConfig
+from zoo.config import Config, ConfigError, dotted
+from zoo.model import ModelConfig
+from zoo.objectives.autoregressive import Autoregressive
+from zoo.registry import ObjectiveSlot
+
+RESUMABLE = re.compile(r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps)|(evaluate|kernels)(\..*)?")
+"""Keys that may change when a run is resumed."""
+
+
+class TrainConfig(Config):
+    """The `train:` section. A row is one packed sequence."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    global_batch: int = Field(gt=0)
+    """Rows a step, over all ranks."""
+    micro_batch: int = Field(gt=0)
+    """Rows a forward pass on one rank; global_batch / (micro_batch · ranks) passes are accumulated."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more compute, the same results."""
+    log_every: int = Field(10, gt=0)
+    evaluate_every: int = Field(0, ge=0)
+    """0: only at the end."""
+    checkpoint_every: int = Field(0, ge=0)
+    """0: only at the end, and when the run is told to stop."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """Newest checkpoints kept; the best by validation loss is kept besides."""
+    max_bad_steps: int = Field(10, gt=0)
+    """Steps in a row with a non-finite loss or gradient, all skipped, that end the run."""
+
+
+class EvaluateConfig(Config):
+    """The `evaluate:` section."""
+
+    rows: int = Field(64, gt=0)
+    """Rows of the validation split, from its beginning; fewer if it has fewer."""
+
+
+class Recipe(Config):
+    """A whole recipe; the sections stand for themselves."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str | None = None
+    """Default: runs/<name>."""
+    imports: list[str] = Field(default_factory=list)
+    """Modules to import first; they register blocks of one's own."""
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    objective: ObjectiveSlot = Field(default_factory=Autoregressive.Config)
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    kernels: dict[str, str] = Field(default_factory=dict)
+    deepspeed: dict[str, Any] | str = Field(default_factory=dict)
+    """DeepSpeed's own config, or the path of a JSON file with it; see `pretrain.deepspeed_config`."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    def dump(self) -> dict[str, Any]:
+        """As plain YAML data, defaults written out; parses to an equal recipe."""
+        return self.model_dump(mode="json")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override, validate and cross-check a recipe.
+
+    Args:
+        path: of the YAML file. Its `extends: other.yaml` (relative to it) takes that recipe first and lays this one's
+            keys over it; lists are replaced whole.
+        overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
+    Raises:
+        ConfigError: naming the dotted key or the file, the value, the rule and the way out.
+    """
+    data = _read(Path(path), ())
+    for text in overrides:
+        _override(data, text)
+    return resolve(data)
+
+
+def resolve(data: Mapping[str, Any]) -> Recipe:
+    """Validate and cross-check a recipe given as a mapping.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    for module in data.get("imports") or []:
+        _import(module)
+    recipe = Recipe.parse(data)
+    words = vocabulary(recipe.data)
+    if tuple(recipe.model.modalities) != words.modalities:
+        raise ConfigError(
+            f"model.modalities: {recipe.model.modalities} but data has tokenizers for {list(words.modalities)}, in that "
+            "order; make them agree"
+        )
+    size = recipe.model.vocab_size
+    if size is None:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": words.size})})
+    elif size < words.size:
+        raise ConfigError(f"model.vocab_size: {size} is less than the {words.size} ids of data's tokenizers; remove the key")
+    recipe.model.check()
+    recipe.objective.check(recipe.model.place(recipe.kernels), "objective")
+    zoo.kernels.check(recipe.kernels)
+    if recipe.train.global_batch % recipe.train.micro_batch:
+        raise ConfigError(
+            f"train.micro_batch: {recipe.train.micro_batch} does not divide train.global_batch {recipe.train.global_batch}"
+        )
+    return recipe
+
+
+def launch_config(recipe: Recipe, world: int) -> dict[str, Any]:
+    """The dictionary DeepSpeed gets for `world` ranks.
+
+    Raises:
+        ConfigError: the `deepspeed` section has an unknown key or contradicts the recipe.
+    """
+    from pretrain import deepspeed_config
+
+    train = recipe.train
+    return deepspeed_config.effective(
+        recipe.deepspeed, world=world, precision=train.precision, global_batch=train.global_batch,
+        micro_batch=train.micro_batch, clip=train.clip, optimizer=recipe.optimizer, d_model=recipe.model.d_model,
+    )  # fmt: skip
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each key that differs and may not change when a run is resumed."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    lines = []
+    for key in sorted(flat_old.keys() | flat_new.keys()):
+        before, after = flat_old.get(key, "(absent)"), flat_new.get(key, "(absent)")
+        if before != after and not RESUMABLE.fullmatch(key) and key != "run_dir":
+            lines.append(f"{key}: {before!r} there, {after!r} here")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML 1.1, except that 1e-4 is a number and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file; a recipe is YAML") from None
+    try:
+        data = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        hint = "; recipes are plain data, tags that run code are refused" if "!!python" in text else "; correct the file"
+        raise ConfigError(f"{path}:{where} {problem}{hint}") from None
+    if data is None:
+        raise ConfigError(f"{path}: is empty; a recipe needs at least model, data, optimizer and train")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}, not a mapping of keys; a recipe is `key: value` lines")
+    return data
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path in chain:
+        raise ConfigError(f"{path}: extends itself through {', '.join(map(str, chain))}")
+    data = _parse(path)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends: {parent!r} is not the name of a recipe file")
+    return _merge(_read(path.parent / parent, (*chain, path)), data)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`. A mapping with a `type` of its own replaces the whole block."""
+    merged = dict(base)
+    for key, value in over.items():
+        inherits = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        if inherits and value.get("type", merged[key].get("type")) == merged[key].get("type"):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
+    if not equals or not parts:
+        raise ConfigError(f"{text!r}: an override is key.sub=value")
+    try:
+        parsed = yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {value!r} is not valid YAML; quote it") from None
+    node: Any = data
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"{key}: {part!r} is no entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0")
+            position: Any = int(part)
+        elif isinstance(node, dict):
+            position = part
+            if not last and not isinstance(node.get(part), dict | list):
+                node[part] = {}
+        else:
+            raise ConfigError(f"{key}: {'.'.join(parts[:depth])} is a single value and has no key {part!r}")
+        if last:
+            node[position] = parsed
+        else:
+            node = node[position]
+
+
+def _import(module: str) -> None:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"imports: {module!r} cannot be imported ({error}); it is looked for from the current folder") from None
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, item in value.items() for k, v in _flatten(item, dotted(path, [str(key)])).items()}
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return {k: v for i, item in enumerate(value) for k, v in _flatten(item, dotted(path, [i])).items()}
+    return {path: value}

@@ -1,0 +1,99 @@
+"""The run folder: who owns it, which recipe it belongs to, and the trained model it leaves behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import zoo
+from pretrain import recipe as recipes
+from pretrain.recipe import Recipe
+from zoo.config import UserError
+from zoo.model import Model
+
+RECIPE, WEIGHTS = "recipe.yaml", "model.safetensors"
+
+
+def claim(folder: Path) -> TextIO:
+    """Take the folder for this run; the lock lives as long as the returned file (and this process) does.
+
+    Raises:
+        UserError: a live run has it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run_dir: {str(folder)!r} cannot be written ({error.strerror}); choose another") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"run_dir: {str(folder)!r} is in use by a live run; wait for it, stop it, or give this one another run_dir"
+        ) from None
+    return file
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """The folder is new, or belongs to this recipe.
+
+    Raises:
+        UserError: it belongs to another; every difference is named.
+    """
+    path = folder / RECIPE
+    if not path.exists():
+        return
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another run_dir") from None
+    lines = recipes.differences(old or {}, recipe.dump())
+    if lines:
+        raise UserError(
+            f"run_dir: {str(folder)!r} belongs to another recipe; choose another run_dir or name, or remove the folder. "
+            "Different are\n  " + "\n  ".join(lines)
+        )
+
+
+def write_recipe(folder: Path, recipe: Recipe, effective: dict[str, Any]) -> None:
+    """The resolved recipe, and beside it the dictionary DeepSpeed got; atomic."""
+    _replace(folder / "deepspeed.json", json.dumps(effective, indent=1) + "\n")
+    _replace(folder / RECIPE, yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
+
+
+def save_model(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Whole fp32 weights as safetensors; atomic."""
+    path = folder / WEIGHTS
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def load_model(folder: Path, device: str = "cpu") -> tuple[Model, Recipe]:
+    """The trained model of a run, in evaluation mode, and its recipe.
+
+    Raises:
+        UserError: no such run, or it has not finished yet.
+    """
+    folder = Path(folder)
+    for name, hint in ((RECIPE, "give the folder of a run"), (WEIGHTS, "it is written when the run ends or is told to stop")):
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name}: does not exist; {hint}")
+    recipe = recipes.load(folder / RECIPE)
+    model = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.to(device).eval(), recipe
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,283 @@
+"""Pretraining: the entry point and the loop.
+
+    deepspeed --num_accelerators N --module pretrain.train RECIPE.yaml [key.sub=value ...]
+    python -m pretrain.train RECIPE.yaml [key.sub=value ...]
+
+The same command resumes. TERM or USR1 on any rank ends the run after the step in hand, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import zoo
+from pretrain import metrics, recipe as recipes, run_folder
+from pretrain.checkpoint import CheckpointStore
+from pretrain.data import Batch, Data, micro_batches, open_data
+from pretrain.engine import Engine, choose_device, prepare_environment, rank_and_world, stop_processes
+from pretrain.evaluate import evaluate, validation_loss
+from pretrain.optim import AUXILIARY_SCALE, learning_rate_factor
+from pretrain.recipe import Recipe
+from zoo.config import UserError
+from zoo.context import Trace
+from zoo.flops import TRAINING_FACTOR
+from zoo.routers import rates
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="pretrain.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    options = parser.parse_args(arguments)
+    rank, world = rank_and_world()
+    try:
+        recipe = recipes.load(options.recipe, options.overrides)
+        device = choose_device(recipe.train.device)
+        config = recipes.launch_config(recipe, world)
+        run_folder.check_recipe(recipe.folder, recipe)
+        lock = run_folder.claim(recipe.folder) if rank == 0 else None
+        data = open_data(recipe.data, recipe.seed, log=print if rank == 0 else _silent)
+        prepare_environment(device)
+        Run(recipe, data, config, device).train()
+        del lock
+        return 0
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        stop_processes()
+
+
+class Run:
+    """One training run: engine, data position, checkpoints, reports."""
+
+    def __init__(self, recipe: Recipe, data: Data, config: dict[str, Any], device: str) -> None:
+        self.recipe, self.data = recipe, data
+        self.engine = Engine(
+            build_model=lambda: zoo.build(
+                "model",
+                recipe.model,
+                kernels=recipe.kernels,
+                activation_checkpointing=recipe.train.activation_checkpointing,
+                seed=None,
+            ),
+            initialise_model=zoo.initialise,
+            config=config,
+            optimizer=recipe.optimizer,
+            seed=recipe.seed,
+            device=device,
+        )
+        self.first = self.engine.rank == 0
+        self.model: zoo.Model = self.engine.module.module
+        self.objective = zoo.build("objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.model.modalities)
+        self.cost = self.model.cost(recipe.data.sequence_length)
+        self.told_to_stop = False
+        self.store = CheckpointStore(recipe.folder / "checkpoints", recipe.train.keep_checkpoints, log=self.say)
+        self.store.clean(self.engine)
+        fresh = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "bad_steps": 0, "bad_in_a_row": 0, "data": data.fingerprint}
+        self.state: dict[str, Any] = self.store.load_newest(self.engine) or fresh
+        if self.state["data"] != data.fingerprint:
+            raise UserError(
+                f"data.path: {recipe.data.path!r} no longer holds the data that {str(recipe.folder)!r} was trained on; "
+                "restore it, or choose another run_dir"
+            )
+        resumed_at = self.state["step"] or None
+        self.metrics = metrics.Metrics(recipe.folder, resumed_at) if self.first else None
+        if self.first:
+            run_folder.write_recipe(recipe.folder, recipe, config)
+        for choice in zoo.kernels.check(recipe.kernels):
+            self.say(f"kernels: {choice.operation} runs on {choice.backend}: {choice.reason}")
+        if resumed_at:
+            self.say(f"resuming {recipe.folder} at step {resumed_at} of {recipe.train.steps}")
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
+    def train(self) -> None:
+        """Run to the last step, or until told to stop; leave a checkpoint, the whole weights and the metrics."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note_signal)
+        recipe, state = self.recipe, self.state
+        progress = metrics.Progress(recipe.train.steps, state["step"])
+        saved_at = state["step"] if state["step"] else -1
+        values: dict[str, float] | None = None
+        self.engine.train()
+        while state["step"] < recipe.train.steps:
+            step, began = state["step"], time.monotonic()
+            batches = self._batches(step)
+            counts, tokens, stop = self._agree(batches)
+            if stop:
+                self.say(f"told to stop: leaving after step {step}, the same command goes on from there")
+                break
+            report = self._step(step, batches, counts, tokens)
+            progress.add(sum(tokens))
+            state["step"] = step = step + 1
+            state["seconds"] += time.monotonic() - began
+            last = step == recipe.train.steps
+            if report is not None or last:
+                self._log(step, report, progress)
+            values = None
+            if last or _due(step, recipe.train.evaluate_every):
+                values = self._evaluate(step)
+            if last or _due(step, recipe.train.checkpoint_every):
+                self._save(values)
+                saved_at = step
+        if saved_at != state["step"]:
+            self._save(values)
+        weights = self.engine.full_state_dict()
+        if self.first:
+            run_folder.save_model(recipe.folder, weights)
+        if self.metrics:
+            self.metrics.close()
+
+    # ------------------------------------------------------------------------------------------------------ one step
+
+    def _batches(self, step: int) -> list[Batch]:
+        train = self.recipe.train
+        batches = micro_batches(
+            self.data.train, step * train.global_batch, train.global_batch, train.micro_batch,
+            self.engine.rank, self.engine.world, step, self.recipe.seed,
+        )  # fmt: skip
+        return batches
+
+    def _agree(self, batches: list[Batch]) -> tuple[dict[str, int], list[int], bool]:
+        """Over the whole step and all ranks: target tokens and tokens of each modality, and whether anybody was told to
+        stop. Losses are normalised by these, so it does not matter which rank or micro-batch holds which token."""
+        names = self.model.modalities
+        counts = [self.objective.counts(batch.context) for batch in batches]
+        local = [sum(c[name] for c in counts) for name in names]
+        local += [sum(batch.context.totals[m] for batch in batches) for m in range(len(names))]
+        vector = torch.tensor([*local, int(self.told_to_stop)], dtype=torch.int64, device=self.engine.device)
+        *totals, stop = self.engine.all_reduce_sum(vector).tolist()
+        return dict(zip(names, totals[: len(names)], strict=True)), totals[len(names) :], stop > 0
+
+    def _step(self, step: int, batches: list[Batch], counts: dict[str, int], tokens: list[int]) -> dict[str, float] | None:
+        """Forward, backward, update. Returns what to log, None where this is no log step."""
+        recipe, engine, state = self.recipe, self.engine, self.state
+        logging = _due(step + 1, recipe.train.log_every)
+        sums: dict[str, torch.Tensor] = {}
+        for i, batch in enumerate(batches):
+            trace = Trace()
+            batch = Batch(batch.tokens, batch.context.replace(trace=trace)).to(engine.device)
+            parts = {name: total for name, (total, _) in self.objective(engine.module, batch).items()}
+            main = self.objective.combine(parts, counts)
+            loss = main
+            if trace.losses:
+                auxiliary = sum(total for total, _ in trace.losses.values()) / max(sum(tokens), 1)
+                loss = main + AUXILIARY_SCALE * auxiliary
+                parts["auxiliary"] = auxiliary
+            engine.backward(loss * engine.world, last=i == len(batches) - 1)
+            if logging:
+                _add(sums, {**parts, "loss": main})
+                _add(sums, _router_sums(trace))
+        factor = learning_rate_factor(recipe.schedule, step, recipe.train.steps)
+        result = engine.step(factor)
+        state["tokens"] += sum(tokens)
+        state["flops"] += TRAINING_FACTOR * sum(
+            n * sum(part[m] for part in (self.cost.flops, self.cost.router, self.cost.auxiliary)) for m, n in enumerate(tokens)
+        )
+        self._count_bad(step, result.applied)
+        if not logging:
+            return None
+        names = sorted(sums)
+        reduced = engine.all_reduce_sum(torch.stack([sums[name].detach().double().to(engine.device) for name in names]))
+        totals = dict(zip(names, reduced.tolist(), strict=True))
+        return self._report(totals, counts, factor * recipe.optimizer.lr, result.grad_norm)
+
+    def _report(self, totals: dict[str, float], counts: dict[str, int], lr: float, grad_norm: float) -> dict[str, float]:
+        values = {"tokens": self.state["tokens"], "flops": self.state["flops"], "loss": totals["loss"]}
+        values |= {f"loss/{name}": totals[name] / n for name, n in counts.items() if n}
+        if "z_loss" in totals:
+            values["loss/z"] = totals["z_loss"] / max(sum(counts.values()), 1)
+        if "auxiliary" in totals:
+            values["auxiliary/loss"] = totals["auxiliary"]
+            router = {key.removeprefix("router|"): value for key, value in totals.items() if key.startswith("router|")}
+            values |= {f"auxiliary/{key}": value for key, value in rates(router).items()}
+        values |= {"lr": lr, "grad_norm": grad_norm, "bad_steps": self.state["bad_steps"]}
+        return values | {"seconds": self.state["seconds"]}
+
+    def _count_bad(self, step: int, applied: bool) -> None:
+        state, limit = self.state, self.recipe.train.max_bad_steps
+        state["bad_in_a_row"] = 0 if applied else state["bad_in_a_row"] + 1
+        state["bad_steps"] += not applied
+        if not applied:
+            self.say(f"step {step + 1}: the loss or gradient is not finite; step skipped ({state['bad_in_a_row']} in a row)")
+        if state["bad_in_a_row"] >= limit:
+            raise UserError(
+                f"train.max_bad_steps: {limit} steps in a row had a non-finite loss or gradient, the last one {step + 1}; "
+                "checkpoints are intact: lower optimizer.lr, set train.clip, or look at the data, and resume"
+            )
+
+    # ---------------------------------------------------------------------------------------------------- now and then
+
+    def _log(self, step: int, report: dict[str, float] | None, progress: metrics.Progress) -> None:
+        if self.metrics is None or report is None:
+            return
+        report["tokens_per_second"] = progress.rate()
+        peak = metrics.peak_flops(self.engine.device, self.engine.world)
+        if peak:
+            per_token = self.state["flops"] / max(self.state["tokens"], 1)
+            report["mfu"] = per_token * report["tokens_per_second"] / peak
+        self.metrics.log(step, report)
+        self.say(progress.line(step, report, self.model.modalities))
+
+    def _evaluate(self, step: int) -> dict[str, float] | None:
+        if self.data.validation is None:
+            return None
+        began = time.monotonic()
+        self.engine.eval()
+        values = evaluate(
+            self.engine.module, self.model, self.objective, self.data.validation, self.recipe.evaluate.rows,
+            self.recipe.train.micro_batch, self.engine.device, self.engine.rank, self.engine.world,
+            self.engine.all_reduce_sum,
+        )  # fmt: skip
+        self.engine.train()
+        if self.metrics:
+            self.metrics.log(step, values)
+        shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items() if "flops" not in key)
+        self.say(f"evaluation after step {step}: {shown}  ({time.monotonic() - began:.1f} s)")
+        return values
+
+    def _save(self, values: dict[str, float] | None) -> None:
+        loss = validation_loss(values) if values else None
+        self.store.save(self.engine, self.state["step"], self.state, loss)
+
+    def _note_signal(self, number: int, frame: object) -> None:
+        self.told_to_stop = True
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _add(sums: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
+    for name, value in more.items():
+        value = value.detach()
+        sums[name] = value if name not in sums else sums[name] + value
+
+
+def _router_sums(trace: Trace) -> dict[str, torch.Tensor]:
+    """Hits and misses of all auxiliary routers together."""
+    sums: dict[str, torch.Tensor] = {}
+    for statistics in trace.statistics.values():
+        if "said" in statistics:
+            _add(sums, {f"router|{key}": value for key, value in statistics.items()})
+    return sums
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Small documents and shards, written on the spot, for the tests of the data path."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+IMAGE = {"type": "patches", "image_size": 8, "patch": 4, "codes": 4, "channels": 1}
+
+
+def png(seed: int, side: int = 8) -> bytes:
+    """A random grey picture."""
+    content = io.BytesIO()
+    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (side, side)).astype(np.uint8)).save(
+        content, "PNG"
+    )
+    return content.getvalue()
+
+
+def sample(key: str, *parts: str | bytes, **members: bytes) -> dict[str, bytes]:
+    """A document: text parts are given as str, image parts as bytes; `members` replace or add files."""
+    files = {f"{number}.png": part for number, part in enumerate(parts) if isinstance(part, bytes)}
+    listed = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "file": f"{number}.png"}
+        for number, part in enumerate(parts)
+    ]
+    return {"__key__": key, "json": json.dumps({"parts": listed}).encode(), **files, **members}
+
+
+def write_shard(path: Path, samples: list[dict]) -> Path:
+    """Write `samples` as they are."""
+    with webdataset.TarWriter(str(path), mtime=0, encoder=False) as shard:
+        for each in samples:
+            shard.write(each)
+    return path

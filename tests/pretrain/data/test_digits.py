@@ -1,0 +1,117 @@
+"""The digits: split, pictures that survive, documents that say what they show, and the tokenizer command."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pretrain.data import DataConfig, open_data
+from tools import make_digits, train_tokenizer
+from tools.make_digits import NAMES, from_grey, load_digits_split, shift, to_grey
+from zoo.tokenizers import BPEConfig, PatchesConfig
+
+
+def read(shard) -> list[dict]:
+    return list(webdataset.WebDataset(str(shard), shardshuffle=False))
+
+
+def test_split_is_stratified_and_complete():
+    images, labels, val_images, val_labels = load_digits_split()
+    assert images.shape == (1500, 8, 8) and val_images.shape == (297, 8, 8) and images.dtype == np.uint8
+    shares = [np.bincount(part, minlength=10) / len(part) for part in (labels, val_labels)]
+    assert np.abs(shares[0] - shares[1]).max() < 0.005
+
+
+def test_grey_is_invertible():
+    assert np.array_equal(from_grey(to_grey(np.arange(17))), np.arange(17))
+
+
+def test_shift_moves_and_fills_with_black():
+    image = np.arange(1, 10, dtype=np.uint8).reshape(3, 3)
+    assert shift(image, 0, 0).tolist() == image.tolist()
+    assert shift(image, 1, 0).tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 6]]
+    assert shift(image, 0, -1).tolist() == [[2, 3, 0], [5, 6, 0], [8, 9, 0]]
+
+
+def test_documents_show_what_they_say(tmp_path):
+    make_digits.write(tmp_path, shifts=2)
+    images, labels, val_images, val_labels = load_digits_split()
+    train, validation = read(tmp_path / "digits-train-000.tar"), read(tmp_path / "digits-val-000.tar")
+    assert len(train) == 9000 and len(validation) == 594
+    originals = {}
+    for item in train + validation:
+        document = json.loads(item["json"])
+        parts = document["parts"] if item["__key__"].endswith("caption") else document["parts"][::-1]
+        assert parts == [{"type": "text", "text": NAMES[document["label"]]}, {"type": "image", "file": "png"}]
+        picture = np.array(Image.open(io.BytesIO(item["png"])))
+        if document["shift"] == [0, 0]:
+            originals.setdefault(document["split"], {})[document["index"]] = (picture, document["label"])
+        else:
+            assert document["split"] == "train"
+            whole = originals["train"][document["index"]][0]
+            assert np.array_equal(picture, shift(whole, *document["shift"]))
+    for split, pictures, names in (("train", images, labels), ("val", val_images, val_labels)):
+        found = [originals[split][index] for index in sorted(originals[split])]
+        assert np.array_equal([picture for picture, _ in found], pictures)
+        assert [label for _, label in found] == names.tolist()
+
+
+def test_writing_is_deterministic_quick_to_repeat_and_careful(digits, tmp_path, capsys):
+    assert make_digits.main([str(tmp_path), "--shifts", "0"]) == 0
+    assert capsys.readouterr().out.endswith("3,000 train documents and 594 val documents written\n")
+    for name in ("digits-train-000.tar", "digits-val-000.tar"):
+        assert (tmp_path / name).read_bytes() == (digits / name).read_bytes()
+    assert make_digits.main([str(tmp_path), "--shifts", "0"]) == 0
+    assert "already there" in capsys.readouterr().out
+    assert make_digits.main([str(tmp_path), "--shifts", "1"]) == 2
+    assert "holds digits made with --shifts 0; give that or another folder" in capsys.readouterr().err
+    assert make_digits.main([str(tmp_path), "--shifts", "9"]) == 2
+    assert "--shifts 9: must be 0 to 8" in capsys.readouterr().err
+
+
+def test_pictures_survive_the_tokenizer(digits):
+    image = {"type": "patches", "image_size": 8, "patch": 2, "codes": 64, "channels": 1}
+    config = DataConfig.parse({"path": str(digits), "image": image, "sequence_length": 64}, "data")
+    data = open_data(config, seed=0, log=lambda line: None)
+    _, _, pictures, labels = load_digits_split()
+    assert np.array_equal(data.image.config.square(pictures[0])[:, :, 0], pictures[0])
+    decoded = np.array([data.image.decode(data.image.encode(picture))[:, :, 0] for picture in pictures])
+    error = np.mean((decoded - pictures.astype(float)) ** 2) / pictures.var()
+    assert error < 0.12
+    # The stream holds the same codes: each validation picture, in the document where it comes first.
+    start, stop = data.vocabulary.range("image")
+    documents = data.validation.documents
+    tokens = documents.read(int(documents.starts[1]), int(documents.lengths[1]))
+    codes = tokens[(tokens >= start) & (tokens < stop)] - start
+    assert np.array_equal(codes, data.image.encode(pictures[0]))
+    assert (
+        data.text.decode(tokens[-1 - len(NAMES[labels[0]]) : -1] - data.vocabulary.range("text")[0])
+        == NAMES[labels[0]]
+    )
+
+
+def test_train_tokenizer_saves_what_the_pipeline_loads(digits, tmp_path, capsys):
+    arguments = ["--path", str(digits), "--vocab-size", "280", "--image-size", "8", "--patch", "2", "--codes", "64",
+                 "--channels", "1", "--out", str(tmp_path)]  # fmt: skip
+    assert train_tokenizer.main(arguments) == 0
+    files = capsys.readouterr().out.splitlines()[-2:]
+    assert files == [str(tmp_path / "text.json"), str(tmp_path / "image.safetensors")]
+    text = BPEConfig(vocab_size=280, path=files[0])
+    image = PatchesConfig(image_size=8, patch=2, codes=64, channels=1, path=files[1])
+    asked = DataConfig(path=str(digits), sequence_length=64, text=text, image=image)
+    trained = asked.model_copy(update={
+        "text": text.model_copy(update={"path": None}), "image": image.model_copy(update={"path": None}),
+    })  # fmt: skip
+    given, own = (open_data(config, seed=0, log=lambda line: None) for config in (asked, trained))
+    assert given.fingerprint == own.fingerprint
+    assert len(given.text.encode("seven")) == 1
+
+
+def test_train_tokenizer_prints_one_line_for_a_mistake(tmp_path, capsys):
+    assert train_tokenizer.main(["--path", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("data.train: no shard in ")
+    with pytest.raises(SystemExit):
+        train_tokenizer.main([])

@@ -1,0 +1,326 @@
+"""From shards to streams: tokens of documents, broken documents, the cache, several processes at once."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pretrain.data import DataConfig, DataError, open_data, vocabulary
+from pretrain.data.cache import HIDDEN
+from tests.pretrain.data.samples import IMAGE, png, sample, write_shard
+from zoo.config import ConfigError, UserError
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def opened(config: DataConfig, **changes):
+    return open_data(config.model_copy(update=changes), seed=0, log=quiet)
+
+
+def document(data, number: int) -> np.ndarray:
+    documents = data.train.documents
+    return documents.read(int(documents.starts[number]), int(documents.lengths[number]))
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+
+
+def test_vocabulary_follows_from_the_config_alone():
+    config = DataConfig.parse(
+        {
+            "path": "nowhere",
+            "sequence_length": 100,
+            "text": {"type": "bpe", "vocab_size": 300},
+            "image": IMAGE,
+        },
+        "data",
+    )
+    assert vocabulary(config).size == 4 + 300 + 4
+    assert DataConfig.parse(config.model_dump(), "data") == config
+    text = DataConfig.parse({"path": "nowhere", "sequence_length": 8}, "data")
+    assert vocabulary(text).modalities == ("text",) and vocabulary(text).size == 2 + 256
+
+
+TOO_SHORT = (
+    r"^data.sequence_length: 7: is too short for one image: 4 codes, .* need 8 tokens; set data.sequence_length to "
+    r"at least 8, or make data.image.patch larger"
+)
+BPEE = r"^data.text.type: 'bpee' is not known; known: bytes, bpe \(did you mean 'bpe'\?\)"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sequence_length": 7}, TOO_SHORT),
+        ({"sequence_length": 0}, r"^data.sequence_length: 0: must be greater than 0"),
+        ({"text": {"type": "bpee"}}, BPEE),
+        (
+            {"text": {"type": "bpe", "vocab_size": 255}},
+            r"^data.text.vocab_size: 255: must be greater than or equal",
+        ),
+        (
+            {"text": {"type": "bpe", "vocabsize": 9}},
+            r"^data.text.vocabsize: unknown key; known: type, vocab_size, path",
+        ),
+        ({"text": "bpe"}, r"^data.text: 'bpe' is no tokenizer; write {type: …}"),
+        (
+            {"image": {"type": "patches", "patch": 5}},
+            r"^data.image.patch: 5: does not divide image_size = 32",
+        ),
+        ({"sequence_lenght": 9}, r"^data.sequence_lenght: unknown key; .*did you mean 'sequence_length'"),
+    ],
+)
+def test_config_errors_name_key_value_and_way_out(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig.parse({"path": "x", "sequence_length": 8, "image": IMAGE} | changes, "data")
+
+
+# ------------------------------------------------------------------------------------------------ tokens of a document
+
+
+def test_tokens_of_a_document(config):
+    data = opened(config)
+    words = data.vocabulary
+    text, image = words.range("text")[0], words.range("image")[0]
+    for number in range(10):
+        picture = np.random.RandomState(number).randint(0, 256, (8, 8)).astype(np.uint8)
+        expected = [
+            words.bos,
+            *(text + np.array(data.text.encode(f"text {number}"))),
+            words.begin("image"), *(image + data.image.encode(picture)), words.end("image"),
+            *(text + np.array(data.text.encode("after"))),
+            words.eos,
+        ]  # fmt: skip
+        assert document(data, number).tolist() == expected
+    assert data.train.documents.keys.tolist() == [f"{n:03d}" for n in range(10)]
+    assert len(data.validation.documents) == 2
+
+
+def test_trained_on_the_training_shards_only(config, folder):
+    first = opened(config)
+    write_shard(folder / "a-val-0.tar", [sample("000", png(99), "something else")])
+    assert opened(config).image.fingerprint == first.image.fingerprint
+    write_shard(folder / "a-train-1.tar", [sample("100", png(98), "something else")])
+    assert opened(config).image.fingerprint != first.image.fingerprint
+
+
+def test_text_alone_and_no_validation(config, folder):
+    write_shard(folder / "b-train-0.tar", [sample("000", "ab"), sample("001", "")])
+    data = opened(config, train="b-train*.tar", validation=None, image=None)
+    assert document(data, 0).tolist() == [0, 2 + ord("a"), 2 + ord("b"), 1]
+    assert document(data, 1).tolist() == [0, 1]
+    assert data.validation is None and data.image is None
+    with pytest.raises(ValueError, match="the data has no validation split"):
+        data.unigram_entropy("validation")
+
+
+def test_fingerprint_follows_content_and_tokenizers(config, folder):
+    first = opened(config)
+    assert opened(config, sequence_length=64).fingerprint == first.fingerprint
+    image = config.image.model_copy(update={"codes": 5})
+    assert opened(config, image=image).fingerprint != first.fingerprint
+    write_shard(folder / "a-train-0.tar", [sample("000", png(0), "x")])
+    assert opened(config).fingerprint != first.fingerprint
+
+
+def test_splits_must_not_share_a_shard(config):
+    with pytest.raises(
+        DataError, match=r"^data.validation: '\*.tar' and data.train: .* both match a-train-0.tar"
+    ):
+        opened(config, validation="*.tar")
+
+
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_missing_shards_name_the_key(config, key):
+    with pytest.raises(
+        DataError, match=rf"^data.{key}: no shard in .* matches 'z\*'; it holds a-train-0.tar, a-val"
+    ):
+        opened(config, **{key: "z*"})
+
+
+def test_missing_tokenizer_file(config):
+    image = config.image.model_copy(update={"path": "nowhere.safetensors"})
+    with pytest.raises(UserError, match="image codebook nowhere.safetensors does not exist"):
+        opened(config, image=image)
+
+
+# -------------------------------------------------------------------------------------------------- broken documents
+
+
+def with_parts(key: str, parts: str, **files: bytes) -> dict[str, bytes]:
+    """A document whose JSON holds `parts` as written."""
+    return {"__key__": key, "json": f'{{"parts": {parts}}}'.encode(), **files}
+
+
+BROKEN = [
+    (with_parts("json", "[{"), "its JSON is not"),
+    ({"__key__": "list", "json": b"[1]"}, "its JSON is not"),
+    (with_parts("empty", "[]"), "no list with an entry"),
+    (with_parts("kind", '[{"type": "video"}]'), "part 0 has type 'video'; known: text, image"),
+    (with_parts("text", '[{"type": "text"}]'), 'text part 0 has no string "text"'),
+    (with_parts("surrogate", r'[{"type": "text", "text": "\ud800"}]'), "no valid Unicode"),
+    (with_parts("nameless", '[{"type": "image"}]'), 'names no "file"'),
+    (with_parts("missing", '[{"type": "image", "file": "7.png"}]'), "missing.7.png is missing"),
+    (sample("picture", b"no picture"), "0.png does not decode"),
+    (sample("half", png(0, side=64)[:2000]), "0.png does not decode"),
+    (
+        with_parts("speech", '[{"type": "audio", "file": "0.wav"}]', **{"0.wav": b"RIFF"}),
+        "it has speech, for which",
+    ),
+    ({"__key__": "bare", "0.png": png(0)}, "its file bare.json is missing"),
+]
+KEYS = [document["__key__"] for document, _ in BROKEN]
+
+
+def test_broken_documents_are_skipped_counted_and_named(config, folder):
+    whole = opened(config)
+    write_shard(folder / "b-train-0.tar", [broken for broken, _ in BROKEN])
+    # The shard joins the training set, so the codebook is fitted anew, on the same pictures.
+    lines = []
+    data = open_data(
+        config.model_copy(update={"max_broken_documents": len(BROKEN)}), seed=0, log=lines.append
+    )
+    assert [(s.shard, s.key) for s in data.skipped] == [("b-train-0.tar", key) for key in KEYS]
+    for skipped, (_, reason) in zip(data.skipped, BROKEN, strict=True):
+        assert reason in skipped.reason
+    assert [document(data, n).size for n in range(10)] == [document(whole, n).size for n in range(10)]
+    assert len(data.train.documents) == 10
+    assert any(line.startswith(f"skipping {len(BROKEN)} broken documents:") for line in lines)
+
+
+def test_too_many_broken_documents_is_one_error_from_the_cache_too(config, folder):
+    write_shard(folder / "b-train-0.tar", [broken for broken, _ in BROKEN])
+    message = (
+        rf"(?s)^data.max_broken_documents: 11: {len(BROKEN)} documents cannot be used; repair them or set it to at "
+        rf"least {len(BROKEN)}:\n  b-train-0.tar: json: its JSON is not.* and {len(BROKEN) - 5} more$"
+    )
+    for _ in range(2):
+        with pytest.raises(DataError, match=message):
+            opened(config, max_broken_documents=len(BROKEN) - 1)
+
+
+def test_nothing_usable(config, folder):
+    write_shard(folder / "a-val-0.tar", [BROKEN[0][0]])
+    with pytest.raises(DataError, match="^data.validation: none of the documents can be used"):
+        opened(config, max_broken_documents=1)
+
+
+def test_damage_is_reported_through_open_data(config, folder):
+    with open(folder / "a-train-0.tar", "r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(DataError, match=r"a-train-0.tar: the shard is truncated, it ends at byte 3000"):
+        opened(config)
+
+
+# ----------------------------------------------------------------------------------------------------------- cache
+
+
+def test_second_opening_reads_the_cache(config, monkeypatch):
+    first = opened(config)
+    for name in ("scan_shard", "tokenize"):
+        monkeypatch.setattr(f"pretrain.data.index.{name}", None)
+    second = opened(config)
+    assert second.fingerprint == first.fingerprint
+    assert np.array_equal(second.train.row(3).tokens, first.train.row(3).tokens)
+
+
+def test_a_changed_shard_is_indexed_again_and_an_unchanged_copy_is_not(config, folder, monkeypatch):
+    first = opened(config)
+    shard = folder / "a-train-0.tar"
+    os.utime(shard, ns=(0, 0))
+    monkeypatch.setattr("pretrain.data.index.tokenize", None)
+    assert opened(config).fingerprint == first.fingerprint  # listed again, same content
+    monkeypatch.undo()
+    write_shard(shard, [sample("new", "x", png(0))])
+    assert opened(config).train.documents.keys.tolist() == ["new"]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".listing.npz"])
+def test_damaged_cache_is_made_again(config, folder, suffix):
+    tokens = opened(config).train.row(1).tokens
+    for file in (folder / HIDDEN).glob(f"*{suffix}"):
+        file.write_bytes(file.read_bytes()[:150])
+    assert np.array_equal(opened(config).train.row(1).tokens, tokens)
+
+
+def test_read_only_folder_caches_under_the_user(config, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    before = sorted(folder.iterdir())
+    (folder / HIDDEN).touch()  # no folder can be made here, not even by root
+    data = opened(config)
+    (folder / HIDDEN).unlink()
+    assert sorted(folder.iterdir()) == before
+    (place,) = (tmp_path / "user" / "pretrain-data").iterdir()
+    assert len(list(place.glob("*.npy"))) == 2
+    assert np.array_equal(data.train.row(0).tokens, opened(config).train.row(0).tokens)
+
+
+def test_cache_can_be_chosen_and_must_be_writable(config, folder, tmp_path):
+    opened(config, cache=str(tmp_path / "chosen"))
+    assert (tmp_path / "chosen").is_dir() and not (folder / HIDDEN).exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        DataError, match="^data.cache: no folder to keep the index in .*; set data.cache to a writable one"
+    ):
+        opened(config, cache=str(tmp_path / "file" / "below"))
+
+
+def test_two_processes_at_once_build_once(digits, tmp_path):
+    command = f"""
+import json
+from pretrain.data import DataConfig, open_data
+lines = []
+config = DataConfig.parse(json.loads({
+        json.dumps(
+            json.dumps(
+                {
+                    "path": str(digits),
+                    "sequence_length": 64,
+                    "image": IMAGE | {"patch": 2, "codes": 64},
+                    "cache": str(tmp_path / "cache"),
+                }
+            )
+        )
+    }), "data")
+data = open_data(config, seed=0, log=lines.append)
+print(json.dumps([data.fingerprint, data.train.row(5).tokens.tolist(), lines]))
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) for _ in range(2)]
+    first, second = (json.loads(process.communicate(timeout=60)[0]) for process in processes)
+    assert all(process.returncode == 0 for process in processes)
+    assert first[:2] == second[:2]
+    assert sum(line.startswith("indexing") for line in first[2] + second[2]) == 1
+    shutil.rmtree(tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------------- entropy
+
+
+@pytest.mark.parametrize("length", [8, 12, 200])
+def test_unigram_entropy_against_a_direct_count(config, length):
+    data = opened(config, sequence_length=length)
+    for split, stream in (("train", data.train), ("validation", data.validation)):
+        counts: dict[int, Counter] = {0: Counter(), 1: Counter()}
+        for number in range(stream.rows_per_epoch):
+            row = stream.row(number)
+            for t in range(1, length):
+                if row.document[t] >= 0 and row.document[t] == row.document[t - 1]:
+                    counts[int(row.modality[t])][int(row.tokens[t])] += 1
+        for number, modality in enumerate(data.vocabulary.modalities):
+            share = np.array(list(counts[number].values())) / counts[number].total()
+            assert data.unigram_entropy(split)[modality] == pytest.approx(
+                -(share * np.log(share)).sum(), abs=1e-12
+            )
+
+
+def test_data_is_immutable(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        opened(config).train = None

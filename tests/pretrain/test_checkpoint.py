@@ -1,0 +1,446 @@
+"""Checkpoints: bit-for-bit resuming, another number of ranks, and every way a save can die."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.checkpoint import MANIFEST, CheckpointError, CheckpointStore
+from tests.pretrain import tiny
+from tests.pretrain.ranks import run_ranks
+from zoo.config import UserError
+
+CASES = [
+    (0, "fp32"),
+    (1, "fp32"),
+    (2, "fp32"),
+    (3, "fp32"),
+    (1, "bf16"),
+    (2, "bf16"),
+    (3, "bf16"),
+    (0, "muon"),
+    (1, "muon"),
+]
+RESIZED = [(0, "fp32"), (1, "fp32"), (3, "fp32")]
+RESIZED_SLOWLY = [(2, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]  # the same code paths, or looser
+
+
+def engine_of(case: tuple[int, str], world: int = 2, **rest: Any) -> Any:
+    stage, kind = case
+    if kind == "muon":
+        rest["optimizer"] = {"type": "muon", "muon_lr": 0.02}
+        kind = "fp32" if stage == 0 else "bf16"
+    return tiny.make_engine(stage, kind, world=world, **rest)
+
+
+def store_of(folder: Path, name: object, **rest: Any) -> CheckpointStore:
+    return CheckpointStore(folder / str(name).replace(" ", ""), keep=rest.pop("keep", 3), **rest)
+
+
+def advance(engine: Any, start: int, stop: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of steps start … stop-1."""
+    results = [tiny.train_step(engine, step) for step in range(start, stop)]
+    return [(loss, result.grad_norm) for result, loss in results]
+
+
+# ---- what the processes run
+# -----------------------------------------------------------------------------------
+
+
+def write_all(folder: Path) -> dict[Any, Any]:
+    """World 2: train 3 steps, save, train 4 more; then saves that fail."""
+    results: dict[Any, Any] = {}
+    for case in CASES:
+        engine, store = engine_of(case), store_of(folder, case)
+        store.clean(engine)
+        assert store.load_newest(engine) is None
+        advance(engine, 0, 3)
+        store.save(engine, 3, {"step": 3, "best": math.inf, "data": {"position": 12}}, validation_loss=2.5)
+        results[case] = (advance(engine, 3, 7), tiny.weights(engine))
+        if case == (2, "fp32"):
+            results["full"] = full_disks(engine, store_of(folder, "full"))
+        engine.destroy()
+    return results
+
+
+def full_disks(engine: Any, store: CheckpointStore) -> dict[str, Any]:
+    """Errors of saves that ran out of space on rank 1, on rank 0, and in the manifest."""
+    import pretrain.checkpoint
+    import pretrain.engine
+
+    store.clean(engine)
+    store.save(engine, 1, {"step": 1})
+    before = {p.name: p.read_bytes() for p in (store.folder / "step-1").rglob("*") if p.is_file()}
+    errors = []
+    torch_save, write = torch.save, pretrain.checkpoint._write
+
+    def failing(rank: int, error: Exception) -> Any:
+        def save(state: Any, file: Any, **rest: Any) -> None:
+            if engine.rank == rank:
+                file.write(b"half")
+                raise error
+            torch_save(state, file, **rest)
+
+        return save
+
+    def failing_write(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for patch in (
+        failing(1, full),
+        failing(0, RuntimeError("PytorchStreamWriter failed writing file")),
+        None,
+    ):
+        pretrain.engine.torch.save = patch or torch_save
+        pretrain.checkpoint._write = write if patch else failing_write
+        try:
+            store.save(engine, 2, {"step": 2})
+        except CheckpointError as error:
+            errors.append(str(error))
+        finally:
+            pretrain.engine.torch.save, pretrain.checkpoint._write = torch_save, write
+    after = {p.name: p.read_bytes() for p in (store.folder / "step-1").rglob("*") if p.is_file()}
+    left = sorted(p.name for p in store.folder.iterdir())
+    engine.barrier()
+    store.save(engine, 2, {"step": 2})
+    return {"errors": errors, "intact": before == after, "left": left, "steps": store.steps()}
+
+
+def die_while_saving(folder: Path, stage: int) -> None:
+    """World 2: a good save, then rank 1 is killed in the middle of writing the next."""
+    engine, store = tiny.make_engine(stage), store_of(folder, f"killed {stage}")
+    advance(engine, 0, 1)
+    store.save(engine, 1, {"step": 1})
+    advance(engine, 1, 2)
+    import pretrain.engine
+
+    torch_save = torch.save
+
+    def killed(state: Any, file: Any, **rest: Any) -> None:
+        if engine.rank == 1:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch_save(state, file, **rest)
+
+    pretrain.engine.torch.save = killed
+    store.save(engine, 2, {"step": 2})
+
+
+def shrink(folder: Path, cases: list[tuple[int, str]]) -> dict[Any, Any]:
+    """World 1: resume what two ranks wrote, train 2 steps, save."""
+    results: dict[Any, Any] = {}
+    for case in cases:
+        engine, store = engine_of(case, world=1), store_of(folder, case)
+        store.clean(engine)
+        state = store.load_newest(engine)
+        groups = [
+            {k: v for k, v in g.items() if k in ("name", "weight_decay", "eps")}
+            for g in engine.module.optimizer.param_groups
+        ]
+        results[case] = (state, groups, advance(engine, 3, 5))
+        grown = store_of(folder, ("grown", *case))
+        grown.clean(engine)
+        grown.save(engine, 5, {"step": 5})
+        engine.destroy()
+    return results
+
+
+def read_all(folder: Path) -> dict[Any, Any]:
+    """World 2 again, new processes: resume bit for bit, after faults, after growing from one rank."""
+    results: dict[Any, Any] = {}
+    for case in CASES:
+        engine, store = engine_of(case), store_of(folder, case)
+        store.clean(engine)
+        state = store.load_newest(engine)
+        results[case] = (state, advance(engine, 3, 7), tiny.weights(engine))
+        engine.destroy()
+    results |= grow(folder, RESIZED)
+    for name in sorted(p.name for p in folder.iterdir() if p.name.startswith(("fault-", "killed"))):
+        said: list[str] = []
+        engine, store = (
+            tiny.make_engine(3 if name.endswith("3") else 2),
+            store_of(folder, name, log=said.append),
+        )
+        store.clean(engine)
+        try:
+            outcome = store.load_newest(engine)["step"]
+            advance(engine, outcome, outcome + 1)
+        except UserError as error:
+            outcome = f"{type(error).__name__}: {error}"
+        results[name] = (outcome, said, sorted(p.name for p in store.folder.iterdir()))
+        engine.destroy()
+    for name, case, build in (("wider", (2, "fp32"), WiderModel), ("stage", (1, "fp32"), tiny.TinyModel)):
+        engine = engine_of(case, build=build)
+        try:
+            store_of(folder, (2, "fp32")).load_newest(engine)
+        except UserError as error:
+            results[name] = str(error)
+        engine.destroy()
+    return results
+
+
+def grow(folder: Path, cases: list[tuple[int, str]]) -> dict[Any, Any]:
+    """World 2: resume what one rank wrote, train 2 steps."""
+    results: dict[Any, Any] = {}
+    for case in cases:
+        engine, store = engine_of(case), store_of(folder, ("grown", *case))
+        results["grown", case] = (store.load_newest(engine), advance(engine, 5, 7))
+        engine.destroy()
+    return results
+
+
+class WiderModel(tiny.TinyModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = torch.nn.Linear(tiny.WIDTH, tiny.WIDTH, bias=False)
+        self.experts = torch.nn.Parameter(torch.empty(4, tiny.WIDTH, tiny.WIDTH))
+
+
+def _optimizer_file(step: Path, rank: int) -> Path:
+    (found,) = (step / "engine").glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return found
+
+
+def lose_file(store: Path) -> None:
+    _optimizer_file(store / "step-2", 1).unlink()
+
+
+def cut_file(store: Path) -> None:
+    path = _optimizer_file(store / "step-2", 1)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_byte(store: Path) -> None:
+    path = _optimizer_file(store / "step-2", 1)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose_latest(store: Path) -> None:
+    (store / "latest").unlink()
+
+
+def empty_latest(store: Path) -> None:
+    (store / "latest").write_text("")
+
+
+def half_manifest(store: Path) -> None:
+    path = store / "step-2" / MANIFEST
+    path.write_text(path.read_text()[:40])
+
+
+def lose_everything(store: Path) -> None:
+    for step in ("step-1", "step-2"):
+        (store / step / MANIFEST).unlink()
+
+
+FAULTS = {
+    lose_file: 1,
+    cut_file: 1,
+    flip_byte: 1,
+    lose_latest: 2,
+    empty_latest: 2,
+    half_manifest: 1,
+    lose_everything: "none that every rank can read",
+}
+
+
+# ---- the story: two ranks, a crash, one rank, two ranks
+# -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("checkpoint")
+    stores, module = root / "stores", "tests.pretrain.test_checkpoint"
+    written = run_ranks(f"{module}:write_all", 2, root / "write", folder=stores)
+    with pytest.raises(AssertionError, match="exit codes"):
+        run_ranks(f"{module}:die_while_saving", 2, root / "die", folder=stores, stage=2)
+    killed = sorted(p.name for p in (stores / "killed2").iterdir())
+    for fault in FAULTS:
+        shutil.copytree(stores / "full", stores / f"fault-{fault.__name__}")
+        fault(stores / f"fault-{fault.__name__}")
+    shrunk = run_ranks(f"{module}:shrink", 1, root / "shrink", folder=stores, cases=RESIZED)
+    read = run_ranks(f"{module}:read_all", 2, root / "read", folder=stores)
+    return {"written": written, "killed": killed, "shrunk": shrunk, "read": read, "stores": stores}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumes_bit_for_bit(story: dict[str, Any], case: Any) -> None:
+    for rank in (0, 1):
+        results, weights = story["written"][rank][case]
+        state, resumed, resumed_weights = story["read"][rank][case]
+        assert state == {"step": 3, "best": math.inf, "data": {"position": 12}}
+        assert resumed == results
+        assert weights.keys() == resumed_weights.keys()
+        assert all(torch.equal(weights[k], resumed_weights[k]) for k in weights)
+
+
+@pytest.mark.parametrize("case", RESIZED)
+def test_another_number_of_ranks(story: dict[str, Any], case: Any) -> None:
+    compare_resized(case, story["written"][0], story["shrunk"][0], story["read"][0])
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_at_the_other_stages(story: dict[str, Any], tmp_path: Path) -> None:
+    module, arguments = "tests.pretrain.test_checkpoint", {"folder": story["stores"], "cases": RESIZED_SLOWLY}
+    shrunk = run_ranks(f"{module}:shrink", 1, tmp_path / "shrink", **arguments)
+    grown = run_ranks(f"{module}:grow", 2, tmp_path / "grow", **arguments)
+    for case in RESIZED_SLOWLY:
+        compare_resized(case, story["written"][0], shrunk[0], grown[0])
+
+
+def compare_resized(case: tuple[int, str], written: Any, shrunk: Any, grown: Any) -> None:
+    """Losses of 2 → 1 → 2 ranks against those of two ranks throughout."""
+    tolerance = 1e-6 if case[1] == "fp32" else 5e-3
+    expected = [loss for loss, _ in written[case][0]]
+    state, groups, losses = shrunk[case]
+    assert state["step"] == 3
+    assert {g["name"]: g["weight_decay"] for g in groups} == {"decay": 0.1, "no_decay": 0.0, "auxiliary": 0.0}
+    assert {g["name"]: g["eps"] for g in groups}["auxiliary"] == 1e-8 * 2.0**-16
+    assert [loss for loss, _ in losses] == pytest.approx(expected[:2], rel=tolerance)
+    state, losses = grown["grown", case]
+    assert state == {"step": 5}
+    assert [loss for loss, _ in losses] == pytest.approx(expected[2:], rel=tolerance)
+
+
+def test_full_disk(story: dict[str, Any]) -> None:
+    for rank in (0, 1):
+        full = story["written"][rank]["full"]
+        assert len(full["errors"]) == 3, "every rank must raise"
+        assert "rank 1" in full["errors"][0] and "No space left" in full["errors"][0]
+        assert "rank 0" in full["errors"][1] and "PytorchStreamWriter" in full["errors"][1]
+        assert "earlier checkpoints are intact" in full["errors"][2]
+        assert full["intact"]
+        assert full["left"] == ["latest", "step-1"]
+        assert full["steps"] == [1, 2]
+
+
+def test_killed_while_saving(story: dict[str, Any]) -> None:
+    assert story["killed"] == ["latest", "step-1", "step-2.tmp"]
+    for rank in (0, 1):
+        outcome, _, left = story["read"][rank]["killed2"]
+        assert outcome == 1
+        assert left == ["latest", "step-1"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damage_steps_all_ranks_back(story: dict[str, Any], fault: Any) -> None:
+    for rank in (0, 1):
+        outcome, said, _ = story["read"][rank][f"fault-{fault.__name__}"]
+        if isinstance(FAULTS[fault], int):
+            assert outcome == FAULTS[fault]
+        else:
+            assert FAULTS[fault] in outcome
+    if fault is flip_byte:
+        said = story["read"][0]["fault-flip_byte"][1]
+        assert len(said) == 1 and "checksum" in said[0]
+
+
+def test_another_model_or_stage_is_named(story: dict[str, Any]) -> None:
+    for rank in (0, 1):
+        message = story["read"][rank]["wider"]
+        assert "only in the checkpoint: mixer.bias [8]" in message
+        assert "experts: [2, 8, 8] in the checkpoint, [4, 8, 8] in this run" in message
+        assert "has stage 2, this run 1" in story["read"][rank]["stage"]
+
+
+def test_nothing_but_tensors_needs_unpickling(story: dict[str, Any]) -> None:
+    folder = story["stores"] / "full" / "step-2"
+    assert json.loads((folder / "trainer.json").read_text()) == {"step": 2}
+    assert {p.suffix for p in folder.iterdir() if p.is_file()} == {".json"}
+
+
+# ---- the store alone
+# ------------------------------------------------------------------------------------------
+
+
+class OneRank:
+    """What the store asks of an engine, on one rank, with one byte of weights."""
+
+    rank, world, stage, precision, optimizer_type = 0, 1, 2, "fp32", "adamw"
+    content = b"x"
+
+    def save(self, folder: Path) -> tuple[dict[str, int], list[str]]:
+        (folder / "engine").mkdir()
+        (folder / "engine" / "states.pt").write_bytes(self.content)
+        return {"engine/states.pt": zlib.crc32(self.content)}, []
+
+    def load(self, folder: Path, universal: bool = False) -> None:
+        self.loaded = (folder / "engine" / "states.pt").read_bytes()
+
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        return {"w": [1]}
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store = CheckpointStore(tmp_path, keep=2)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, math.nan), (6, 1.0)):
+        store.save(engine, step, {}, validation_loss=loss)
+    assert store.steps() == [2, 5, 6]
+    assert (tmp_path / "best").read_text() == "step-2\n"
+    assert (tmp_path / "latest").read_text() == "step-6\n"
+
+
+def test_saving_a_step_again_replaces_it_whole(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(engine, 1, {"n": 1})
+    engine.content = b"yy"
+    store.save(engine, 1, {"n": 2})
+    assert store.load_newest(engine) == {"n": 2}
+    assert engine.loaded == b"yy"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-1"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_dying_inside_a_replacement_loses_nothing(tmp_path: Path, moment: str) -> None:
+    engine: Any = OneRank()
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(engine, 1, {"n": 1})
+    shutil.copytree(tmp_path / "step-1", tmp_path / "step-1.old")
+    if moment == "before":
+        os.replace(tmp_path / "step-1", tmp_path / "step-1.tmp")
+    store.clean(engine)
+    assert store.load_newest(engine) == {"n": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-1"]
+
+
+def test_a_future_gone_back_from_is_dropped(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store = CheckpointStore(tmp_path, keep=3, log=lambda line: None)
+    for step in (1, 2, 3):
+        store.save(engine, step, {"n": step})
+    (tmp_path / "step-3" / "engine" / "states.pt").write_bytes(b"z")
+    assert store.load_newest(engine) == {"n": 2}
+    store.save(engine, 3, {"n": 33})
+    assert store.load_newest(engine) == {"n": 33}
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        CheckpointStore(tmp_path / "file" / "checkpoints", keep=1).clean(OneRank())  # type: ignore[arg-type]

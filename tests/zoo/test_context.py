@@ -1,0 +1,137 @@
+"""TokenContext against brute force over random rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.zoo.helpers import stream
+from zoo import TokenContext, Trace
+
+MODALITIES = ("text", "image", "speech")
+
+
+@st.composite
+def batches(draw) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of (modality, document): runs of documents, padding anywhere between them."""
+    rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    modality, document = [], []
+    for _ in range(rows):
+        row_modality, row_document, next_id = [], [], 0
+        while len(row_modality) < length:
+            run, padding = draw(st.integers(1, 6)), draw(st.booleans())
+            row_modality += [-1 if padding else draw(st.integers(0, 2)) for _ in range(run)]
+            row_document += [-1 if padding else next_id] * run
+            next_id += not padding
+        modality.append(row_modality[:length])
+        document.append(row_document[:length])
+    return modality, document
+
+
+def real(modality: list[list[int]]) -> list[tuple[int, int]]:
+    return [(b, t) for b, row in enumerate(modality) for t, m in enumerate(row) if m >= 0]
+
+
+def assert_describes(context: TokenContext, modality: list[list[int]], document: list[list[int]]) -> None:
+    """Everything derived from modality and document, by brute force."""
+    length, places = len(modality[0]), real(modality)
+    flat = [m for row in modality for m in row]
+    assert context.shape == (len(modality), length)
+    assert context.counts == tuple(tuple(row.count(m) for m in range(3)) for row in modality)
+    assert context.row_counts == tuple(sum(m >= 0 for m in row) for row in modality)
+    assert context.totals == tuple(flat.count(m) for m in range(3))
+    assert context.padded == (-1 in flat)
+    assert context.valid.tolist() == [[m >= 0 for m in row] for row in modality]
+    assert context.tokens.tolist() == [b * length + t for b, t in places]
+    assert context.order.tolist() == sorted(range(len(flat)), key=lambda i: flat[i])
+    for m in range(3):
+        assert context.index(m).tolist() == [i for i, value in enumerate(flat) if value == m]
+    for b, row in enumerate(document):
+        expected = [[row[s] == row[t] and s <= t for s in range(length)] for t in range(length)]
+        assert context.mask[b, 0].tolist() == expected
+    if context.single_document:
+        assert all(row == sorted(row, key=lambda d: d < 0) and len({*row} - {-1}) <= 1 for row in document)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches())
+def test_from_modality(batch):
+    modality, document = batch
+    context = TokenContext.from_modality(torch.tensor(modality), torch.tensor(document), modalities=MODALITIES)
+    assert_describes(context, modality, document)
+    starts = {(b, d): row.index(d) for b, row in enumerate(document) for d in {*row} - {-1}}
+    segments = [(b, start, document[b].count(d)) for (b, d), start in starts.items()]
+    assert context.segments == tuple(sorted(segments))
+    for b, t in real(modality):
+        assert context.position[b, t] == t - starts[b, document[b][t]]
+    by_hand = all(len(places) <= 1 and (not places or places[0] == 0) for places in (
+        [start for (row, _), start in starts.items() if row == b] for b in range(len(modality))
+    ))  # fmt: skip
+    assert context.single_document == by_hand
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.data())
+def test_select_keeps_positions_documents_and_keys(batch, data):
+    modality, document = batch
+    context = TokenContext.from_modality(torch.tensor(modality), torch.tensor(document), modalities=MODALITIES, step=3)
+    kept = [[t for t, m in enumerate(row) if m >= 0 and data.draw(st.booleans())] for row in modality]
+    width = max(1, max(map(len, kept)))
+    index = torch.tensor([row + [0] * (width - len(row)) for row in kept])
+    valid = torch.tensor([[i < len(row) for i in range(width)] for row in kept])
+    narrow = context.select(index, valid)
+
+    def take(values: list[list[int]]) -> list[list[int]]:
+        return [[values[b][t] for t in row] + [-1] * (width - len(row)) for b, row in enumerate(kept)]
+
+    assert narrow.modality.tolist() == take(modality)
+    assert_describes(narrow, take(modality), take(document))
+    for b, row in enumerate(kept):
+        assert narrow.position[b, : len(row)].tolist() == context.position[b, row].tolist()
+        assert narrow.key[b, : len(row)].tolist() == context.key[b, row].tolist()
+    assert narrow.step == 3 and narrow.segments is None
+
+
+def test_defaults():
+    context = TokenContext.from_modality(torch.tensor([[0, 1, 0, -1]]))
+    assert context.modalities == ("text", "image")
+    assert context.document.tolist() == [[0, 0, 0, -1]] and context.position[0, :3].tolist() == [0, 1, 2]
+    assert (context.step, context.routing, context.trace) == (0, "topk", None)
+    assert context.single_document and context.segments == ((0, 0, 3),)
+    assert context.key.dtype == torch.int32 and len(context.key.unique()) == 4
+
+
+def test_replace_shares_what_was_derived_and_changes_the_rest():
+    context = stream("tti|t.")
+    other = context.replace(step=5, routing="causal", trace=Trace())
+    assert other.mask is context.mask and other.order is context.order
+    assert (other.step, other.routing) == (5, "causal")
+
+
+@pytest.mark.parametrize(
+    ("modality", "document", "message"),
+    [
+        ([0, 1], None, r"modality: shape \(2,\); it must be \(B, T\)"),
+        ([[0, 3]], None, "modality: 3 is out of range; modalities are text, image"),
+        ([[0, -1]], [[0, 0]], "modality and document disagree about padding"),
+        ([[0, 1]], [[0, -1]], "modality and document disagree about padding"),
+        ([[0, 1, 0]], [[0, 1, 0]], "document: an id stands in two places of a row"),
+        ([[0, -1, 0]], None, "document: an id stands in two places of a row"),
+    ],
+)
+def test_errors(modality, document, message):
+    with pytest.raises(ValueError, match=message):
+        TokenContext.from_modality(torch.tensor(modality), None if document is None else torch.tensor(document))
+
+
+def test_a_trace_replays_and_takes_nothing_in_while_it_does():
+    trace, decisions = Trace(), iter("ab")
+    assert trace.decide("block", lambda: next(decisions)) == "a"
+    with trace.replay():
+        assert trace.decide("block", lambda: next(decisions)) == "a"
+        trace.add_loss("block", torch.ones(()), 1)
+        trace.add_statistics("block", {"said": torch.ones(())})
+    assert not trace.losses and not trace.statistics
+    assert trace.decide("block", lambda: next(decisions)) == "b"

@@ -1,0 +1,66 @@
+"""Decoding with states is the full forward: token by token, in chunks, padded, packed, under MoD and MoMa."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.zoo.helpers import DENSE, build_model, columns, ids, layer, mod, stream
+
+LAYERS = {
+    "attention": [layer(feedforward=DENSE)],
+    "moma": [layer()],
+    "mod and moma": [layer(), mod(), layer(), mod(norm="post")],
+    "mod first": [mod(), mod(dropout=0.5)],
+}
+ROWS = {
+    "one document": ["ttiittiit"],
+    "left padding": ["ttiittiit", "..tiitiii", "......ttt"],
+    "ragged at both ends": ["ttiittiit", ".tiiti...", "t........"],
+    "packed": ["tti|tti|iit", "..tii|ti|..", "t|i|t|i|t|i|t|i|t"],
+}
+CHUNKS = {"token by token": [1] * 9, "chunks": [4, 1, 3, 1], "at once": [9]}
+
+
+def decode(model, tokens, context, chunks, states) -> torch.Tensor:
+    """Logits of all columns, `chunks` of them at a time."""
+    parts, start = [], 0
+    for width in chunks:
+        part = columns(context, start, start + width)
+        parts.append(model(tokens[:, start : start + width], part, states))
+        start += width
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_decoding_is_the_full_forward(layers, rows, chunks):
+    model = build_model(*LAYERS[layers]).eval()
+    context = stream(*ROWS[rows], routing="causal")
+    tokens = ids(context)
+    with torch.no_grad():
+        full = model(tokens, context)
+        decoded = decode(model, tokens, context, CHUNKS[chunks], model.init_state(context.shape[0], 9))
+    torch.testing.assert_close(decoded, full, rtol=0, atol=1e-10)
+    assert not decoded[~context.valid].any()
+
+
+@torch.no_grad()
+def test_clone_is_independent_and_reorder_moves_rows():
+    model = build_model(*LAYERS["mod and moma"]).eval()
+    context = stream("ttiittiit", "..tiitiii", "tititi...", routing="causal")
+    tokens, order = ids(context), torch.tensor([2, 0, 0])
+    full = model(tokens, context)
+    states = model.init_state(3, 9)
+    decode(model, tokens, context, [5], states)
+    branch = [state.clone() for state in states]
+    for state in branch:
+        state.reorder(order)
+
+    def rest(tokens: torch.Tensor, context, states) -> torch.Tensor:
+        return model(tokens[:, 5:], columns(context, 5, 9), states)
+
+    reordered = stream("tititi...", "ttiittiit", "ttiittiit", routing="causal")
+    torch.testing.assert_close(rest(tokens[order], reordered, branch), full[order][:, 5:], rtol=0, atol=1e-10)
+    torch.testing.assert_close(rest(tokens, context, states), full[:, 5:], rtol=0, atol=1e-10)

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Makes .venv from constraints.txt, once, and activates it for the script that sources this file.
+# An environment that is active already is used instead. Alone: bash tools/setup.sh
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: $python is older than Python 3.11; set PYTHON to a newer one" >&2
+        exit 1
+    }
+    [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+fi
+
+stamp="$VIRTUAL_ENV/.early-fusion-zoo"
+wanted="$root $(cat setup.cfg pyproject.toml constraints.txt | sha256sum)"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing into $VIRTUAL_ENV (a few minutes, once)"
+    pip="python -m pip --disable-pip-version-check"
+    # torch first and by its exact version: a range would take the newest build with all of CUDA
+    $pip install --quiet --constraint constraints.txt torch &&
+        $pip install --quiet --constraint constraints.txt --editable ".[dev]" || exit 1
+    echo "$wanted" >"$stamp"
+fi

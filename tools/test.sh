@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs the tests. `bash tools/test.sh` the suite; `slow` the long ones; `gpu` those for a CUDA device. More arguments go to pytest.
+set -eu
+. "$(dirname "$0")/setup.sh"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+case "${1:-}" in
+slow | gpu)
+    mark=$1
+    shift
+    exec python -m pytest -m "$mark" --timeout 3600 "$@"
+    ;;
+*)
+    ruff check --quiet zoo pretrain tools tests
+    exec python -m pytest "$@"
+    ;;
+esac
