@@ -91,4 +91,5 @@ class Attention(nn.Module):
         """Projections, and scores and mixing at (T + 1) / 2 keys a query."""
         weights = sum(p.weight.numel() for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
         pairs = 4.0 * self.heads * self.head_dim * (length + 1) / 2
-        return Cost.matmul(self.modalities, weights) + Cost.of(self.modalities, flops=pairs)
+        norms = sum(norm.weight.numel() for norm in (self.q_norm, self.k_norm) if norm is not None)
+        return Cost.matmul(self.modalities, weights) + Cost.of(self.modalities, flops=pairs, active=norms)

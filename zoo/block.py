@@ -85,4 +85,6 @@ class Block(nn.Module):
         """Sum of the branches."""
         parts = [self.mixer] if self.feedforward is None else [self.mixer, self.feedforward]
         costs = [part.cost(length, load) for part in parts]
-        return Cost.total(costs, len(costs[0].flops))
+        modalities = len(costs[0].flops)
+        norms = [m for name, m in self.named_children() if name.endswith("_norm")]
+        return Cost.total(costs, modalities) + Cost.of(modalities, active=sum(n.weight.numel() for n in norms))

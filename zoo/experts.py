@@ -158,6 +158,7 @@ class ExpertChoice(nn.Module):
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """What a modality pays depends on its group alone: an expert for `share` of the tokens, nominal or as in `load`."""
+        norm = 0 if self.norm is None else self.norm.weight.numel()
         rows = []
         for name in self.group_of_modality:
             group = self.groups[name]
@@ -165,7 +166,7 @@ class ExpertChoice(nn.Module):
             used = share * (group.experts.w_in.numel() + group.experts.w_out.numel())
             router = group.router.weight.numel()
             auxiliary = 0 if group.auxiliary is None else group.auxiliary.weights
-            rows.append((2.0 * used, used + router + auxiliary, 2.0 * router, 2.0 * auxiliary))
+            rows.append((2.0 * used, used + router + auxiliary + norm, 2.0 * router, 2.0 * auxiliary))
         flops, active, router, auxiliary = zip(*rows, strict=True)
         return Cost(flops, active, router, auxiliary)
 

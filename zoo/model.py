@@ -104,7 +104,8 @@ class Model(nn.Module):
             load: share of its tokens that each routed block, by name, really took (`zoo.routers.loads`); default: nominal.
         """
         modalities = len(self.modalities)
-        ends = Cost.matmul(modalities, self.head.weight.numel()) + Cost.of(modalities, active=self.embedding.weight.numel())
+        unmultiplied = self.embedding.weight.numel() + self.norm.weight.numel()
+        ends = Cost.matmul(modalities, self.head.weight.numel()) + Cost.of(modalities, active=unmultiplied)
         return ends + Cost.total((layer.cost(length, load) for layer in self.layers), modalities)
 
 

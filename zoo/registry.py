@@ -66,6 +66,8 @@ def register(slot: str, name: str) -> Callable[[type], type]:
         config = getattr(cls, "Config", None)
         if not (isinstance(config, type) and issubclass(config, BlockConfig)):
             raise ConfigError(f"register: {cls.__qualname__} has no nested `class Config(BlockConfig)`; add one")
+        if vars(config).get("block", cls) is not cls:  # a subclass without a Config of its own must not take its parent's
+            config = cls.Config = type(config)("Config", (config,), {"__module__": cls.__module__})
         config.type_name, config.block = name, cls
         _tables[slot][name] = cls
         return cls
@@ -85,13 +87,17 @@ def resolve(slot: str, value: Any) -> BlockConfig:
         pydantic.ValidationError or PydanticCustomError: for `zoo.config.explain`, which adds the dotted path.
     """
     if isinstance(value, BlockConfig):
+        if _tables[slot].get(value.type_name) is not value.block:
+            text = f"{value.type_name!r} is no {slot}; known: {', '.join(known(slot))}"
+            raise PydanticCustomError("zoo", "{text}", {"text": text})
         return value
     if not isinstance(value, Mapping):
         raise PydanticCustomError("zoo", "{text}", {"text": f"{value!r} is not a block; write {{type: …}}"})
     options = dict(value)
     name = options.pop("type", None)
-    if name not in _tables[slot]:
-        text = f"{name!r} is not known; known: {', '.join(known(slot))}{suggestion(str(name), known(slot))}"
+    if not isinstance(name, str) or name not in _tables[slot]:
+        wrong = "this key is required" if name is None else f"{name!r} is not known"
+        text = f"{wrong}; known: {', '.join(known(slot))}{suggestion(str(name), known(slot))}"
         raise PydanticCustomError("zoo_type", "{text}", {"text": text})
     try:
         return _tables[slot][name].Config.model_validate(options)

@@ -34,7 +34,7 @@ def _capacity(value: float | str) -> float | str:
     return value
 
 
-Capacity = Annotated[float | str, pydantic.AfterValidator(_capacity)]
+Capacity = Annotated[float | str, pydantic.BeforeValidator(_capacity)]
 """Share of a scope's tokens, 0.25 or "1/4"."""
 
 

@@ -72,7 +72,7 @@ def test_what_is_written_is_passed_as_written() -> None:
         ({"zero_optimization": {"stage": True}}, "stage: True must be"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs stage 1 or 2 or 3"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param.*needs stage 3"),
-        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm: false would let non-finite"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm: false would let"),
         ({"zero_optimization": {"stage": "auto"}}, "'auto' has no meaning here"),
         ({"bf16": {"check_grad_overflow": False}}, "check_grad_overflow: false would let"),
         ({"data_types": {"grad_accum_dtype": "fp16"}}, "grad_accum_dtype: 'fp16' must be fp32"),

@@ -177,7 +177,8 @@ class PatchTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the codebook and its geometry as safetensors."""
-        safetensors.numpy.save_file({"codebook": self.codebook}, str(path), metadata=self.config._geometry())
+        content = safetensors.numpy.save({"codebook": self.codebook}, metadata=self.config._geometry())
+        Path(path).write_bytes(content)
 
 
 ImageTokenizer = PatchTokenizer

@@ -1,0 +1,136 @@
+"""What a user reads after a mistake in a config, word for word; and that a config survives being written out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+import zoo
+from tests.zoo.helpers import ATTENTION, DENSE, MOMA, layer, mod
+from zoo import ConfigError, ModelConfig, known
+
+EXPERTS = {"type": "experts", "experts": 3, "d_ff": 12, "capacity": "1/3", "scope": "row"}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """A right config of a model, with changes given as `layer=…`, a key of the only layer, or keys of the model."""
+    one = layer(**changes.pop("layer", {}))
+    return {"modalities": ["text", "image"], "d_model": 8, "vocab_size": 29, "layers": [one]} | copy.deepcopy(changes)
+
+
+def mixer(**options: Any) -> dict[str, Any]:
+    return config(layer={"mixer": ATTENTION | options})
+
+
+def moma(**options: Any) -> dict[str, Any]:
+    return config(layer={"feedforward": MOMA | options})
+
+
+FEEDFORWARDS = ", ".join(known("feedforward"))
+WRONG = {
+    # unknown keys, at every level
+    "layres: unknown key; known: modalities, d_model, vocab_size, layers, repeat (did you mean 'layers'?)": config(layres=[]),
+    "layers[0].mixr: unknown key; known: mixer, feedforward, depth, norm, dropout, repeat (did you mean 'mixer'?)": config(
+        layer={"mixr": ATTENTION}
+    ),
+    "layers[0].feedforward.dff: unknown key; known: d_ff, capacity, scope, gate, auxiliary, router, experts "
+    "(did you mean 'd_ff'?)": moma(dff=12),
+    "layers[0].feedforward.router.scale: unknown key; known: activation, initial_scale": moma(
+        router={"type": "linear", "scale": 1}
+    ),
+    "layers[0].depth.capcity: unknown key; known: capacity, scope, auxiliary, router (did you mean 'capacity'?)": config(
+        layer={"depth": {"type": "mod", "capcity": 0.5}}
+    ),
+    # names of blocks
+    f"layers[0].feedforward.type: 'momma' is not known; known: {FEEDFORWARDS} (did you mean 'moma'?)": config(
+        layer={"feedforward": {"type": "momma"}}
+    ),
+    f"layers[0].feedforward.type: this key is required; known: {FEEDFORWARDS}": config(layer={"feedforward": {"d_ff": 8}}),
+    f"layers[0].feedforward.type: ['moma'] is not known; known: {FEEDFORWARDS} (did you mean 'moma'?)": config(
+        layer={"feedforward": {"type": ["moma"]}}
+    ),
+    "layers[0].depth.type: 'modd' is not known; known: mod (did you mean 'mod'?)": config(layer={"depth": {"type": "modd"}}),
+    "layers[0].feedforward.router.type: 'liner' is not known; known: linear (did you mean 'linear'?)": moma(
+        router={"type": "liner"}
+    ),
+    "layers[0].feedforward: 'dense' is not a block; write {type: …}": config(layer={"feedforward": "dense"}),
+    # values
+    "d_model: '8': must be a valid integer": config(d_model="8"),
+    "layers[0].feedforward.d_ff: 8.5: must be a valid integer": config(layer={"feedforward": DENSE | {"d_ff": 8.5}}),
+    "layers[0].norm: 'both': must be 'pre' or 'post'": config(layer={"norm": "both"}),
+    "layers[0].dropout: 1.0: must be less than 1": config(layer={"dropout": 1.0}),
+    "layers[0].mixer: this key is required; add it": config(layers=[{}]),
+    "vocab_size: not set; give it, or a data section whose tokenizers decide it": config(vocab_size=None),
+    "modalities: ['text', 'text']: names one modality twice; each stands once": config(modalities=["text", "text"]),
+    # attention
+    "layers[0].mixer.heads: 3 does not divide d_model 8; change one of them or set head_dim": mixer(heads=3),
+    "layers[0].mixer.kv_heads: 3 does not divide heads 4; every group has equally many": mixer(kv_heads=3),
+    "layers[0].mixer.head_dim: 1 is odd; rotary embedding turns pairs, make it even": mixer(heads=8),
+    "layers[0].mixer.head_dim: 3 is odd; rotary embedding turns pairs, make it even": mixer(head_dim=3),
+    # capacity and experts
+    "layers[0].feedforward.capacity: 0: must be above 0 and at most 1": moma(capacity=0),
+    "layers[0].feedforward.capacity: 1.5: must be above 0 and at most 1": moma(capacity=1.5),
+    "layers[0].feedforward.capacity: 'a/b': must be a number or a fraction such as '1/4'": moma(capacity="a/b"),
+    "layers[0].feedforward.capacity: [1]: must be a number or a fraction such as '1/4'": moma(capacity=[1]),
+    "layers[0].feedforward.capacity: True: must be a number or a fraction such as '1/4'": moma(capacity=True),
+    "layers[0].depth.capacity: '5/4': must be above 0 and at most 1": config(layer={"depth": {"type": "mod", "capacity": "5/4"}}),
+    "layers[0].feedforward.experts.imag: unknown modality; model.modalities are text, image (did you mean 'image'?)": moma(
+        experts={"text": 1, "imag": 1}
+    ),
+    "layers[0].feedforward.experts: no entry for 'image'; give every modality its number of experts": moma(experts={"text": 1}),
+    "layers[0].feedforward.experts: image has 0 experts; every modality needs at least 1": moma(experts={"text": 1, "image": 0}),
+    "layers[0].feedforward.experts: 0: must be greater than 0": config(layer={"feedforward": EXPERTS | {"experts": 0}}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_mistake_is_named_with_its_key_value_rule_and_way_out(message):
+    with pytest.raises(ConfigError) as error:
+        zoo.build("model", WRONG[message])
+    assert str(error.value) == f"model.{message}"
+
+
+def test_all_mistakes_are_listed_at_once():
+    wrong = config(d_model=0, layers=[layer(norm="both"), layer(feedforward=MOMA | {"d_ff": "x", "scope": "batch"})])
+    with pytest.raises(ConfigError) as error:
+        zoo.build("model", wrong)
+    assert str(error.value).splitlines() == [
+        "model.d_model: 0: must be greater than 0",
+        "model.layers[0].norm: 'both': must be 'pre' or 'post'",
+        "model.layers[1].feedforward.d_ff: 'x': must be a valid integer",
+        "model.layers[1].feedforward.scope: 'batch': must be 'microbatch' or 'row'",
+    ]
+
+
+def test_a_block_alone_is_checked_too():
+    with pytest.raises(ConfigError, match="^feedforward.experts: no entry for 'image'; give every modality"):
+        zoo.build("feedforward", MOMA | {"experts": {"text": 1}}, d_model=8)
+    with pytest.raises(ConfigError, match="^build: d_model is 0; give the width of the stream"):
+        zoo.build("feedforward", DENSE)
+    with pytest.raises(ConfigError, match="^build: slot 'layer' is not known; slots: model, mixer, feedforward"):
+        zoo.build("layer", {})
+    with pytest.raises(ConfigError, match="^model: 3 is not a mapping of keys; write it as `key: value` lines$"):
+        zoo.build("model", 3)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [layer(), mod(), layer(feedforward=DENSE), layer(feedforward=EXPERTS, norm="post"), layer(feedforward=None)],
+    ids=["moma", "mod", "dense", "experts", "no feed-forward"],
+)
+def test_what_is_written_out_reads_back_as_the_same_config(one):
+    parsed = ModelConfig.parse(config(layers=[one, layer(repeat=2)]), "model")
+    written = parsed.model_dump()
+    for slot in ("mixer", "feedforward", "depth"):
+        if one.get(slot):
+            assert written["layers"][0][slot]["type"] == one[slot]["type"]
+    assert ModelConfig.parse(written) == parsed
+    assert ModelConfig.parse(json.loads(parsed.model_dump_json())) == parsed
+
+
+def test_routers_keep_their_type_when_written_out():
+    written = ModelConfig.parse(config(layers=[mod()])).model_dump()["layers"][0]
+    assert written["feedforward"]["router"]["type"] == written["depth"]["router"]["type"] == "linear"
