@@ -94,7 +94,7 @@ def router_report(statistics: dict[str, dict[str, float]]) -> dict[str, dict[str
 
 def _losses(totals: dict[str, float], routing: str, objective: nn.Module, modalities: tuple[str, ...]) -> dict[str, float]:
     counts = {name: totals[f"count|{name}"] for name in modalities}
-    sums = {name.removeprefix("sum|"): torch.tensor(value) for name, value in totals.items() if name.startswith("sum|")}
+    sums = {name.removeprefix("sum|"): torch.tensor(value, dtype=torch.float64) for name, value in totals.items() if name.startswith("sum|")}
     result = {f"eval/{routing}/loss": float(objective.combine(sums, counts))}
     for name in modalities:
         if counts[name]:

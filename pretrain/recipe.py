@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 import zoo
 import zoo.kernels
@@ -64,7 +65,8 @@ class EvaluateConfig(Config):
 class Recipe(Config):
     """A whole recipe; the sections stand for themselves."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
+    """Letters, digits, '.', '_' and '-'; it names the run folder."""
     run_dir: str | None = None
     """Default: runs/<name>."""
     imports: list[str] = Field(default_factory=list)
@@ -80,6 +82,20 @@ class Recipe(Config):
     kernels: dict[str, str] = Field(default_factory=dict)
     deepspeed: dict[str, Any] | str = Field(default_factory=dict)
     """DeepSpeed's own config, or the path of a JSON file with it; see `pretrain.deepspeed_config`."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("must be letters, digits, '.', '_' and '-', and begin with a letter or digit")
+        return name
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _section_or_path(cls, section: Any) -> Any:
+        if not isinstance(section, Mapping | str):
+            raise ValueError("must be a mapping of DeepSpeed's keys, or the path of a JSON file with them")
+        return section
 
     @property
     def folder(self) -> Path:
@@ -112,7 +128,10 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: as `load`.
     """
-    for module in data.get("imports") or []:
+    modules = data.get("imports") or []
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ConfigError(f"imports: {modules!r}: must be a list of module names, such as [my_blocks]")
+    for module in modules:
         _import(module)
     recipe = Recipe.parse(data)
     words = vocabulary(recipe.data)
@@ -131,7 +150,8 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     zoo.kernels.check(recipe.kernels)
     if recipe.train.global_batch % recipe.train.micro_batch:
         raise ConfigError(
-            f"train.micro_batch: {recipe.train.micro_batch} does not divide train.global_batch {recipe.train.global_batch}"
+            f"train.micro_batch: {recipe.train.micro_batch} does not divide train.global_batch {recipe.train.global_batch}; "
+            "choose a divisor, or another global_batch"
         )
     return recipe
 
@@ -172,6 +192,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be a word; text with braces or brackets needs quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -198,6 +221,8 @@ def _parse(path: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "not valid YAML"
         hint = "; recipes are plain data, tags that run code are refused" if "!!python" in text else "; correct the file"
         raise ConfigError(f"{path}:{where} {problem}{hint}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply to be a recipe; correct the file") from None
     if data is None:
         raise ConfigError(f"{path}: is empty; a recipe needs at least model, data, optimizer and train")
     if not isinstance(data, dict):
@@ -206,15 +231,19 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    if path in chain:
-        raise ConfigError(f"{path}: extends itself through {', '.join(map(str, chain))}")
+    """The file's data over that of the recipes it extends; `chain` are the files that led here."""
+    if path.resolve() in chain:
+        names = " → ".join(str(link) for link in (*chain, path.resolve()))
+        raise ConfigError(f"{path}: extends itself ({names}); remove one `extends`")
+    if chain and not path.exists():
+        raise ConfigError(f"{chain[-1]}: extends: {str(path)!r} does not exist; the path is relative to the file it stands in")
     data = _parse(path)
     parent = data.pop("extends", None)
     if parent is None:
         return data
     if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends: {parent!r} is not the name of a recipe file")
-    return _merge(_read(path.parent / parent, (*chain, path)), data)
+        raise ConfigError(f"{path}: extends: {parent!r} is not the path of a recipe file; write extends: other.yaml")
+    return _merge(_read(path.parent / parent, (*chain, path.resolve())), data)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,7 +262,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
     if not equals or not parts:
-        raise ConfigError(f"{text!r}: an override is key.sub=value")
+        raise ConfigError(f"{text!r}: an override is key.sub=value, for example train.steps=100")
     try:
         parsed = yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError:
@@ -247,10 +276,10 @@ def _override(data: dict[str, Any], text: str) -> None:
             position: Any = int(part)
         elif isinstance(node, dict):
             position = part
-            if not last and not isinstance(node.get(part), dict | list):
+            if not last and node.get(part) is None:
                 node[part] = {}
         else:
-            raise ConfigError(f"{key}: {'.'.join(parts[:depth])} is a single value and has no key {part!r}")
+            raise ConfigError(f"{key}: {'.'.join(parts[:depth])} is {node!r}, a single value without keys")
         if last:
             node[position] = parsed
         else:
@@ -262,8 +291,13 @@ def _import(module: str) -> None:
         sys.path.insert(0, str(Path.cwd()))
     try:
         importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"imports: {module!r} cannot be imported ({error}); it is looked for from the current folder") from None
+    except Exception as error:  # a module of the user's may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f", {place.filename} line {place.lineno}" if not isinstance(error, ImportError | SyntaxError) else ""
+        raise ConfigError(
+            f"imports: {module!r} cannot be imported ({type(error).__name__}: {error}{where}); modules are looked for "
+            f"in {Path.cwd()} and among the installed ones"
+        ) from None
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:

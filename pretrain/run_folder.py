@@ -52,9 +52,12 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
         return
     try:
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another run_dir") from None
-    lines = recipes.differences(old or {}, recipe.dump())
+        if not isinstance(old, dict):
+            raise ValueError("it holds no recipe")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({reason}); restore it, or choose another run_dir") from None
+    lines = recipes.differences(old, recipe.dump())
     if lines:
         raise UserError(
             f"run_dir: {str(folder)!r} belongs to another recipe; choose another run_dir or name, or remove the folder. "

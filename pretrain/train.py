@@ -21,7 +21,7 @@ import zoo
 from pretrain import metrics, recipe as recipes, run_folder
 from pretrain.checkpoint import CheckpointStore
 from pretrain.data import Batch, Data, micro_batches, open_data
-from pretrain.engine import Engine, choose_device, prepare_environment, rank_and_world, stop_processes
+from pretrain.engine import Engine, check_values, choose_device, prepare_environment, rank_and_world, stop_processes
 from pretrain.evaluate import evaluate, validation_loss
 from pretrain.optim import AUXILIARY_SCALE, learning_rate_factor
 from pretrain.recipe import Recipe
@@ -43,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = choose_device(recipe.train.device)
         config = recipes.launch_config(recipe, world)
         run_folder.check_recipe(recipe.folder, recipe)
-        lock = run_folder.claim(recipe.folder) if rank == 0 else None
         data = open_data(recipe.data, recipe.seed, log=print if rank == 0 else _silent)
         prepare_environment(device)
+        check_values(config)
+        lock = run_folder.claim(recipe.folder) if rank == 0 else None  # last: until here nothing is written
         Run(recipe, data, config, device).train()
         del lock
         return 0

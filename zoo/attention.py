@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,9 +13,10 @@ from zoo import kernels
 from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.flops import Cost
-from zoo.layers import Linear, RMSNorm, rotary_tables, rotate
+from zoo.layers import rotary_tables, rotate
 from zoo.registry import BlockConfig, Place, register
 from zoo.states import AttentionState
+from zoo.untied import Grouping, ModalityLinear, ModalityNorm, Towers, check_towers
 
 
 @register("mixer", "attention")
@@ -30,6 +32,11 @@ class Attention(nn.Module):
         """K; default d_model / H."""
         rope_theta: float = Field(10_000.0, gt=0)
         qk_norm: bool = False
+        untied: list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "qk_norm"]] = Field(default_factory=list)
+        """Projections with weights of their own for each modality; all of them make Mixture-of-Transformers
+        (arXiv 2411.04996 §3). Attention itself stays global."""
+        towers: Towers | None = None
+        """Modalities that share their untied weights (leave-one-out ablation); default: none do."""
 
         def check(self, place: Place, path: str) -> None:
             if self.head_dim is None and place.d_model % self.heads:
@@ -37,11 +44,16 @@ class Attention(nn.Module):
                     f"{path}.heads: {self.heads} does not divide d_model {place.d_model}; change one of them or set head_dim"
                 )
             if self.width(place) % 2:
-                raise ConfigError(f"{path}.head_dim: {self.width(place)} is odd; rotary embedding turns pairs, make it even")
+                raise ConfigError(
+                    f"{path}.head_dim: {self.width(place)} is odd; rotary embedding turns pairs, make it even"
+                )
             if self.heads % (self.kv_heads or self.heads):
                 raise ConfigError(
                     f"{path}.kv_heads: {self.kv_heads} does not divide heads {self.heads}; every group has equally many"
                 )
+            if "qk_norm" in self.untied and not self.qk_norm:
+                raise ConfigError(f"{path}.untied: qk_norm is off; set {path}.qk_norm to true, or leave it out here")
+            check_towers(self.towers, place.modalities, f"{path}.towers")
 
         def width(self, place: Place) -> int:
             """K."""
@@ -53,22 +65,29 @@ class Attention(nn.Module):
         self.head_dim, self.theta = config.width(place), config.rope_theta
         self.modalities = len(place.modalities)
         inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = Linear(place.d_model, inner)
-        self.k_proj = Linear(place.d_model, kv)
-        self.v_proj = Linear(place.d_model, kv)
-        self.o_proj = Linear(inner, place.d_model, scale=(2 * place.layers) ** -0.5)
-        self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else None
+        self.grouping = Grouping.of(place.modalities, config.towers) if config.untied else None
+        groups = {name: self.grouping.count for name in config.untied} if self.grouping else {}
+        self.q_proj = ModalityLinear(place.d_model, inner, groups.get("q_proj", 1))
+        self.k_proj = ModalityLinear(place.d_model, kv, groups.get("k_proj", 1))
+        self.v_proj = ModalityLinear(place.d_model, kv, groups.get("v_proj", 1))
+        out_scale = (2 * place.layers) ** -0.5
+        self.o_proj = ModalityLinear(inner, place.d_model, groups.get("o_proj", 1), scale=out_scale)
+        self.q_norm = ModalityNorm(self.head_dim, groups.get("qk_norm", 1)) if config.qk_norm else None
+        self.k_norm = ModalityNorm(self.head_dim, groups.get("qk_norm", 1)) if config.qk_norm else None
         self.kernel = kernels.choose("attention", place.kernels.get("attention", "auto")).module
 
     def forward(self, x: Tensor, context: TokenContext, state: AttentionState | None = None) -> Tensor:
         """x (B, T, D) → branch output (B, T, D), 0 at padding."""
         rows, columns, _ = x.shape
-        query = self.q_proj(x).view(rows, columns, self.heads, self.head_dim)
-        key = self.k_proj(x).view(rows, columns, self.kv_heads, self.head_dim)
-        value = self.v_proj(x).view(rows, columns, self.kv_heads, self.head_dim)
+        sizes = self.grouping.sizes(context) if self.grouping else ()
+        tokens = self.grouping.split(x, context) if self.grouping else x
+        query = self._heads(self.q_proj(tokens, sizes), self.heads)
+        key = self._heads(self.k_proj(tokens, sizes), self.kv_heads)
+        value = self._heads(self.v_proj(tokens, sizes), self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self.q_norm(query, sizes), self.k_norm(key, sizes)
+        if self.grouping:
+            query, key, value = (self.grouping.merge(part, context) for part in (query, key, value))
         tables = rotary_tables(context, self.head_dim, self.theta, x.dtype)
         query, key = rotate(query, tables), rotate(key, tables)
         if state is None:
@@ -80,8 +99,15 @@ class Attention(nn.Module):
             seen = slot[None, :] <= before + torch.arange(columns, device=x.device)[:, None]
             mask = seen & (context.document[:, None, :, None] == document[:, None, None, :])
             mixed = self.kernel.masked_attention(query, key, value, mask)
-        y = self.o_proj(mixed.reshape(rows, columns, -1))
+        mixed = mixed.reshape(rows, columns, -1)
+        if self.grouping:
+            return self.grouping.merge(self.o_proj(self.grouping.split(mixed, context), sizes), context)
+        y = self.o_proj(mixed, sizes)
         return y.masked_fill(~context.valid.unsqueeze(-1), 0.0) if context.padded else y
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        """(…, H·K) → (…, H, K)."""
+        return x.view(*x.shape[:-1], heads, self.head_dim)
 
     def init_state(self, rows: int, length: int, like: Tensor) -> AttentionState:
         """State for `rows` rows of at most `length` tokens, with the dtype and device of `like`."""
@@ -89,7 +115,7 @@ class Attention(nn.Module):
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Projections, and scores and mixing at (T + 1) / 2 keys a query."""
-        weights = sum(p.weight.numel() for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        projections = [p.cost(self.modalities) for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
         pairs = 4.0 * self.heads * self.head_dim * (length + 1) / 2
-        norms = sum(norm.weight.numel() for norm in (self.q_norm, self.k_norm) if norm is not None)
-        return Cost.matmul(self.modalities, weights) + Cost.of(self.modalities, flops=pairs, active=norms)
+        norms = sum(norm.width for norm in (self.q_norm, self.k_norm) if norm is not None)
+        return Cost.total(projections, self.modalities) + Cost.of(self.modalities, flops=pairs, active=norms)

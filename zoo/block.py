@@ -12,9 +12,9 @@ from zoo import noise
 from zoo.config import Config
 from zoo.context import TokenContext
 from zoo.flops import Cost
-from zoo.layers import RMSNorm
 from zoo.registry import DepthSlot, FeedForwardSlot, MixerSlot, Place
 from zoo.states import State
+from zoo.untied import BlockNorm, Grouping, Towers, check_towers
 
 
 class LayerConfig(Config):
@@ -27,10 +27,15 @@ class LayerConfig(Config):
     """"pre": x + F(N(x)). "post": x + N(F(x)), Swin's order (Chameleon-34B, MoMa, Mixture-of-Transformers)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On both branches, before they join the residual stream."""
+    untied_norms: bool = False
+    """A gain of its own for each modality in both norms (Mixture-of-Transformers)."""
+    towers: Towers | None = None
+    """Modalities that share their untied norms; default: none do."""
     repeat: int = Field(1, gt=0)
     """How many layers like this follow each other."""
 
     def check(self, place: Place, path: str) -> None:
+        check_towers(self.towers, place.modalities, f"{path}.towers")
         for slot in ("mixer", "feedforward", "depth"):
             part = getattr(self, slot)
             if part is not None:
@@ -50,11 +55,14 @@ class Block(nn.Module):
         super().__init__()
         self.name, self.post, self.dropout = place.name, config.norm == "post", config.dropout
         self.mixer = config.mixer.block(config.mixer, place.child("mixer", norm=config.norm))
-        self.mixer_norm = self._norm_for(self.mixer, place)
+        grouping = Grouping.of(place.modalities, config.towers) if config.untied_norms else None
+        self.mixer_norm = self._norm_for(self.mixer, place, grouping)
         self.feedforward = None
         if config.feedforward is not None:
-            self.feedforward = config.feedforward.block(config.feedforward, place.child("feedforward", norm=config.norm))
-            self.feedforward_norm = self._norm_for(self.feedforward, place)
+            self.feedforward = config.feedforward.block(
+                config.feedforward, place.child("feedforward", norm=config.norm)
+            )
+            self.feedforward_norm = self._norm_for(self.feedforward, place, grouping)
 
     def forward(self, x: Tensor, context: TokenContext, state: State | None = None) -> Tensor:
         """(B, T, D) → (B, T, D), residual included."""
@@ -66,17 +74,17 @@ class Block(nn.Module):
     def _branch(
         self, x: Tensor, part: nn.Module, norm: nn.Module | None, slot: str, context: TokenContext, state: State | None
     ) -> Tensor:
-        y = part(x if self.post or norm is None else norm(x), context, state)
+        y = part(x if self.post or norm is None else norm(x, context), context, state)
         if self.post and norm is not None:
-            y = norm(y)
+            y = norm(y, context)
         if self.training and self.dropout:
             y = noise.dropout(y, self.dropout, context.key, noise.salt(f"{self.name}.{slot}", context.step))
         return y
 
     @staticmethod
-    def _norm_for(part: nn.Module, place: Place) -> nn.Module | None:
+    def _norm_for(part: nn.Module, place: Place, grouping: Grouping | None) -> nn.Module | None:
         """Parts that normalise inside themselves (experts gated outside a post-norm) need none here."""
-        return None if getattr(part, "owns_norm", False) else RMSNorm(place.d_model)
+        return None if getattr(part, "owns_norm", False) else BlockNorm(place.d_model, grouping)
 
     def init_state(self, rows: int, length: int, like: Tensor) -> State:
         return self.mixer.init_state(rows, length, like)
@@ -87,4 +95,4 @@ class Block(nn.Module):
         costs = [part.cost(length, load) for part in parts]
         modalities = len(costs[0].flops)
         norms = [m for name, m in self.named_children() if name.endswith("_norm")]
-        return Cost.total(costs, modalities) + Cost.of(modalities, active=sum(n.weight.numel() for n in norms))
+        return Cost.total(costs, modalities) + Cost.of(modalities, active=sum(norm.width for norm in norms))

@@ -42,7 +42,9 @@ def build(
         model_config.check()
         built: nn.Module = Model(model_config, kernels or {}, activation_checkpointing)
     elif slot in ("depth", "router"):
-        raise ConfigError(f"build: a {slot} block stands inside another; build the layer or the block that has `{slot}:`")
+        raise ConfigError(
+            f"build: a {slot} block stands inside another; build the layer or the block that has `{slot}:`"
+        )
     elif slot in SLOTS:
         if d_model < 1 and slot != "objective":
             raise ConfigError(f"build: d_model is {d_model}; give the width of the stream, d_model=…")

@@ -24,7 +24,7 @@ class ConfigError(UserError):
 class Config(pydantic.BaseModel):
     """Base of every config: unknown keys are errors, values are not coerced ("4" is no integer), instances are frozen."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=False)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any] | Self, path: str = "") -> Self:
@@ -39,11 +39,23 @@ class Config(pydantic.BaseModel):
         if isinstance(data, cls):
             return data
         if not isinstance(data, Mapping):
-            raise ConfigError(f"{path or 'the config'}: {data!r} is not a mapping of keys; write it as `key: value` lines")
+            raise ConfigError(
+                f"{path or 'the config'}: {data!r} is not a mapping of keys; write it as `key: value` lines"
+            )
         try:
             return cls.model_validate(dict(data))
         except pydantic.ValidationError as error:
             raise ConfigError(explain(error, path, cls)) from None
+
+
+PLAINER = {
+    "model_type": "a mapping, written as `key: value` lines",
+    "dict_type": "a mapping, written as `key: value` lines",
+    "list_type": "a list, written as [one, two] or as lines that begin with a dash",
+    "tuple_type": "a list, written as [one, two]",
+    "string_type": "a text; quote it if it looks like something else",
+}
+"""What pydantic calls by Python's names, in the words of YAML; each follows "must be"."""
 
 
 def dotted(path: str, location: Iterable[str | int]) -> str:
@@ -80,8 +92,11 @@ def explain(error: pydantic.ValidationError, path: str, root: type[pydantic.Base
             lines.append(f"{key}.type: {item['msg']}")
         elif item["type"] == "zoo":
             lines.append(f"{key}: {item['msg']}")
+        elif item["type"] == "invalid_key":
+            lines.append(f"{dotted(path, map(str, location))}: keys are words; quote it if it is meant as one")
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            message = PLAINER.get(item["type"], message)
             prefix = "must be " if item["msg"].startswith("Input should be ") else ""
             value = "" if isinstance(item["input"], Mapping) else f"{item['input']!r}: "
             lines.append(f"{key}: {value}{prefix}{message}")

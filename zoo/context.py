@@ -121,7 +121,9 @@ class TokenContext:
         document = document.to(torch.int64)
         host_modality, host_document = modality.cpu(), document.cpu()
         if host_modality.numel() and int(host_modality.max()) >= len(modalities):
-            raise ValueError(f"modality: {int(host_modality.max())} is out of range; modalities are {', '.join(modalities)}")
+            raise ValueError(
+                f"modality: {int(host_modality.max())} is out of range; modalities are {', '.join(modalities)}"
+            )
         if not torch.equal(host_modality < 0, host_document < 0):
             raise ValueError("modality and document disagree about padding; both are −1 exactly there")
         segments = _segments(host_document)
@@ -140,7 +142,8 @@ class TokenContext:
             document=document,
             key=key,
             counts=_counts(host_modality, len(modalities)),
-            single_document=len({row for row, _, _ in segments}) == len(segments) and all(s == 0 for _, s, _ in segments),
+            single_document=len({row for row, _, _ in segments}) == len(segments)
+            and all(s == 0 for _, s, _ in segments),
             segments=segments,
             step=step,
             routing=routing,
@@ -245,7 +248,10 @@ class TokenContext:
     def to(self, device: torch.device | str) -> TokenContext:
         if self.modality.device == torch.device(device):
             return self
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("modality", "position", "document", "key")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("modality", "position", "document", "key")
+        }
         return dataclasses.replace(self, **moved, _derived={})
 
 

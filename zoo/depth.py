@@ -78,7 +78,9 @@ class MixtureOfDepths(nn.Module):
         rows, columns = context.shape
         if context.routing == CAUSAL:
             if logits is None:
-                raise ConfigError(f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true")
+                raise ConfigError(
+                    f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true"
+                )
             keep = (logits.view(rows, columns) > 0) & context.valid
             counts = keep.sum(1).tolist()
         else:

@@ -118,7 +118,9 @@ class ExpertGroup(nn.Module):
 
     def _causal(self, logits: Tensor | None) -> Route:
         if logits is None:
-            raise ConfigError(f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true")
+            raise ConfigError(
+                f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true"
+            )
         yes = (logits > 0).T  # (E, n)
         expert, token = yes.nonzero(as_tuple=True)
         return Route(token, expert, tuple(yes.sum(1).tolist()))
@@ -150,7 +152,9 @@ class ExpertChoice(nn.Module):
             counts.append(route.counts)
         token = torch.cat(tokens)
         parts = F.embedding(token, flat).split([sum(c) for c in counts])
-        y = torch.cat([group.experts(part, c) for group, part, c in zip(self.groups.values(), parts, counts, strict=True)])
+        y = torch.cat(
+            [group.experts(part, c) for group, part, c in zip(self.groups.values(), parts, counts, strict=True)]
+        )
         if self.norm is not None:
             y = self.norm(y)
         y = y * torch.cat(weights).unsqueeze(-1).to(y.dtype)

@@ -1,4 +1,4 @@
-"""Dense SwiGLU feed-forward."""
+"""Dense SwiGLU feed-forward, tied or one a modality."""
 
 from __future__ import annotations
 
@@ -10,28 +10,40 @@ from torch import Tensor, nn
 
 from zoo.context import TokenContext
 from zoo.flops import Cost
-from zoo.layers import Linear
 from zoo.registry import BlockConfig, Place, register
+from zoo.untied import Grouping, ModalityLinear, Towers, check_towers
 
 
 @register("feedforward", "dense")
 class Dense(nn.Module):
-    """y = (SiLU(x W_gate) ⊙ x W_up) W_out (arXiv 2002.05202)."""
+    """y = (SiLU(x W_gate) ⊙ x W_up) W_out (arXiv 2002.05202), or one such network a modality."""
 
     class Config(BlockConfig):
         d_ff: int = Field(gt=0)
         """Hidden width F."""
+        untied: bool = False
+        """Weights of their own for each modality (Mixture-of-Transformers, arXiv 2411.04996 §3)."""
+        towers: Towers | None = None
+        """Modalities that share their untied weights; default: none do."""
+
+        def check(self, place: Place, path: str) -> None:
+            check_towers(self.towers, place.modalities, f"{path}.towers")
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
         self.modalities = len(place.modalities)
-        self.w_in = Linear(place.d_model, 2 * config.d_ff)
-        self.w_out = Linear(config.d_ff, place.d_model, scale=(2 * place.layers) ** -0.5)
+        self.grouping = Grouping.of(place.modalities, config.towers) if config.untied else None
+        groups = self.grouping.count if self.grouping else 1
+        self.w_in = ModalityLinear(place.d_model, 2 * config.d_ff, groups)
+        self.w_out = ModalityLinear(config.d_ff, place.d_model, groups, scale=(2 * place.layers) ** -0.5)
 
     def forward(self, x: Tensor, context: TokenContext, state: None = None) -> Tensor:
         """(B, T, D) → (B, T, D); 0 stays 0, so padding does."""
-        gate, up = self.w_in(x).chunk(2, dim=-1)
-        return self.w_out(F.silu(gate) * up)
+        sizes = self.grouping.sizes(context) if self.grouping else ()
+        tokens = self.grouping.split(x, context) if self.grouping else x
+        gate, up = self.w_in(tokens, sizes).chunk(2, dim=-1)
+        y = self.w_out(F.silu(gate) * up, sizes)
+        return self.grouping.merge(y, context) if self.grouping else y
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        return Cost.matmul(self.modalities, self.w_in.weight.numel() + self.w_out.weight.numel())
+        return self.w_in.cost(self.modalities) + self.w_out.cost(self.modalities)

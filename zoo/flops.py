@@ -24,7 +24,9 @@ class Cost:
     auxiliary: tuple[float, ...]
 
     @classmethod
-    def of(cls, modalities: int, flops: float = 0.0, active: float = 0.0, router: float = 0.0, auxiliary: float = 0.0) -> Cost:
+    def of(
+        cls, modalities: int, flops: float = 0.0, active: float = 0.0, router: float = 0.0, auxiliary: float = 0.0
+    ) -> Cost:
         """The same cost for tokens of every modality."""
         return cls(*(tuple([float(value)] * modalities) for value in (flops, active, router, auxiliary)))
 
@@ -34,7 +36,9 @@ class Cost:
         return cls.of(modalities, flops=2.0 * weights, active=weights)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(self.parts(), other.parts(), strict=True)))
+        return Cost(
+            *(tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(self.parts(), other.parts(), strict=True))
+        )
 
     def scaled(self, factor: float) -> Cost:
         """The cost when only the share `factor` of the tokens comes here."""

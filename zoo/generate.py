@@ -45,7 +45,9 @@ def generate(
         (B, len(allowed)) new token ids.
     """
     if len(allowed) != len(modality):
-        raise ValueError(f"allowed has {len(allowed)} entries and modality {len(modality)}; one of each for every new token")
+        raise ValueError(
+            f"allowed has {len(allowed)} entries and modality {len(modality)}; one of each for every new token"
+        )
     rows, length = prompt.shape
     states = model.init_state(rows, length + len(allowed))
     step, context = prompt, prompt_context(prompt, prompt_modality, model.modalities)

@@ -138,7 +138,9 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not hasattr(module, "initialise"):
-                raise TypeError(f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator)")
+                raise TypeError(
+                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator)"
+                )
             digest = hashlib.sha256(f"{seed}:{module_name}.{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             with gather([parameter]) if gather else contextlib.nullcontext(), torch.no_grad():

@@ -38,7 +38,9 @@ class MoMa(ExpertChoice):
                     )
             for modality in place.modalities:
                 if modality not in self.experts:
-                    raise ConfigError(f"{path}.experts: no entry for {modality!r}; give every modality its number of experts")
+                    raise ConfigError(
+                        f"{path}.experts: no entry for {modality!r}; give every modality its number of experts"
+                    )
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__({modality: config.experts[modality] for modality in place.modalities}, config, place)

@@ -62,11 +62,15 @@ def register(slot: str, name: str) -> Callable[[type], type]:
     def add(cls: type) -> type:
         taken = _tables[slot].get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ConfigError(f"register: {slot} {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another")
+            raise ConfigError(
+                f"register: {slot} {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another"
+            )
         config = getattr(cls, "Config", None)
         if not (isinstance(config, type) and issubclass(config, BlockConfig)):
             raise ConfigError(f"register: {cls.__qualname__} has no nested `class Config(BlockConfig)`; add one")
-        if vars(config).get("block", cls) is not cls:  # a subclass without a Config of its own must not take its parent's
+        if (
+            vars(config).get("block", cls) is not cls
+        ):  # a subclass without a Config of its own must not take its parent's
             config = cls.Config = type(config)("Config", (config,), {"__module__": cls.__module__})
         config.type_name, config.block = name, cls
         _tables[slot][name] = cls
@@ -102,7 +106,9 @@ def resolve(slot: str, value: Any) -> BlockConfig:
     try:
         return _tables[slot][name].Config.model_validate(options)
     except pydantic.ValidationError as error:
-        raise PydanticCustomError("zoo_nested", "nested", {"error": error, "root": _tables[slot][name].Config}) from None
+        raise PydanticCustomError(
+            "zoo_nested", "nested", {"error": error, "root": _tables[slot][name].Config}
+        ) from None
 
 
 def _field(slot: str) -> Any:

@@ -157,7 +157,9 @@ def train_auxiliary(context: TokenContext, name: str, logits: Tensor, chosen: Te
 def record_load(context: TokenContext, name: str, taken: int, offered: int) -> None:
     """Tell the trace how many of the token–expert pairs offered were taken; both are known on the host."""
     if context.trace is not None:
-        context.trace.add_statistics(f"{name}/load", {"taken": torch.tensor(float(taken)), "offered": torch.tensor(float(offered))})
+        context.trace.add_statistics(
+            f"{name}/load", {"taken": torch.tensor(float(taken)), "offered": torch.tensor(float(offered))}
+        )
 
 
 def loads(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

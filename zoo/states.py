@@ -47,7 +47,9 @@ class AttentionState:
         """
         end = self.used + key.shape[1]
         if end > self.key.shape[1]:
-            raise ValueError(f"state: {end} tokens do not fit into {self.key.shape[1]} slots; make it with a larger length")
+            raise ValueError(
+                f"state: {end} tokens do not fit into {self.key.shape[1]} slots; make it with a larger length"
+            )
         self.key[:, self.used : end] = key
         self.value[:, self.used : end] = value
         self.document[:, self.used : end] = document

@@ -17,6 +17,7 @@ D_MODEL, D_FF, VOCABULARY = 8, 12, 29
 MOMA = {"type": "moma", "experts": {"text": 2, "image": 3}, "d_ff": D_FF}
 DENSE = {"type": "dense", "d_ff": D_FF}
 ATTENTION = {"type": "attention", "heads": 4, "kv_heads": 2, "qk_norm": True}
+UNTIED_ATTENTION = ATTENTION | {"untied": ["q_proj", "k_proj", "v_proj", "o_proj", "qk_norm"]}
 
 
 @dataclasses.dataclass
@@ -28,10 +29,10 @@ class Batch:
 
 
 def stream(*rows: str, modalities: tuple[str, ...] = MODALITIES, **options: Any) -> TokenContext:
-    """A context drawn as text: a letter is a token (the first of its modality's name), `|` ends a document, `.` is padding.
+    """A context drawn as text: a letter is a token (the first of its modality), `|` ends a document, `.` is padding.
 
-    `stream("tiit|t", "tt...")` has two documents in the first row and three places of padding in the second. Shorter rows
-    are padded at their end.
+    `stream("tiit|t", "tt...")` has two documents in the first row and three places of padding in the second. Shorter
+    rows are padded at their end.
     """
     letters = {name[0]: index for index, name in enumerate(modalities)}
     length = max(len(row.replace("|", "")) for row in rows)
@@ -41,9 +42,7 @@ def stream(*rows: str, modalities: tuple[str, ...] = MODALITIES, **options: Any)
         modality.append([letters.get(letter, -1) for letter in row if letter != "|"])
         ids = [d for d, part in enumerate(row.split("|")) for _ in part]
         document.append([-1 if m < 0 else d for m, d in zip(modality[-1], ids, strict=True)])
-    return TokenContext.from_modality(
-        torch.tensor(modality), torch.tensor(document), modalities=modalities, **options
-    )
+    return TokenContext.from_modality(torch.tensor(modality), torch.tensor(document), modalities=modalities, **options)
 
 
 def columns(context: TokenContext, start: int, stop: int, **options: Any) -> TokenContext:
@@ -52,7 +51,13 @@ def columns(context: TokenContext, start: int, stop: int, **options: Any) -> Tok
         x[:, start:stop] for x in (context.modality, context.document, context.position, context.key)
     )
     return TokenContext.from_modality(
-        modality, document, position, key=key, modalities=context.modalities, routing=context.routing, **options
+        modality,
+        document,
+        position,
+        key=key,
+        modalities=context.modalities,
+        routing=context.routing,
+        **options,
     )
 
 
@@ -62,7 +67,13 @@ def rows(context: TokenContext, start: int, stop: int, **options: Any) -> TokenC
         x[start:stop] for x in (context.modality, context.document, context.position, context.key)
     )
     return TokenContext.from_modality(
-        modality, document, position, key=key, modalities=context.modalities, routing=context.routing, **options
+        modality,
+        document,
+        position,
+        key=key,
+        modalities=context.modalities,
+        routing=context.routing,
+        **options,
     )
 
 
@@ -94,6 +105,12 @@ def layer(**changes: Any) -> dict[str, Any]:
     return {"mixer": ATTENTION, "feedforward": MOMA | {"scope": "row"}} | changes
 
 
+def untied(**changes: Any) -> dict[str, Any]:
+    """A layer's config with weights of its own for each modality throughout (Mixture-of-Transformers)."""
+    feedforward = DENSE | {"untied": True}
+    return {"mixer": UNTIED_ATTENTION, "feedforward": feedforward, "untied_norms": True} | changes
+
+
 def mod(**changes: Any) -> dict[str, Any]:
     """A layer's config under Mixture-of-Depths."""
     return layer(depth={"type": "mod", "capacity": "1/2"}) | changes
@@ -101,7 +118,12 @@ def mod(**changes: Any) -> dict[str, Any]:
 
 def build_model(*layers: Mapping[str, Any], seed: int = 0, **options: Any) -> nn.Module:
     """A float64 model of the given layers."""
-    config = {"modalities": list(MODALITIES), "d_model": D_MODEL, "vocab_size": VOCABULARY, "layers": list(layers)}
+    config = {
+        "modalities": list(MODALITIES),
+        "d_model": D_MODEL,
+        "vocab_size": VOCABULARY,
+        "layers": list(layers),
+    }
     return zoo.build("model", config, seed=seed, **options).double()
 
 
@@ -124,13 +146,19 @@ def assert_equal(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: 
         assert (value is None) == (other is None), name
         if value is not None:
             largest = float(other.detach().abs().max()) if other.numel() else 0.0
-            torch.testing.assert_close(value, other, rtol=0, atol=tolerance * largest, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                value, other, rtol=0, atol=tolerance * largest, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def assert_derivative(
-    loss: Callable[[], float], parameter: Tensor, gradient: Tensor, step: float = 1e-6, tolerance: float = 1e-6
+    loss: Callable[[], float],
+    parameter: Tensor,
+    gradient: Tensor,
+    step: float = 1e-6,
+    tolerance: float = 1e-6,
 ) -> None:
-    """`gradient` is that of `loss` at `parameter`, by a central difference along a random direction (so every entry is in)."""
+    """`gradient` is that of `loss` at `parameter`: a central difference along a random direction, every entry in it."""
     direction = torch.randn(parameter.shape, dtype=parameter.dtype, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         parameter += step * direction

@@ -11,6 +11,10 @@ import pytest
 import zoo
 from tests.zoo.helpers import ATTENTION, DENSE, MOMA, layer, mod
 from zoo import ConfigError, ModelConfig, known
+from zoo.block import LayerConfig
+from zoo.depth import MixtureOfDepths
+from zoo.moma import MoMa
+from zoo.routers import LinearRouter
 
 EXPERTS = {"type": "experts", "experts": 3, "d_ff": 12, "capacity": "1/3", "scope": "row"}
 
@@ -29,60 +33,62 @@ def moma(**options: Any) -> dict[str, Any]:
     return config(layer={"feedforward": MOMA | options})
 
 
+def keys(config: type[zoo.Config]) -> str:
+    return ", ".join(config.model_fields)
+
+
+FF, DEPTH, MIXER = "layers[0].feedforward", "layers[0].depth", "layers[0].mixer"
 FEEDFORWARDS = ", ".join(known("feedforward"))
 WRONG = {
     # unknown keys, at every level
-    "layres: unknown key; known: modalities, d_model, vocab_size, layers, repeat (did you mean 'layers'?)": config(layres=[]),
-    "layers[0].mixr: unknown key; known: mixer, feedforward, depth, norm, dropout, repeat (did you mean 'mixer'?)": config(
+    f"layres: unknown key; known: {keys(ModelConfig)} (did you mean 'layers'?)": config(layres=[]),
+    f"layers[0].mixr: unknown key; known: {keys(LayerConfig)} (did you mean 'mixer'?)": config(
         layer={"mixr": ATTENTION}
     ),
-    "layers[0].feedforward.dff: unknown key; known: d_ff, capacity, scope, gate, auxiliary, router, experts "
-    "(did you mean 'd_ff'?)": moma(dff=12),
-    "layers[0].feedforward.router.scale: unknown key; known: activation, initial_scale": moma(
-        router={"type": "linear", "scale": 1}
-    ),
-    "layers[0].depth.capcity: unknown key; known: capacity, scope, auxiliary, router (did you mean 'capacity'?)": config(
+    f"{FF}.dff: unknown key; known: {keys(MoMa.Config)} (did you mean 'd_ff'?)": moma(dff=12),
+    f"{FF}.router.scale: unknown key; known: {keys(LinearRouter.Config)}": moma(router={"type": "linear", "scale": 1}),
+    f"{DEPTH}.capcity: unknown key; known: {keys(MixtureOfDepths.Config)} (did you mean 'capacity'?)": config(
         layer={"depth": {"type": "mod", "capcity": 0.5}}
     ),
     # names of blocks
-    f"layers[0].feedforward.type: 'momma' is not known; known: {FEEDFORWARDS} (did you mean 'moma'?)": config(
+    f"{FF}.type: 'momma' is not known; known: {FEEDFORWARDS} (did you mean 'moma'?)": config(
         layer={"feedforward": {"type": "momma"}}
     ),
-    f"layers[0].feedforward.type: this key is required; known: {FEEDFORWARDS}": config(layer={"feedforward": {"d_ff": 8}}),
-    f"layers[0].feedforward.type: ['moma'] is not known; known: {FEEDFORWARDS} (did you mean 'moma'?)": config(
+    f"{FF}.type: this key is required; known: {FEEDFORWARDS}": config(layer={"feedforward": {"d_ff": 8}}),
+    f"{FF}.type: ['moma'] is not known; known: {FEEDFORWARDS} (did you mean 'moma'?)": config(
         layer={"feedforward": {"type": ["moma"]}}
     ),
-    "layers[0].depth.type: 'modd' is not known; known: mod (did you mean 'mod'?)": config(layer={"depth": {"type": "modd"}}),
-    "layers[0].feedforward.router.type: 'liner' is not known; known: linear (did you mean 'linear'?)": moma(
-        router={"type": "liner"}
-    ),
-    "layers[0].feedforward: 'dense' is not a block; write {type: …}": config(layer={"feedforward": "dense"}),
+    f"{DEPTH}.type: 'modd' is not known; known: mod (did you mean 'mod'?)": config(layer={"depth": {"type": "modd"}}),
+    f"{FF}.router.type: 'liner' is not known; known: linear (did you mean 'linear'?)": moma(router={"type": "liner"}),
+    f"{FF}: 'dense' is not a block; write {{type: …}}": config(layer={"feedforward": "dense"}),
     # values
     "d_model: '8': must be a valid integer": config(d_model="8"),
-    "layers[0].feedforward.d_ff: 8.5: must be a valid integer": config(layer={"feedforward": DENSE | {"d_ff": 8.5}}),
+    f"{FF}.d_ff: 8.5: must be a valid integer": config(layer={"feedforward": DENSE | {"d_ff": 8.5}}),
     "layers[0].norm: 'both': must be 'pre' or 'post'": config(layer={"norm": "both"}),
     "layers[0].dropout: 1.0: must be less than 1": config(layer={"dropout": 1.0}),
-    "layers[0].mixer: this key is required; add it": config(layers=[{}]),
+    f"{MIXER}: this key is required; add it": config(layers=[{}]),
     "vocab_size: not set; give it, or a data section whose tokenizers decide it": config(vocab_size=None),
     "modalities: ['text', 'text']: names one modality twice; each stands once": config(modalities=["text", "text"]),
     # attention
-    "layers[0].mixer.heads: 3 does not divide d_model 8; change one of them or set head_dim": mixer(heads=3),
-    "layers[0].mixer.kv_heads: 3 does not divide heads 4; every group has equally many": mixer(kv_heads=3),
-    "layers[0].mixer.head_dim: 1 is odd; rotary embedding turns pairs, make it even": mixer(heads=8),
-    "layers[0].mixer.head_dim: 3 is odd; rotary embedding turns pairs, make it even": mixer(head_dim=3),
+    f"{MIXER}.heads: 3 does not divide d_model 8; change one of them or set head_dim": mixer(heads=3),
+    f"{MIXER}.kv_heads: 3 does not divide heads 4; every group has equally many": mixer(kv_heads=3),
+    f"{MIXER}.head_dim: 1 is odd; rotary embedding turns pairs, make it even": mixer(heads=8),
+    f"{MIXER}.head_dim: 3 is odd; rotary embedding turns pairs, make it even": mixer(head_dim=3),
     # capacity and experts
-    "layers[0].feedforward.capacity: 0: must be above 0 and at most 1": moma(capacity=0),
-    "layers[0].feedforward.capacity: 1.5: must be above 0 and at most 1": moma(capacity=1.5),
-    "layers[0].feedforward.capacity: 'a/b': must be a number or a fraction such as '1/4'": moma(capacity="a/b"),
-    "layers[0].feedforward.capacity: [1]: must be a number or a fraction such as '1/4'": moma(capacity=[1]),
-    "layers[0].feedforward.capacity: True: must be a number or a fraction such as '1/4'": moma(capacity=True),
-    "layers[0].depth.capacity: '5/4': must be above 0 and at most 1": config(layer={"depth": {"type": "mod", "capacity": "5/4"}}),
-    "layers[0].feedforward.experts.imag: unknown modality; model.modalities are text, image (did you mean 'image'?)": moma(
+    f"{FF}.capacity: 0: must be above 0 and at most 1": moma(capacity=0),
+    f"{FF}.capacity: 1.5: must be above 0 and at most 1": moma(capacity=1.5),
+    f"{FF}.capacity: 'a/b': must be a number or a fraction such as '1/4'": moma(capacity="a/b"),
+    f"{FF}.capacity: [1]: must be a number or a fraction such as '1/4'": moma(capacity=[1]),
+    f"{FF}.capacity: True: must be a number or a fraction such as '1/4'": moma(capacity=True),
+    f"{DEPTH}.capacity: '5/4': must be above 0 and at most 1": config(
+        layer={"depth": {"type": "mod", "capacity": "5/4"}}
+    ),
+    f"{FF}.experts.imag: unknown modality; model.modalities are text, image (did you mean 'image'?)": moma(
         experts={"text": 1, "imag": 1}
     ),
-    "layers[0].feedforward.experts: no entry for 'image'; give every modality its number of experts": moma(experts={"text": 1}),
-    "layers[0].feedforward.experts: image has 0 experts; every modality needs at least 1": moma(experts={"text": 1, "image": 0}),
-    "layers[0].feedforward.experts: 0: must be greater than 0": config(layer={"feedforward": EXPERTS | {"experts": 0}}),
+    f"{FF}.experts: no entry for 'image'; give every modality its number of experts": moma(experts={"text": 1}),
+    f"{FF}.experts: image has 0 experts; every modality needs at least 1": moma(experts={"text": 1, "image": 0}),
+    f"{FF}.experts: 0: must be greater than 0": config(layer={"feedforward": EXPERTS | {"experts": 0}}),
 }
 
 
@@ -118,7 +124,13 @@ def test_a_block_alone_is_checked_too():
 
 @pytest.mark.parametrize(
     "one",
-    [layer(), mod(), layer(feedforward=DENSE), layer(feedforward=EXPERTS, norm="post"), layer(feedforward=None)],
+    [
+        layer(),
+        mod(),
+        layer(feedforward=DENSE),
+        layer(feedforward=EXPERTS, norm="post"),
+        layer(feedforward=None),
+    ],
     ids=["moma", "mod", "dense", "experts", "no feed-forward"],
 )
 def test_what_is_written_out_reads_back_as_the_same_config(one):

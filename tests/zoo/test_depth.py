@@ -18,7 +18,7 @@ def alone(context: TokenContext, kept: list[list[int]]) -> TokenContext:
 
     def take(x: torch.Tensor, padding: int) -> torch.Tensor:
         width = max(1, max(map(len, kept)))
-        return torch.tensor([[*(int(x[b, t]) for t in row), *[padding] * (width - len(row))] for b, row in enumerate(kept)])
+        return torch.tensor([x[b, row].tolist() + [padding] * (width - len(row)) for b, row in enumerate(kept)])
 
     return TokenContext.from_modality(
         take(context.modality, -1),
@@ -70,7 +70,12 @@ def test_kept_tokens_pass_and_the_others_stay(capacity, scope, inner):
 
 @pytest.mark.parametrize("scope", ["row", "microbatch"])
 def test_equal_scores_keep_the_earlier_tokens(scope):
-    depth = {"type": "mod", "capacity": "1/3", "scope": scope, "router": {"type": "linear", "initial_scale": 0}}
+    depth = {
+        "type": "mod",
+        "capacity": "1/3",
+        "scope": scope,
+        "router": {"type": "linear", "initial_scale": 0},
+    }
     routed, context = build_model(layer(depth=depth)).layers[0], stream("ttiitti", ".tii...", "....ttt")
     x = values(context).detach()
     kept = {"row": [[0, 1, 2], [1], [4]], "microbatch": [[0, 1, 2, 3, 4], [], []]}[scope]

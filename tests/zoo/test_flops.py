@@ -19,7 +19,7 @@ EXPERTS = {"text": 4, "image": 4}
 
 def measured(module: torch.nn.Module, *inputs) -> int:
     """FLOPs that PyTorch counts in one forward."""
-    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]  # the counter refuses leaves under no_grad
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]  # it refuses leaves under no_grad
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)
     return counter.get_total_flops()

@@ -38,7 +38,10 @@ def packed_attention(*rows: str, heads: int = 4, kv_heads: int = 2, head_dim: in
 
 def selected_attention() -> tuple[Inputs, tuple, Tensor]:
     context = stream("ttiit|itti", "tti|tit...")
-    index, valid = torch.tensor([[1, 3, 6, 8], [0, 4, 1, 2]]), torch.tensor([[True] * 4, [True, True, False, False]])
+    index, valid = (
+        torch.tensor([[1, 3, 6, 8], [0, 4, 1, 2]]),
+        torch.tensor([[True] * 4, [True, True, False, False]]),
+    )
     kept = context.select(index, valid)
     return {name: random(2, 4, 2, 4) for name in ("query", "key", "value")}, (kept,), valid[:, :, None, None]
 
@@ -145,7 +148,10 @@ def test_auto_takes_a_registered_backend_and_says_why():
             "kernels.attention: 'spda' is not known; known: auto, reference, sdpa, per_document (did you mean 'sdpa'?)",
         ),
         ({"experts": "fast"}, "kernels.experts: 'fast' is not known; known: auto, reference, grouped"),
-        ({"atention": "sdpa"}, "kernels.atention: unknown key; known: attention, experts (did you mean 'attention'?)"),
+        (
+            {"atention": "sdpa"},
+            "kernels.atention: unknown key; known: attention, experts (did you mean 'attention'?)",
+        ),
     ],
 )
 def test_a_wrong_choice_names_the_key_and_the_way_out(section, message):

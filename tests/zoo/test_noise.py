@@ -13,8 +13,8 @@ def keys(seed: int, rows: np.ndarray, columns: int) -> torch.Tensor:
 
 
 def test_host_and_tensor_mix_alike():
-    value = np.concatenate([np.arange(1000), 2**32 - 1 - np.arange(1000), np.random.default_rng(0).integers(0, 2**32, 10_000)])
-    value = value.astype(np.uint32)
+    drawn = np.random.default_rng(0).integers(0, 2**32, 10_000)
+    value = np.concatenate([np.arange(1000), 2**32 - 1 - np.arange(1000), drawn]).astype(np.uint32)
     tensor = noise._mix(torch.from_numpy(value.view(np.int32)))
     assert np.array_equal(tensor.numpy().view(np.uint32), noise.hash32(value))
     assert len(np.unique(noise.hash32(np.arange(200_000, dtype=np.uint32)))) == 200_000  # a bijection

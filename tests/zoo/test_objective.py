@@ -56,7 +56,9 @@ def test_no_gradient_reaches_what_predicts_nothing():
     assert reached == sorted([b, t - 1] for places in TARGETS.values() for b, t in places)
 
 
-@pytest.mark.parametrize("rows", [ROWS, ("tttt",), ("....", "i|i|."), ("t", "i")], ids=["both", "text", "none", "short"])
+@pytest.mark.parametrize(
+    "rows", [ROWS, ("tttt",), ("....", "i|i|."), ("t", "i")], ids=["both", "text", "none", "short"]
+)
 def test_counts_are_those_of_the_forward(rows):
     context = stream(*rows)
     parts = objective()(Fixed(context.shape), Batch(ids(context), context))

@@ -13,7 +13,6 @@ from tests.zoo.helpers import (
     assert_derivative,
     assert_equal,
     build_model,
-    gradients,
     ids,
     layer,
     mod,
@@ -36,7 +35,10 @@ def routed_layer(block: str, norm: str, gate: str, activation: str) -> torch.nn.
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("block", ["moma", "mod"])
 def test_router_gradients_are_finite_differences_with_the_routes_held(block, norm, gate, activation):
-    routed, context = routed_layer(block, norm, gate, activation), stream("ttiit|ittii", "tttti|i....", trace=Trace())
+    routed, context = (
+        routed_layer(block, norm, gate, activation),
+        stream("ttiit|ittii", "tttti|i....", trace=Trace()),
+    )
     x = values(context)
     probe = torch.randn(x.shape, dtype=x.dtype)
     loss = (routed(x, context) * probe).sum()
@@ -69,7 +71,10 @@ def test_a_norm_around_the_gate_cancels_it_for_tokens_with_a_single_expert(gate,
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_auxiliary_losses_leave_every_main_gradient_bit_equal(checkpointing):
     def run(with_loss: bool, auxiliary: bool) -> dict:
-        feedforward, depth = MOMA | {"auxiliary": auxiliary}, {"type": "mod", "auxiliary": auxiliary, "capacity": 0.5}
+        feedforward, depth = (
+            MOMA | {"auxiliary": auxiliary},
+            {"type": "mod", "auxiliary": auxiliary, "capacity": 0.5},
+        )
         model = build_model(layer(feedforward=feedforward), mod(depth=depth), activation_checkpointing=checkpointing)
         context = stream("ttiit|ittii", "tttti|i....", trace=Trace())
         logits = model(ids(context), context)
@@ -116,7 +121,16 @@ def test_rates_by_hand():
 
 @pytest.mark.parametrize(
     ("tokens", "capacity", "kept"),
-    [(8, "1/4", 2), (9, "1/4", 3), (30, 0.1, 3), (10, 0.7, 7), (49, "1/49", 1), (3, "1/3", 1), (0, 1, 0), (1, 0.125, 1)],
+    [
+        (8, "1/4", 2),
+        (9, "1/4", 3),
+        (25, 0.28, 7),
+        (50, 0.14, 7),
+        (49, "1/49", 1),
+        (3, "1/3", 1),
+        (0, 1, 0),
+        (1, 0.1, 1),
+    ],
 )
 def test_capacity_rounds_up_in_exact_arithmetic(tokens, capacity, kept):
     assert capacity_count(tokens, Fraction(str(capacity))) == kept

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.zoo.helpers import DENSE, build_model, columns, ids, layer, mod, stream
+from tests.zoo.helpers import DENSE, build_model, columns, ids, layer, mod, stream, untied
 
 LAYERS = {
     "attention": [layer(feedforward=DENSE)],
     "moma": [layer()],
     "mod and moma": [layer(), mod(), layer(), mod(norm="post")],
+    "untied": [untied(), mod(**untied())],
     "mod first": [mod(), mod(dropout=0.5)],
 }
 ROWS = {

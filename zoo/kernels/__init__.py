@@ -15,7 +15,10 @@ from zoo.kernels import grouped, per_document, reference, sdpa
 _ATTENTION: dict[str, types.ModuleType] = {"reference": reference, "sdpa": sdpa, "per_document": per_document}
 _EXPERTS: dict[str, types.ModuleType] = {"reference": reference, "grouped": grouped}
 _AUTO = {
-    "attention": ("per_document", "no work on pairs of tokens of different documents; plain causal where a row is one document"),
+    "attention": (
+        "per_document",
+        "no work on pairs of tokens of different documents; plain causal where a row is one document",
+    ),
     "experts": ("grouped", "one batched product where experts have equally many rows"),
 }
 OPERATIONS: dict[str, dict[str, types.ModuleType]] = {"attention": _ATTENTION, "experts": _EXPERTS}
@@ -46,7 +49,9 @@ def choose(operation: str, asked: str = "auto") -> Choice:
         return Choice(operation, name, reason)
     if asked not in backends:
         names = ["auto", *backends]
-        raise ConfigError(f"kernels.{operation}: {asked!r} is not known; known: {', '.join(names)}{suggestion(asked, names)}")
+        raise ConfigError(
+            f"kernels.{operation}: {asked!r} is not known; known: {', '.join(names)}{suggestion(asked, names)}"
+        )
     return Choice(operation, asked, "asked for")
 
 

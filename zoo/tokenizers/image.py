@@ -69,8 +69,7 @@ class PatchesConfig(Config):
         patches = [self.patches(image) for image in images]
         if not patches:
             raise UserError(
-                "there is no image to learn an image codebook from; "
-                "leave the image tokenizer out, or give its `path`"
+                "there is no image to learn an image codebook from; leave the image tokenizer out, or give its `path`"
             )
         return PatchTokenizer(self, _codebook(np.concatenate(patches), self.codes))
 
@@ -81,9 +80,7 @@ class PatchesConfig(Config):
             UserError: the file is missing, is no codebook, or was made for another geometry.
         """
         if not Path(path).is_file():
-            raise UserError(
-                f"image codebook {path} does not exist; correct `path`, or set it to null to train one"
-            )
+            raise UserError(f"image codebook {path} does not exist; correct `path`, or set it to null to train one")
         try:
             with safetensors.safe_open(str(path), framework="numpy") as file:
                 codebook, made_for = file.get_tensor("codebook"), file.metadata() or {}
@@ -92,8 +89,7 @@ class PatchesConfig(Config):
         for key, value in self._geometry().items():
             if made_for.get(key) != value:
                 raise UserError(
-                    f"{path} was made with {key} {made_for.get(key)}, the config says {value}; "
-                    "make them equal"
+                    f"{path} was made with {key} {made_for.get(key)}, the config says {value}; make them equal"
                 )
         return PatchTokenizer(self, codebook)
 
@@ -110,9 +106,7 @@ class PatchesConfig(Config):
         image = ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB")
         short = min(image.size)
         if short != self.image_size:
-            width, height = (
-                max(self.image_size, round(side * self.image_size / short)) for side in image.size
-            )
+            width, height = (max(self.image_size, round(side * self.image_size / short)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = ((side - self.image_size) // 2 for side in image.size)
         image = image.crop((left, top, left + self.image_size, top + self.image_size))
@@ -170,9 +164,7 @@ class PatchTokenizer:
         """
         ids = np.asarray(ids)
         if ids.shape != (self.tokens_per_image,) or ids.min() < 0 or ids.max() >= self.size:
-            raise ValueError(
-                f"an image has {self.tokens_per_image} ids in [0, {self.size - 1}]; got {ids.tolist()}"
-            )
+            raise ValueError(f"an image has {self.tokens_per_image} ids in [0, {self.size - 1}]; got {ids.tolist()}")
         return self.config.unpatch(self.codebook[ids])
 
     def save(self, path: str | Path) -> None:
@@ -204,16 +196,12 @@ def _codebook(patches: np.ndarray, codes: int) -> np.ndarray:
     if len(patches) > codes * PATCHES_PER_CODE:
         patches = patches[np.sort(random.choice(len(patches), codes * PATCHES_PER_CODE, replace=False))]
     distinct = np.unique(patches, axis=0)
-    if (
-        len(distinct) <= codes
-    ):  # every patch is its own code; the spare ids repeat the last and are never chosen
+    if len(distinct) <= codes:  # every patch is its own code; the spare ids repeat the last and are never chosen
         return distinct[np.minimum(np.arange(codes), len(distinct) - 1)]
     if len(patches) <= SMALL_FIT:
         kmeans = KMeans(codes, n_init=2, max_iter=100, random_state=0)
     else:
         kmeans = MiniBatchKMeans(codes, n_init=1, batch_size=4096, max_iter=20, random_state=0)
-    with threadpool_limits(
-        1
-    ):  # the order of summation, and so the result, would depend on the number of threads
+    with threadpool_limits(1):  # the order of summation, and so the result, would depend on the number of threads
         kmeans.fit(patches.astype(np.float32))
     return np.clip(np.rint(kmeans.cluster_centers_), 0, 255).astype(np.uint8)

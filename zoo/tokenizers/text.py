@@ -71,9 +71,7 @@ class BPEConfig(Config):
             UserError: the file is missing or no tokenizer, or holds more ids than `vocab_size`.
         """
         if not Path(path).is_file():
-            raise UserError(
-                f"text tokenizer {path} does not exist; correct `path`, or set it to null to train one"
-            )
+            raise UserError(f"text tokenizer {path} does not exist; correct `path`, or set it to null to train one")
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
@@ -81,8 +79,7 @@ class BPEConfig(Config):
         highest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
         if highest >= self.vocab_size:
             raise UserError(
-                f"{path} uses ids up to {highest}, but vocab_size is {self.vocab_size}; "
-                f"set vocab_size to {highest + 1}"
+                f"{path} uses ids up to {highest}, but vocab_size is {self.vocab_size}; set vocab_size to {highest + 1}"
             )
         return BPETokenizer(inner, self.vocab_size)
 

@@ -29,9 +29,7 @@ class Vocabulary:
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         if TEXT not in sizes:
-            raise ValueError(
-                f"a vocabulary of {list(sizes)} lacks 'text', the modality of the special tokens"
-            )
+            raise ValueError(f"a vocabulary of {list(sizes)} lacks 'text', the modality of the special tokens")
         self.sizes = dict(sizes)
         self.modalities = tuple(self.sizes)
         self.specials = {"<bos>": self.bos, "<eos>": self.eos}

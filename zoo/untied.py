@@ -1,0 +1,178 @@
+"""Modality-untied layers: a linear map or a norm whose weights are picked by each token's modality.
+
+The one mechanism behind Mixture-of-Transformers, Mixture-of-Mamba and untied feed-forwards. Tied is the case of one
+group. A block sorts its tokens by group once (`split`), runs everything pointwise on the sorted rows, where each
+group is one contiguous slice, and goes back to time order (`merge`) only where tokens meet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.config import ConfigError, suggestion
+from zoo.context import TokenContext
+from zoo.flops import Cost
+
+Towers = list[list[str]]
+"""Which modalities share their untied weights: `[[text, image], [speech]]`. Default: each has its own."""
+
+
+def check_towers(towers: Towers | None, modalities: Sequence[str], path: str) -> None:
+    """Every modality stands in exactly one tower.
+
+    Raises:
+        ConfigError: an unknown, repeated or missing modality.
+    """
+    named = [name for tower in towers or [] for name in tower]
+    for name in named:
+        if name not in modalities:
+            raise ConfigError(
+                f"{path}: unknown modality {name!r}; model.modalities are {', '.join(modalities)}"
+                f"{suggestion(name, modalities)}"
+            )
+        if named.count(name) > 1:
+            raise ConfigError(f"{path}: {name!r} stands in two towers; a modality has one")
+    missing = [name for name in modalities if name not in named]
+    if towers is not None and missing:
+        raise ConfigError(f"{path}: {', '.join(missing)} in no tower; every modality needs one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouping:
+    """The order of rows sorted by tower: which group each modality belongs to."""
+
+    group: tuple[int, ...]
+    """group[m] of modality m, from 0, every number up to the largest used."""
+
+    @classmethod
+    def of(cls, modalities: Sequence[str], towers: Towers | None) -> Grouping:
+        """One group a tower; without towers one a modality."""
+        if towers is None:
+            return cls(tuple(range(len(modalities))))
+        return cls(tuple(next(g for g, tower in enumerate(towers) if name in tower) for name in modalities))
+
+    @property
+    def count(self) -> int:
+        return max(self.group) + 1
+
+    def sizes(self, context: TokenContext) -> tuple[int, ...]:
+        """Rows of each group, known on the host."""
+        return tuple(
+            sum(n for g, n in zip(self.group, context.totals, strict=True) if g == group) for group in range(self.count)
+        )
+
+    def group_of_token(self, context: TokenContext) -> Tensor:
+        """(B, T) group of each token; padding counts as group 0."""
+
+        def compute() -> Tensor:
+            table = torch.tensor(self.group, device=context.modality.device)
+            return table[context.modality.clamp_min(0)]
+
+        return context.shared(("group of token", self.group), compute)
+
+    def _orders(self, context: TokenContext) -> tuple[Tensor, Tensor]:
+        """(n,) flat token index of each sorted row; (B·T,) sorted row of each token, past the end for padding."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            parts = [
+                torch.cat([context.index(m) for m, g in enumerate(self.group) if g == group])
+                for group in range(self.count)
+            ]
+            order = torch.cat(parts)
+            inverse = order.new_full((context.modality.numel(),), order.numel())
+            inverse[order] = torch.arange(order.numel(), device=order.device)
+            return order, inverse
+
+        return context.shared(("grouping", self.group), compute)
+
+    def split(self, x: Tensor, context: TokenContext) -> Tensor:
+        """x (B, T, …) → (n, …): the tokens that are not padding, sorted by group, in row and time order within each."""
+        order, _ = self._orders(context)
+        return F.embedding(order, x.reshape(-1, *x.shape[2:]).flatten(1)).view(-1, *x.shape[2:])
+
+    def merge(self, rows: Tensor, context: TokenContext) -> Tensor:
+        """The inverse of `split`: (n, …) → (B, T, …), 0 at padding."""
+        _, inverse = self._orders(context)
+        flat = rows.flatten(1)
+        if context.padded:
+            flat = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))
+        return F.embedding(inverse, flat).view(*context.shape, *rows.shape[1:])
+
+
+class ModalityLinear(nn.Module):
+    """y = x W_gᵀ with W_g of the token's group; no bias.
+
+    Args:
+        groups: number of weights; 1 is an ordinary tied linear map.
+        scale: standard deviation of the first weights in units of 1/√d_in; each group is drawn for itself.
+    """
+
+    def __init__(self, d_in: int, d_out: int, groups: int = 1, scale: float = 1.0) -> None:
+        super().__init__()
+        self.groups, self.scale = groups, scale
+        shape = (d_out, d_in) if groups == 1 else (groups, d_out, d_in)
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        parameter.normal_(0.0, self.scale * parameter.shape[-1] ** -0.5, generator=generator)
+
+    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """rows (n, d_in) sorted by group, `sizes` of each → (n, d_out). Tied weights take rows of any order."""
+        if self.groups == 1:
+            return F.linear(rows, self.weight)
+        # unbind once: indexing the stacked weight would make each gradient a zero tensor the size of all groups
+        return torch.cat(
+            [F.linear(part, w) for part, w in zip(rows.split(list(sizes)), self.weight.unbind(0), strict=True)]
+        )
+
+    def cost(self, modalities: int) -> Cost:
+        """A token meets one group's weights."""
+        return Cost.matmul(modalities, self.weight.shape[-1] * self.weight.shape[-2])
+
+
+class ModalityNorm(nn.Module):
+    """RMSNorm over the last dimension with a gain of the token's group.
+
+    Args:
+        groups: number of gains; 1 is an ordinary RMSNorm.
+    """
+
+    def __init__(self, width: int, groups: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups, self.eps, self.width = groups, eps, width
+        self.weight = nn.Parameter(torch.empty(width if groups == 1 else (groups, width)))
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        parameter.fill_(1.0)
+
+    def forward(self, rows: Tensor, sizes: Sequence[int] = ()) -> Tensor:
+        """rows (n, …, width) sorted by group; with one group any shape (…, width)."""
+        if self.groups == 1:
+            return F.rms_norm(rows, (self.width,), self.weight, self.eps)
+        parts = zip(rows.split(list(sizes)), self.weight.unbind(0), strict=True)
+        return torch.cat([F.rms_norm(part, (self.width,), gain, self.eps) for part, gain in parts])
+
+
+class BlockNorm(nn.Module):
+    """The norm of a branch: one gain for all tokens, or one a modality."""
+
+    def __init__(self, width: int, grouping: Grouping | None) -> None:
+        super().__init__()
+        self.grouping = grouping
+        self.weight = nn.Parameter(torch.empty(width if grouping is None else (grouping.count, width)))
+        self.eps, self.width = 1e-5, width
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        parameter.fill_(1.0)
+
+    def forward(self, x: Tensor, context: TokenContext) -> Tensor:
+        """(B, T, D) → (B, T, D); 0 stays 0."""
+        if self.grouping is None:
+            return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        gain = F.embedding(self.grouping.group_of_token(context), self.weight)
+        return F.rms_norm(x, (self.width,), None, self.eps) * gain
