@@ -42,7 +42,7 @@ def evaluate(
 
     Args:
         forward: what is called as the model (the engine's wrapper, or the model itself).
-        model: the model, for its cost; in evaluation mode.
+        model: for its blocks and their cost; may be on the meta device.
         all_reduce_sum: sums a tensor over ranks. Every rank takes the same number of batches.
     Returns:
         `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; for sparse models, from the top-k pass,

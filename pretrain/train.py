@@ -63,14 +63,17 @@ class Run:
 
     def __init__(self, recipe: Recipe, data: Data, config: dict[str, Any], device: str) -> None:
         self.recipe, self.data = recipe, data
+        def build() -> zoo.Model:
+            checkpointing = recipe.train.activation_checkpointing
+            return zoo.build(
+                "model", recipe.model, kernels=recipe.kernels, activation_checkpointing=checkpointing, seed=None
+            )
+
+        with torch.device("meta"):
+            # says what the model costs and what it is made of; the engine's own may be partitioned
+            self.blueprint = build()
         self.engine = Engine(
-            build_model=lambda: zoo.build(
-                "model",
-                recipe.model,
-                kernels=recipe.kernels,
-                activation_checkpointing=recipe.train.activation_checkpointing,
-                seed=None,
-            ),
+            build_model=build,
             initialise_model=zoo.initialise,
             config=config,
             optimizer=recipe.optimizer,
@@ -78,9 +81,8 @@ class Run:
             device=device,
         )
         self.first = self.engine.rank == 0
-        self.model: zoo.Model = self.engine.module.module
-        self.objective = zoo.build("objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.model.modalities)
-        self.cost = self.model.cost(recipe.data.sequence_length)
+        self.objective = zoo.build("objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.blueprint.modalities)
+        self.cost = self.blueprint.cost(recipe.data.sequence_length)
         self.told_to_stop = False
         self.store = CheckpointStore(recipe.folder / "checkpoints", recipe.train.keep_checkpoints, log=self.say)
         self.store.clean(self.engine)
@@ -154,7 +156,7 @@ class Run:
     def _agree(self, batches: list[Batch]) -> tuple[dict[str, int], list[int], bool]:
         """Over the whole step and all ranks: target tokens and tokens of each modality, and whether anybody was told to
         stop. Losses are normalised by these, so it does not matter which rank or micro-batch holds which token."""
-        names = self.model.modalities
+        names = self.blueprint.modalities
         counts = [self.objective.counts(batch.context) for batch in batches]
         local = [sum(c[name] for c in counts) for name in names]
         local += [sum(batch.context.totals[m] for batch in batches) for m in range(len(names))]
@@ -230,7 +232,7 @@ class Run:
             per_token = self.state["flops"] / max(self.state["tokens"], 1)
             report["mfu"] = per_token * report["tokens_per_second"] / peak
         self.metrics.log(step, report)
-        self.say(progress.line(step, report, self.model.modalities))
+        self.say(progress.line(step, report, self.blueprint.modalities))
 
     def _evaluate(self, step: int) -> dict[str, float] | None:
         if self.data.validation is None:
@@ -238,7 +240,7 @@ class Run:
         began = time.monotonic()
         self.engine.eval()
         values = evaluate(
-            self.engine.module, self.model, self.objective, self.data.validation, self.recipe.evaluate.rows,
+            self.engine.module, self.blueprint, self.objective, self.data.validation, self.recipe.evaluate.rows,
             self.recipe.train.micro_batch, self.engine.device, self.engine.rank, self.engine.world,
             self.engine.all_reduce_sum,
         )  # fmt: skip

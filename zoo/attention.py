@@ -21,7 +21,7 @@ from zoo.untied import Grouping, ModalityLinear, ModalityNorm, Towers, check_tow
 
 @register("mixer", "attention")
 class Attention(nn.Module):
-    """Causal attention inside each document. QK-norm is per head, before the rotation (Chameleon, arXiv 2405.09818 §2.3)."""
+    """Causal attention inside each document. QK-norm is per head, before rotation (Chameleon, arXiv 2405.09818)."""
 
     class Config(BlockConfig):
         heads: int = Field(gt=0)
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         def check(self, place: Place, path: str) -> None:
             if self.head_dim is None and place.d_model % self.heads:
                 raise ConfigError(
-                    f"{path}.heads: {self.heads} does not divide d_model {place.d_model}; change one of them or set head_dim"
+                    f"{path}.heads: {self.heads} does not divide d_model {place.d_model}; change one or set head_dim"
                 )
             if self.width(place) % 2:
                 raise ConfigError(

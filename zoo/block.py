@@ -1,4 +1,4 @@
-"""The block: mixer and feed-forward with norm and residual; norm placement, dropout and depth are its slots' business."""
+"""The block: mixer and feed-forward, each with norm and residual."""
 
 from __future__ import annotations
 

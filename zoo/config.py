@@ -22,7 +22,7 @@ class ConfigError(UserError):
 
 
 class Config(pydantic.BaseModel):
-    """Base of every config: unknown keys are errors, values are not coerced ("4" is no integer), instances are frozen."""
+    """Base of every config: unknown keys are errors, "4" is no integer, instances are frozen."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

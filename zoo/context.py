@@ -204,7 +204,7 @@ class TokenContext:
 
     @property
     def mask(self) -> Tensor:
-        """(B, 1, T, T) bool: query t may see key s of its own document, s ≤ t. Padding sees padding, so no row is empty."""
+        """(B, 1, T, T) bool: query t may see key s ≤ t of its document. Padding sees padding, so no row is empty."""
 
         def compute() -> Tensor:
             time = torch.arange(self.modality.shape[1], device=self.modality.device)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from zoo import noise
 from zoo.config import ConfigError
 from zoo.context import CAUSAL, TokenContext
 from zoo.flops import Cost
@@ -57,7 +58,8 @@ class MixtureOfDepths(nn.Module):
         """(B, T, D) → (B, T, D), residual included: it stands where a block stands."""
         rows, columns, width = x.shape
         flat = x.reshape(rows * columns, width)
-        scores = self.router(flat)  # (B·T, 1)
+        salt = noise.salt(self.name, context.step)
+        scores = self.router(flat, context.key.reshape(-1), salt)  # (B·T, 1)
         logits = None if self.auxiliary is None else self.auxiliary(flat)
         keep, index, valid, inner = decide(context, self.name, lambda: self._select(scores, logits, context))
         record_load(context, self.name, sum(inner.row_counts), sum(context.row_counts))
@@ -99,8 +101,8 @@ class MixtureOfDepths(nn.Module):
         return self.block.init_state(rows, length, like)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        """The block at share · T tokens, for the share of tokens that enter it (the capacity, or as in `load`); the router
-        for all."""
+        """The block at share · T tokens, for the share that enters it (the capacity, or as in `load`); the router for
+        all."""
         share = (load or {}).get(self.name, float(self.capacity))
         router = Cost.of(self.modalities, router=2.0 * self.router.weight.numel(), active=self.router.weight.numel())
         weights = 0 if self.auxiliary is None else self.auxiliary.weights

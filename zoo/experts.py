@@ -5,7 +5,6 @@ The shared mechanism of `experts` (one group over all tokens) and `moma` (one gr
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from zoo import kernels
+from zoo import kernels, noise
 from zoo.config import ConfigError
 from zoo.context import CAUSAL, TokenContext
 from zoo.flops import Cost
@@ -23,11 +22,12 @@ from zoo.layers import RMSNorm
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routers import (
     AuxiliaryRouter,
+    Candidates,
     Capacity,
     LinearRouter,
+    Route,
     Scope,
     decide,
-    expert_choice,
     membership,
     record_load,
     train_auxiliary,
@@ -40,7 +40,7 @@ class ExpertConfig(BlockConfig):
     d_ff: int = Field(gt=0)
     """Hidden width F of one expert."""
     capacity: Capacity | None = None
-    """Share of its group's tokens an expert takes; default 1 / experts, which costs what one dense feed-forward does."""
+    """Share of its group's tokens an expert takes; default 1 / experts: the cost of one dense feed-forward."""
     scope: Scope = "microbatch"
     gate: Literal["outside", "inside"] = "outside"
     """With post-norm: Σ G · N(FFN(x)), or N(Σ G · FFN(x)) as published, which cancels the gate of a token with a single
@@ -73,18 +73,6 @@ class StackedSwiGLU(nn.Module):
         return self.kernel.grouped_swiglu(x, counts, self.w_in, self.w_out)
 
 
-@dataclasses.dataclass(frozen=True)
-class Route:
-    """Which tokens go to which expert of a group, sorted by expert."""
-
-    token: Tensor
-    """(R,) index into the group's n tokens."""
-    expert: Tensor
-    """(R,)."""
-    counts: tuple[int, ...]
-    """Rows of each expert, on the host."""
-
-
 class ExpertGroup(nn.Module):
     """A router, its causal stand-in, and the experts that compete for the same tokens."""
 
@@ -92,38 +80,31 @@ class ExpertGroup(nn.Module):
         super().__init__()
         self.name, self.count, self.share, self.scope = place.name, experts, config.share(experts), config.scope
         self.router = config.router.block(config.router, place.child("router"), experts)
-        self.auxiliary = AuxiliaryRouter(place.child("auxiliary"), experts) if config.auxiliary else None
+        needed = config.auxiliary and self.router.looks_ahead
+        self.auxiliary = AuxiliaryRouter(place.child("auxiliary"), experts) if needed else None
         self.experts = StackedSwiGLU(experts, config.d_ff, place.child("experts"))
 
-    def route(self, x: Tensor, counts: tuple[int, ...], context: TokenContext) -> tuple[Route, Tensor]:
-        """Decide for the group's tokens x (n, D), `counts` of them in each row; also the weights (R,), fp32."""
-        scores = self.router(x)  # (n, E)
+    def route(self, x: Tensor, member: Tensor, counts: tuple[int, ...], context: TokenContext) -> tuple[Route, Tensor]:
+        """Decide for the group's tokens x (n, D), flat indices `member` (n,), `counts` of them in each row; also the
+        weights (R,), fp32."""
+        candidates = Candidates(counts, self.share, self.scope, context.key.reshape(-1)[member], context)
+        scores = self.router(x, candidates.key, noise.salt(self.name, context.step))  # (n, E)
         logits = None if self.auxiliary is None else self.auxiliary(x)
-
-        def choose() -> Route:
-            if context.routing == CAUSAL:
-                return self._causal(logits)
-            scopes = counts if self.scope == "row" else (sum(counts),)
-            index = expert_choice(scores, scopes, self.share, context)  # (E, K)
-            expert = torch.arange(self.count, device=x.device).repeat_interleave(index.shape[1])
-            return Route(index.reshape(-1), expert, (index.shape[1],) * self.count)
-
-        route = decide(context, self.name, choose)
-        record_load(context, self.name, sum(route.counts), x.shape[0] * self.count)
-        if context.routing != CAUSAL and logits is not None:
-            chosen = membership(route.token.view(self.count, -1), x.shape[0])
-            train_auxiliary(context, self.name, logits, chosen)
-        weight = scores.reshape(-1).index_select(0, route.token * self.count + route.expert)
-        return route, weight
-
-    def _causal(self, logits: Tensor | None) -> Route:
-        if logits is None:
+        causal = context.routing == CAUSAL and self.router.looks_ahead
+        if causal and logits is None:
             raise ConfigError(
                 f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true"
             )
-        yes = (logits > 0).T  # (E, n)
-        expert, token = yes.nonzero(as_tuple=True)
-        return Route(token, expert, tuple(yes.sum(1).tolist()))
+
+        def choose() -> Route:
+            return Route.of_membership(logits > 0) if causal else self.router.choose(scores.detach(), candidates)
+
+        route = decide(context, self.name, choose)
+        record_load(context, self.name, sum(route.counts), x.shape[0] * self.count)
+        if not causal and logits is not None:
+            train_auxiliary(context, self.name, logits, membership(route.token.view(self.count, -1), x.shape[0]))
+        self.router.observe(x, scores, route, self.name, context)
+        return route, self.router.weigh(scores, route)
 
 
 class ExpertChoice(nn.Module):
@@ -146,7 +127,7 @@ class ExpertChoice(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         tokens, weights, counts = [], [], []
         for group, (member, rows) in zip(self.groups.values(), self.members(context), strict=True):
-            route, weight = group.route(F.embedding(member, flat), rows, context)
+            route, weight = group.route(F.embedding(member, flat), member, rows, context)
             tokens.append(member.index_select(0, route.token))
             weights.append(weight)
             counts.append(route.counts)
@@ -161,7 +142,7 @@ class ExpertChoice(nn.Module):
         return torch.zeros_like(flat).index_add(0, token, y).view_as(x)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        """What a modality pays depends on its group alone: an expert for `share` of the tokens, nominal or as in `load`."""
+        """What a modality pays depends on its group alone: each expert for its share, nominal or as in `load`."""
         norm = 0 if self.norm is None else self.norm.weight.numel()
         rows = []
         for name in self.group_of_modality:

@@ -59,8 +59,14 @@ def uniform(key: Tensor, salt: int, width: int) -> Tensor:
     return ((value >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
 
 
+def logistic(key: Tensor, salt: int, width: int) -> Tensor:
+    """Draws of the logistic distribution, the difference of two independent Gumbel draws: (..., width) fp32."""
+    value = uniform(key, salt, width)
+    return value.log() - (-value).log1p()
+
+
 def dropout(x: Tensor, probability: float, key: Tensor, salt: int) -> Tensor:
-    """Inverted dropout of x (..., D): zero with `probability`, the rest scaled; the mask depends on (key, salt) alone."""
+    """Inverted dropout of x (..., D): zero with `probability`, the rest scaled; a function of (key, salt)."""
     if probability == 0.0:
         return x
     keep = uniform(key, salt, x.shape[-1]) >= probability

@@ -7,6 +7,7 @@ Sources: MoMa (arXiv 2407.21770 §2.2–2.4), Mixture-of-Depths (arXiv 2404.0225
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import noise
 from zoo.context import TokenContext
 from zoo.registry import BlockConfig, Place, register
 
@@ -43,9 +45,69 @@ def capacity_count(tokens: int, capacity: Fraction) -> int:
     return math.ceil(tokens * capacity)
 
 
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Which tokens go to which expert of a group, sorted by expert."""
+
+    token: Tensor
+    """(R,) index into the group's n tokens."""
+    expert: Tensor
+    """(R,)."""
+    counts: tuple[int, ...]
+    """Rows of each expert, on the host."""
+
+    @classmethod
+    def of_membership(cls, chosen: Tensor) -> Route:
+        """From (n, E) bool. How many tokens each expert has depends on the data: copied to the host here, once."""
+        expert, token = chosen.T.nonzero(as_tuple=True)
+        return cls(token, expert, tuple(chosen.sum(0).tolist()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The tokens that one group of experts may have."""
+
+    counts: tuple[int, ...]
+    """Tokens of each row."""
+    share: Fraction
+    """Capacity: how much of a scope one expert takes."""
+    scope: Scope
+    key: Tensor
+    """(n,) int32 noise identities."""
+    context: TokenContext
+
+
+class Router(nn.Module):
+    """Base of what stands in a router slot: scores tokens, chooses among them, and weighs what was chosen.
+
+    Built as `cls(config, place, outputs)`. A subclass gives `forward`, and overrides the rest where it differs.
+    """
+
+    looks_ahead = True
+    """Whether its choice depends on other tokens: then causal use needs an auxiliary router."""
+
+    def forward(self, x: Tensor, key: Tensor | None = None, salt: int = 0) -> Tensor:
+        """x (n, D) → scores (n, outputs), fp32. `key` and `salt` drive noise, where there is any (`zoo.noise`)."""
+        raise NotImplementedError
+
+    def choose(self, scores: Tensor, candidates: Candidates) -> Route:
+        """Expert choice: each expert's top-k of every scope."""
+        scopes = candidates.counts if candidates.scope == "row" else (sum(candidates.counts),)
+        index = expert_choice(scores, scopes, candidates.share, candidates.context)  # (E, K)
+        expert = torch.arange(index.shape[0], device=scores.device).repeat_interleave(index.shape[1])
+        return Route(index.reshape(-1), expert, (index.shape[1],) * index.shape[0])
+
+    def weigh(self, scores: Tensor, route: Route) -> Tensor:
+        """(R,) weight of each chosen pair: its score. The path on which the router learns."""
+        return scores.reshape(-1).index_select(0, route.token * scores.shape[1] + route.expert)
+
+    def observe(self, x: Tensor, scores: Tensor, route: Route, name: str, context: TokenContext) -> None:
+        """Give the trace what the router's own training needs besides gradients: penalties, statistics."""
+
+
 @register("router", "linear")
-class LinearRouter(nn.Module):
-    """scores = activation(x W), in fp32 whatever the model's precision; weights start small.
+class LinearRouter(Router):
+    """scores = activation(x W), in fp32 whatever the model's precision; weights start small. Chooses by expert choice.
 
     Sigmoid per expert: a token's weight does not depend on other tokens or experts (MoMa eq. 2).
     """
@@ -53,21 +115,26 @@ class LinearRouter(nn.Module):
     class Config(BlockConfig):
         activation: Literal["sigmoid", "raw"] = "sigmoid"
         """"raw" multiplies by the logit itself (Mixture-of-Depths eq. 1); "sigmoid" bounds it (MoMa)."""
+        noise: Literal["none", "gumbel"] = "none"
+        """"gumbel" adds the difference of two Gumbel draws to the logit in training, before selection and weight
+        (Gumbel-sigmoid, MoMa eq. 5): it lets copies of one expert, after upcycling, part ways."""
         initial_scale: float = pydantic.Field(0.1, ge=0)
         """Standard deviation of the first weights in units of 1/√d_model."""
 
     def __init__(self, config: Config, place: Place, outputs: int) -> None:
         super().__init__()
-        self.activation, self.scale = config.activation, config.initial_scale
+        self.activation, self.noise, self.scale = config.activation, config.noise, config.initial_scale
         self.weight = nn.Parameter(torch.empty(outputs, place.d_model))
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, self.scale * parameter.shape[1] ** -0.5, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) → scores (..., outputs), fp32 (float64 for a float64 model)."""
+    def forward(self, x: Tensor, key: Tensor | None = None, salt: int = 0) -> Tensor:
+        """x (n, D) → scores (n, outputs), fp32 (float64 for a float64 model)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.weight.to(wide))
+        if self.noise == "gumbel" and self.training and key is not None:
+            logits = logits + noise.logistic(key, salt, logits.shape[-1]).to(wide)
         return logits.sigmoid() if self.activation == "sigmoid" else logits
 
 
@@ -163,7 +230,7 @@ def record_load(context: TokenContext, name: str, taken: int, offered: int) -> N
 
 
 def loads(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Share of its tokens that each routed block took, by the block's name, from summed statistics; for `Model.cost`."""
+    """Share of its tokens that each routed block took, by name, from summed statistics; for `Model.cost`."""
     return {
         name.removesuffix("/load"): sums["taken"] / sums["offered"]
         for name, sums in statistics.items()
@@ -172,7 +239,7 @@ def loads(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def rates(sums: dict[str, float]) -> dict[str, float]:
-    """Accuracy, precision and recall of an auxiliary router, and the accuracy of never saying yes, from summed statistics."""
+    """Accuracy, precision, recall of an auxiliary router and the accuracy of always saying no, from summed hits."""
     total, chosen, said, both = (float(sums[key]) for key in ("total", "chosen", "said", "both"))
     if total == 0:
         return {}

@@ -68,6 +68,14 @@ def test_documents_do_not_see_each_other_and_padding_is_zero(kernel):
     assert changed.nonzero().tolist() == [[0, 2], [0, 3], [0, 4]]
 
 
+@pytest.mark.parametrize("kernel", OPERATIONS["attention"])
+def test_padding_after_a_single_document_is_zero(kernel):
+    block = build_block("mixer", {"type": "attention", "heads": 2}, kernels={"attention": kernel})
+    context = stream("ttiit", "tt...", ".")
+    assert context.single_document  # the causal path without a mask: padding does see the document
+    assert not block(values(context), context)[~context.valid].any()
+
+
 def test_a_state_that_is_too_small_says_so():
     block, context = attention(), stream("ttiit")
     x = values(context)

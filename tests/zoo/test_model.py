@@ -23,6 +23,7 @@ from tests.zoo.helpers import (
     rows,
     stream,
     untied,
+    values,
 )
 from zoo import TokenContext, Trace, noise
 from zoo.kernels import OPERATIONS
@@ -134,6 +135,16 @@ def test_activation_checkpointing_changes_no_bit(scope, routing):
         return {"logits": logits, "loss": loss} | grads | flat | auxiliary
 
     assert_equal(run(checkpointing=True), run(checkpointing=False))
+
+
+def test_dropout_of_a_branch_is_the_noise_of_its_name_step_and_tokens():
+    config = layer(feedforward=None)
+    dropping = build_model(config, config | {"dropout": 0.4}).layers[1]
+    context = stream("ttiit|itti", "tti", step=6)
+    x = values(context)
+    branch = dropping.eval()(x, context) - x
+    expected = x + noise.dropout(branch, 0.4, context.key, noise.salt("layers.1.mixer", 6))
+    torch.testing.assert_close(dropping.train()(x, context), expected, rtol=0, atol=1e-13)
 
 
 def test_checkpointing_recomputes_only_when_training():

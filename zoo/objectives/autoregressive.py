@@ -51,8 +51,8 @@ class Autoregressive(nn.Module):
         return {name: int((modality == m).sum()) for m, name in enumerate(self.modalities)}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """{modality: (sum of cross-entropies in nats, targets)}, and `z_loss` where it is on; sums are fp32 and joined to
-        the graph even where a modality has no target."""
+        """{modality: (sum of cross-entropies in nats, targets)}, and `z_loss` where it is on; sums are fp32, joined to the
+        graph even where a modality has no target."""
         context = batch.context
         logits = model(batch.tokens, context)[:, :-1]
         target = torch.where(_is_target(context), batch.tokens[:, 1:], -100)
