@@ -17,7 +17,7 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 def routings(model: nn.Module) -> tuple[str, ...]:
-    """What a model is evaluated under: dense models are causal as they are; sparse ones need their auxiliary routers."""
+    """What a model is evaluated under: a dense one is causal as it is, a sparse one needs its auxiliary routers."""
     blocks = [m for m in model.modules() if hasattr(m, "router")]
     if not blocks:
         return (CAUSAL,)
@@ -92,9 +92,15 @@ def router_report(statistics: dict[str, dict[str, float]]) -> dict[str, dict[str
     return {name: rates(sums) for name, sums in statistics.items() if "said" in sums and sums["total"]}
 
 
-def _losses(totals: dict[str, float], routing: str, objective: nn.Module, modalities: tuple[str, ...]) -> dict[str, float]:
+def _losses(
+    totals: dict[str, float], routing: str, objective: nn.Module, modalities: tuple[str, ...]
+) -> dict[str, float]:
     counts = {name: totals[f"count|{name}"] for name in modalities}
-    sums = {name.removeprefix("sum|"): torch.tensor(value, dtype=torch.float64) for name, value in totals.items() if name.startswith("sum|")}
+    sums = {
+        name.removeprefix("sum|"): torch.tensor(value, dtype=torch.float64)
+        for name, value in totals.items()
+        if name.startswith("sum|")
+    }
     result = {f"eval/{routing}/loss": float(objective.combine(sums, counts))}
     for name in modalities:
         if counts[name]:

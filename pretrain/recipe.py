@@ -25,7 +25,9 @@ from zoo.model import ModelConfig
 from zoo.objectives.autoregressive import Autoregressive
 from zoo.registry import ObjectiveSlot
 
-RESUMABLE = re.compile(r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps)|(evaluate|kernels)(\..*)?")
+RESUMABLE = re.compile(
+    r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps)|(evaluate|kernels)(\..*)?"
+)
 """Keys that may change when a run is resumed."""
 
 

@@ -87,7 +87,10 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Model, Recipe]:
         UserError: no such run, or it has not finished yet.
     """
     folder = Path(folder)
-    for name, hint in ((RECIPE, "give the folder of a run"), (WEIGHTS, "it is written when the run ends or is told to stop")):
+    for name, hint in (
+        (RECIPE, "give the folder of a run"),
+        (WEIGHTS, "it is written when the run ends or is told to stop"),
+    ):
         if not (folder / name).exists():
             raise UserError(f"{folder / name}: does not exist; {hint}")
     recipe = recipes.load(folder / RECIPE)

@@ -1,6 +1,6 @@
 """Print the architecture a recipe assembles: parameters, FLOPs a token, memory a rank; nothing is allocated.
 
-    python -m tools.describe RECIPE [key.sub=value ...] [--ranks N] [--json]
+python -m tools.describe RECIPE [key.sub=value ...] [--ranks N] [--json]
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
     """The tree and the totals on the screen."""
     length = recipe.data.sequence_length
     parameters = facts["parameters"]
-    root = Tree(f"[bold]{recipe.name}[/bold]  {count(parameters['total'])} parameters, {count(parameters['active'])} active")
+    root = Tree(
+        f"[bold]{recipe.name}[/bold]  {count(parameters['total'])} parameters, {count(parameters['active'])} active"
+    )
     _grow(root, model, length, recipe.model.modalities)
     console = Console()
     console.print(root)

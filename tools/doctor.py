@@ -36,11 +36,17 @@ def accelerators() -> list[tuple[str, str, str]]:
     """The host and every CUDA device."""
     rows = [("cpu", "yes", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch")]
     if not torch.cuda.is_available():
-        why = "torch is a build without CUDA" if torch.version.cuda is None else f"torch has CUDA {torch.version.cuda}, no device"
+        why = (
+            "torch is a build without CUDA"
+            if torch.version.cuda is None
+            else f"torch has CUDA {torch.version.cuda}, no device"
+        )
         return [*rows, ("cuda", "no", why)]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        rows.append((f"cuda:{index}", "yes", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"))
+        rows.append(
+            (f"cuda:{index}", "yes", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+        )
     return rows
 
 
@@ -63,7 +69,9 @@ def compilers() -> list[tuple[str, str, str]]:
     rows = []
     for name in ("g++", "ninja"):
         path = shutil.which(name)
-        rows.append((name, "yes" if path else "absent", path or "needed for deepspeed.zero_optimization.offload_optimizer"))
+        rows.append(
+            (name, "yes" if path else "absent", path or "needed for deepspeed.zero_optimization.offload_optimizer")
+        )
     return rows
 
 

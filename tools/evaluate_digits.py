@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.write_summary(run, summary)
     report.draw_losses(run)
     rows = {name: list(drawings.images[drawings.asked == digit]) for digit, name in enumerate(NAMES)}
-    report.draw_images(rows, report.folder_of(run) / "samples.png", f"{run.name}: drawn from captions, T = {TEMPERATURE}")
+    report.draw_images(
+        rows, report.folder_of(run) / "samples.png", f"{run.name}: drawn from captions, T = {TEMPERATURE}"
+    )
     report.print_table(f"{run.name}: {sum(p.numel() for p in model.parameters()):,} parameters", table(summary))
     print(f"pictures and summary.json are in {report.folder_of(run)}")
     return 0
@@ -130,7 +132,9 @@ def draw(model: Model, data: Data, temperature: float, seed: int) -> Drawings:
         prompt = torch.tensor([[words.bos, *(text + t for t in data.text.encode(name)), words.begin("image")]])
         prompt = prompt.expand(SAMPLES, -1).contiguous()
         kind = words.modalities.index("image")
-        new = generate(model, prompt, torch.zeros_like(prompt), [image] * tokens, [kind] * tokens, temperature, generator)
+        new = generate(
+            model, prompt, torch.zeros_like(prompt), [image] * tokens, [kind] * tokens, temperature, generator
+        )
         asked += [digit] * SAMPLES
         codes.append((new - image[0]).numpy())
     together = np.concatenate(codes)
@@ -170,7 +174,10 @@ def table(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{summary['classifier_accuracy_on_held_out_as_tokens']:.1%}",
         ),
         ("distinct drawings", f"{summary['distinct_share']:.1%}"),
-        ("exact copies of training images", f"{summary['training_copies']:.1%} (held-out digits {summary['held_out_copies']:.1%})"),
+        (
+            "exact copies of training images",
+            f"{summary['training_copies']:.1%} (held-out digits {summary['held_out_copies']:.1%})",
+        ),
         (
             "distance to the nearest training digit",
             f"{summary['nearest_training_distance']:.1f} (held-out digits "

@@ -3,9 +3,9 @@ download.
 
     python -m tools.make_digits FOLDER [--shifts 2]
 
-Each of the 1,797 pictures (8×8, grey) becomes two documents, its name in English before the picture and after
-it. Training documents are also made of copies shifted by one pixel. The split, 1,500 for training and 297 for
-validation, is fixed and stratified; the same arguments give the same bytes.
+Each of the 1,797 pictures (8×8, grey) becomes two documents, its name in English before the picture (to be drawn) and
+after it (to be read). Training pictures are repeated, those to be read shifted by one pixel. The split, 1,500 for
+training and 297 for validation, is fixed and stratified; the same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write(folder: Path, shifts: int) -> dict[str, int]:
     """Write the shards; returns the number of documents of each split.
 
     Args:
-        shifts: shifted copies of each training picture, 0 to 8.
+        shifts: shifted copies of each training picture to be read, 0 to 8; one to be drawn is repeated as often.
     Raises:
         UserError: `shifts` out of range, or the folder holds digits made with another one.
     """
@@ -70,9 +70,7 @@ def write(folder: Path, shifts: int) -> dict[str, int]:
     if marker.exists():
         made = json.loads(marker.read_text())
         if made["shifts"] != shifts:
-            raise UserError(
-                f"{folder} holds digits made with --shifts {made['shifts']}; give that or another folder"
-            )
+            raise UserError(f"{folder} holds digits made with --shifts {made['shifts']}; give that or another folder")
         return made["documents"]
     folder.mkdir(parents=True, exist_ok=True)
     images, labels, _ = _digits()
@@ -81,15 +79,12 @@ def write(folder: Path, shifts: int) -> dict[str, int]:
         with webdataset.TarWriter(str(folder / f"digits-{split}-000.tar"), mtime=0) as shard:
             documents[split] = 0
             for index in indices.tolist():
-                for down, right in [(0, 0), *(_shifts_of(index, shifts) if split == "train" else [])]:
-                    for order in ("caption", "picture"):
-                        shard.write(
-                            _sample(images[index], int(labels[index]), split, index, (down, right), order)
-                        )
+                for copy, moved in enumerate([(0, 0), *(_shifts_of(index, shifts) if split == "train" else [])]):
+                    # only a picture to be read is moved: one to be drawn belongs where its caption puts it
+                    for order, shown in (("caption", (0, 0)), ("picture", moved)):
+                        shard.write(_sample(images[index], int(labels[index]), split, index, copy, shown, order))
                         documents[split] += 1
-    marker.write_text(
-        json.dumps({"shifts": shifts, "documents": documents})
-    )  # last: where it is, the shards are whole
+    marker.write_text(json.dumps({"shifts": shifts, "documents": documents}))  # last: where it is, the shards are whole
     return documents
 
 
@@ -103,9 +98,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.model_selection import train_test_split
 
-    train, validation = train_test_split(
-        np.arange(len(labels)), train_size=TRAIN, stratify=labels, random_state=0
-    )
+    train, validation = train_test_split(np.arange(len(labels)), train_size=TRAIN, stratify=labels, random_state=0)
     return np.sort(train), np.sort(validation)
 
 
@@ -115,7 +108,7 @@ def _shifts_of(index: int, count: int) -> list[tuple[int, int]]:
 
 
 def _sample(
-    image: np.ndarray, label: int, split: str, index: int, moved: tuple[int, int], order: str
+    image: np.ndarray, label: int, split: str, index: int, copy: int, moved: tuple[int, int], order: str
 ) -> dict:
     picture = io.BytesIO()
     Image.fromarray(shift(image, *moved)).save(picture, format="PNG")
@@ -127,17 +120,15 @@ def _sample(
         "index": index,
         "shift": list(moved),
     }
-    key = f"{index:04d}-{SHIFTS.index(moved) + 1 if any(moved) else 0}-{order}"
+    key = f"{index:04d}-{copy}-{order}"
     return {"__key__": key, "json": json.dumps(document).encode(), "png": picture.getvalue()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--shifts", type=int, default=2, help="shifted copies of each training picture (default: 2)"
+        "--shifts", type=int, default=2, help="shifted copies of each training picture to be read (default: 2)"
     )
     options = parser.parse_args(arguments)
     there = (options.folder / "digits.json").exists()

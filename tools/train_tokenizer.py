@@ -33,9 +33,7 @@ def train(config: DataConfig, out: Path) -> list[Path]:
     folder = Path(config.path)
     cache = cache_folder(folder, config.cache)
     listings = [list_shard(shard, cache) for shard in find_shards(folder, config.train, "data.train")]
-    modalities = [
-        name for name, tokenizer in config.tokenizers.items() if not isinstance(tokenizer, BytesConfig)
-    ]
+    modalities = [name for name, tokenizer in config.tokenizers.items() if not isinstance(tokenizer, BytesConfig)]
     if not modalities:
         raise UserError("data.text.type: 'bytes' needs no training and there is no data.image; nothing to do")
     out.mkdir(parents=True, exist_ok=True)
@@ -47,12 +45,8 @@ def train(config: DataConfig, out: Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "recipe", nargs="*", metavar="RECIPE [key=value ...]", help="its data section is used"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="*", metavar="RECIPE [key=value ...]", help="its data section is used")
     parser.add_argument("--path", help="folder of shards, in place of a recipe")
     parser.add_argument("--train", default="*train*.tar", help="pattern of the training shards inside --path")
     parser.add_argument("--vocab-size", type=int, default=4096, help="ids of the text tokenizer")
@@ -60,9 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--patch", type=int, default=4, help="side of a patch in pixels")
     parser.add_argument("--codes", type=int, default=512, help="ids of the image tokenizer; 0 for text alone")
     parser.add_argument("--channels", type=int, default=3, help="3 for colour, 1 for grey")
-    parser.add_argument(
-        "--out", type=Path, default=Path("tokenizers"), help="folder to write to (default: tokenizers)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("tokenizers"), help="folder to write to (default: tokenizers)")
     options = parser.parse_args(arguments)
     if bool(options.recipe) == bool(options.path):
         parser.error("give either a RECIPE or --path FOLDER")

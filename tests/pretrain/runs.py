@@ -26,7 +26,7 @@ EXPERTS = {"type": "moma", "experts": {"text": 2, "image": 2}, "d_ff": 32}
 LAYER = {"mixer": {"type": "attention", "heads": 2}, "feedforward": EXPERTS, "dropout": 0.1}
 
 
-def tiny_recipe(data: Path | str, run: Path | str, **changes: Any) -> dict[str, Any]:
+def tiny_recipe(data: Path | str, run: Path | str, /, **changes: Any) -> dict[str, Any]:
     """Two layers (MoMa 2t2i, MoD on the second) on the digits, ZeRO-2, 12 steps at a constant learning rate.
 
     Args:
@@ -61,7 +61,7 @@ def tiny_recipe(data: Path | str, run: Path | str, **changes: Any) -> dict[str, 
     return recipe
 
 
-def write_recipe(folder: Path, data: Path | str, run: Path | str, **changes: Any) -> Path:
+def write_recipe(folder: Path, data: Path | str, run: Path | str, /, **changes: Any) -> Path:
     """`tiny_recipe` as a file in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"

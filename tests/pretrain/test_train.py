@@ -186,7 +186,7 @@ def test_bf16_trains_and_resumes(stories: tuple[Path, list[dict[str, Any]]]) -> 
 
 
 def test_the_launcher(digit_shards: Path, stories: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    """`deepspeed --num_accelerators 2`: told to stop through one rank, run again, equal to the uninterrupted run."""
+    """`deepspeed --num_accelerators 2`: told to stop through one rank, resumed, equal to the uninterrupted run."""
     path = write_recipe(tmp_path, digit_shards, tmp_path / "run", train=EVERY)
     file = tmp_path / "run" / "metrics.jsonl"
     processes = launch([path], tmp_path / "printed")
@@ -194,7 +194,7 @@ def test_the_launcher(digit_shards: Path, stories: tuple[Path, list[dict[str, An
     os.kill(rank_process(processes.members[0].pid, 1), signal.SIGUSR1)
     assert processes.wait() == [0], processes.printed()
     assert "told to stop: leaving after step" in processes.printed()
-    again = launch([path], tmp_path / "printed again")
+    again = start([path], tmp_path / "printed again", ranks=2)
     assert again.wait() == [0], again.printed()
     assert f"resuming {tmp_path / 'run'} at step" in again.printed()
     assert_same_metrics(tmp_path / "run", stories[0] / "whole")

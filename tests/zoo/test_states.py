@@ -62,6 +62,7 @@ def test_clone_is_independent_and_reorder_moves_rows():
     def rest(tokens: torch.Tensor, context, states) -> torch.Tensor:
         return model(tokens[:, 5:], columns(context, 5, 9), states)
 
+    rest((tokens + 1) % full.shape[-1], context, [state.clone() for state in states])  # leaves no mark on the original
     reordered = stream("tititi...", "ttiittiit", "ttiittiit", routing="causal")
     torch.testing.assert_close(rest(tokens[order], reordered, branch), full[order][:, 5:], rtol=0, atol=1e-10)
     torch.testing.assert_close(rest(tokens, context, states), full[:, 5:], rtol=0, atol=1e-10)

@@ -2,7 +2,7 @@
  *
  * GCC's vector extension: one AVX-512 register, or several smaller ones elsewhere. Nothing here may be compiled with
  * -ffast-math: it deletes the rounding by a magic number, and the exponential is then wrong by 0.8 without a warning.
- * NaN stays NaN and infinity leaves the range, so that a bad step is seen.
+ * What is not finite becomes NaN, so that a bad step is seen.
  */
 #ifndef ZOO_VECTOR_H
 #define ZOO_VECTOR_H
@@ -109,7 +109,7 @@ INLINE vec softplus(vec x, vec *derivative) {
     p = p * q + (1.0f / 7);
     p = p * q + (1.0f / 5);
     p = p * q + (1.0f / 3);
-    return choose(x > 0.0f, x, x * 0.0f) + 2.0f * (s + s * q * p);
+    return choose(x > 0.0f, x, splat(0.0f)) + 2.0f * (s + s * q * p);
 }
 
 INLINE vec sigmoid(vec x) {
