@@ -8,6 +8,7 @@ is used.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -15,10 +16,12 @@ import datetime
 import math
 import os
 import socket
+import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -323,23 +326,53 @@ def stop_processes() -> None:
         deepspeed.comm.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, past the interpreter's own shutdown.
+
+    A thread of gloo's may still be about to free the tensors of the last collective, for which it needs the
+    interpreter's lock; where it gets it only during the shutdown, Python unwinds that thread and C++ aborts the whole
+    process ("terminate called without an active exception"), a finished run with an exit code of -6.
+    """
+    atexit._run_exitfuncs()  # what libraries have registered, such as the upload of a monitor
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _start_processes(device: str, timeout_seconds: float) -> None:
-    """Join the process group of the launcher, over gloo or NCCL; nothing where it is there already."""
+    """Join the process group of the launcher, over gloo or NCCL; nothing where it is there already.
+
+    Raises UserError where the port on which the ranks meet is taken.
+    """
     import deepspeed
     import deepspeed.ops
+    import deepspeed.runtime.bf16_optimizer
 
     # Else DeepSpeed compiles its shared-memory collectives at the first start on a CPU (about 30 s, needs
     # g++) for the inference paths that use them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19.8 calls collectives that torch has renamed since, and would say so at every micro-batch.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Its bf16 optimizer prints the state of the memory eight times while it is made.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
     if device == "cuda":
         torch.cuda.set_device(_local_device(device))
-    if not deepspeed.comm.is_initialized():
+    if deepspeed.comm.is_initialized():
+        return
+    try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device == "cuda" else "gloo",
             auto_mpi_discovery=False,
             timeout=datetime.timedelta(seconds=timeout_seconds),
             verbose=False,
         )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ.get('MASTER_PORT')} is in use, by another run on this machine perhaps; choose another: "
+            "deepspeed --master_port 29501 …"
+        ) from None
 
 
 def _local_device(device: str) -> torch.device:

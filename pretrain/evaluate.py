@@ -17,8 +17,9 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 def routings(model: nn.Module) -> tuple[str, ...]:
-    """What a model is evaluated under: a dense one is causal as it is, a sparse one needs its auxiliary routers."""
-    blocks = [m for m in model.modules() if hasattr(m, "router")]
+    """What a model is evaluated under: one without routers that look ahead is causal as it is, another needs its auxiliary
+    routers."""
+    blocks = [m for m in model.modules() if getattr(getattr(m, "router", None), "looks_ahead", False)]
     if not blocks:
         return (CAUSAL,)
     causal = all(isinstance(getattr(block, "auxiliary", None), AuxiliaryRouter) for block in blocks)

@@ -146,7 +146,9 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     if size is None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": words.size})})
     elif size < words.size:
-        raise ConfigError(f"model.vocab_size: {size} is less than the {words.size} ids of data's tokenizers; remove the key")
+        raise ConfigError(
+            f"model.vocab_size: {size} is less than the {words.size} ids of data's tokenizers; remove the key"
+        )
     recipe.model.check()
     recipe.objective.check(recipe.model.place(recipe.kernels), "objective")
     zoo.kernels.check(recipe.kernels)
@@ -198,7 +200,9 @@ class _Loader(yaml.SafeLoader):
                 problem = "a key must be a word; text with braces or brackets needs quotes"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -221,14 +225,18 @@ def _parse(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
-        hint = "; recipes are plain data, tags that run code are refused" if "!!python" in text else "; correct the file"
+        hint = (
+            "; recipes are plain data, tags that run code are refused" if "!!python" in text else "; correct the file"
+        )
         raise ConfigError(f"{path}:{where} {problem}{hint}") from None
     except RecursionError:
         raise ConfigError(f"{path}: is nested too deeply to be a recipe; correct the file") from None
     if data is None:
         raise ConfigError(f"{path}: is empty; a recipe needs at least model, data, optimizer and train")
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds a {type(data).__name__}, not a mapping of keys; a recipe is `key: value` lines")
+        raise ConfigError(
+            f"{path}: holds a {type(data).__name__}, not a mapping of keys; a recipe is `key: value` lines"
+        )
     return data
 
 
@@ -238,7 +246,9 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         names = " → ".join(str(link) for link in (*chain, path.resolve()))
         raise ConfigError(f"{path}: extends itself ({names}); remove one `extends`")
     if chain and not path.exists():
-        raise ConfigError(f"{chain[-1]}: extends: {str(path)!r} does not exist; the path is relative to the file it stands in")
+        raise ConfigError(
+            f"{chain[-1]}: extends: {str(path)!r} does not exist; the path is relative to the file it stands in"
+        )
     data = _parse(path)
     parent = data.pop("extends", None)
     if parent is None:
@@ -274,7 +284,9 @@ def _override(data: dict[str, Any], text: str) -> None:
         last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"{key}: {part!r} is no entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0")
+                raise ConfigError(
+                    f"{key}: {part!r} is no entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0"
+                )
             position: Any = int(part)
         elif isinstance(node, dict):
             position = part

@@ -10,15 +10,18 @@ from typing import Any, TextIO
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import zoo
 from pretrain import recipe as recipes
+from pretrain.checkpoint import STATE, CheckpointStore
 from pretrain.recipe import Recipe
 from zoo.config import UserError
 from zoo.model import Model
 
-RECIPE, WEIGHTS = "recipe.yaml", "model.safetensors"
+RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
+INITIAL, INITIAL_POSITION = "initial.safetensors", "initial.json"
 
 
 def claim(folder: Path) -> TextIO:
@@ -72,12 +75,59 @@ def write_recipe(folder: Path, recipe: Recipe, effective: dict[str, Any]) -> Non
 
 
 def save_model(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
-    """Whole fp32 weights as safetensors; atomic."""
+    """Whole fp32 weights as safetensors; atomic.
+
+    Raises:
+        UserError: the disk is full.
+    """
     path = folder / WEIGHTS
     temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{str(path)!r} cannot be written ({error}); free space and give the same command again, it goes on from the "
+            "newest checkpoint"
+        ) from None
     os.replace(temporary, path)
     return path
+
+
+def position(folder: Path) -> dict[str, Any]:
+    """Where the data of a run go on: the global row after its newest checkpoint, and which data they are.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+    steps = CheckpointStore(folder / CHECKPOINTS, keep=1).steps()
+    if not steps:
+        raise UserError(f"{folder / CHECKPOINTS}: holds no complete checkpoint; give the folder of a trained run")
+    recipe = recipes.load(folder / RECIPE)
+    state = json.loads((folder / CHECKPOINTS / f"step-{steps[-1]}" / STATE).read_text(encoding="utf-8"))
+    return {"row": state["first_row"] + state["step"] * recipe.train.global_batch, "data": state["data"]}
+
+
+def save_initial(folder: Path, weights: dict[str, torch.Tensor], start: dict[str, Any]) -> None:
+    """First weights of a new run, and the `position` at which its data begin.
+
+    Raises:
+        UserError: the run has begun already.
+    """
+    if (folder / RECIPE).exists():
+        raise UserError(
+            f"run_dir: {str(folder)!r} is a run that has begun; choose another run_dir or name, or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / INITIAL)
+    _replace(folder / INITIAL_POSITION, json.dumps(start) + "\n")
+
+
+def load_initial(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """What `save_initial` left for a run, None where it starts from its seed."""
+    if not (folder / INITIAL_POSITION).exists():
+        return None
+    return load_file(folder / INITIAL), json.loads((folder / INITIAL_POSITION).read_text(encoding="utf-8"))
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Model, Recipe]:

@@ -9,6 +9,7 @@ The same command resumes. TERM or USR1 on any rank ends the run after the step i
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 import time
@@ -18,25 +19,41 @@ from typing import Any
 import torch
 
 import zoo
-from pretrain import metrics, recipe as recipes, run_folder
+from pretrain import metrics, run_folder
+from pretrain import recipe as recipes
 from pretrain.checkpoint import CheckpointStore
 from pretrain.data import Batch, Data, micro_batches, open_data
-from pretrain.engine import Engine, check_values, choose_device, prepare_environment, rank_and_world, stop_processes
+from pretrain.engine import (
+    Engine,
+    check_values,
+    choose_device,
+    leave,
+    prepare_environment,
+    rank_and_world,
+    stop_processes,
+)
 from pretrain.evaluate import evaluate, validation_loss
 from pretrain.optim import AUXILIARY_SCALE, learning_rate_factor
 from pretrain.recipe import Recipe
+from pretrain.updates import Updates
 from zoo.config import UserError
 from zoo.context import Trace
 from zoo.flops import TRAINING_FACTOR
-from zoo.routers import rates
+from zoo.model import load_weights
+from zoo.routers import EXPERT, rates
+from zoo.routers import balance as balance_of
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="pretrain.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pretrain.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     rank, world = rank_and_world()
     try:
         recipe = recipes.load(options.recipe, options.overrides)
@@ -54,6 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = error.filename or recipe.folder
+        print(
+            f"error: {str(where)!r} cannot be written ({error.strerror}); free space and give the same command again, it "
+            "goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 2
     finally:
         stop_processes()
 
@@ -63,6 +91,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, data: Data, config: dict[str, Any], device: str) -> None:
         self.recipe, self.data = recipe, data
+
         def build() -> zoo.Model:
             checkpointing = recipe.train.activation_checkpointing
             return zoo.build(
@@ -72,21 +101,42 @@ class Run:
         with torch.device("meta"):
             # says what the model costs and what it is made of; the engine's own may be partitioned
             self.blueprint = build()
+        initial = run_folder.load_initial(recipe.folder)
+
+        def initialise(model: torch.nn.Module, seed: int, gather: Any) -> None:
+            zoo.initialise(model, seed, gather)
+            if initial is not None:
+                load_weights(model, initial[0], gather)
+
         self.engine = Engine(
             build_model=build,
-            initialise_model=zoo.initialise,
+            initialise_model=initialise,
             config=config,
             optimizer=recipe.optimizer,
             seed=recipe.seed,
             device=device,
         )
+        self.updates = Updates(self.engine.module, self.engine.device, self.engine.all_reduce_sum)
         self.first = self.engine.rank == 0
-        self.objective = zoo.build("objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.blueprint.modalities)
+        self.objective = zoo.build(
+            "objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.blueprint.modalities
+        )
         self.cost = self.blueprint.cost(recipe.data.sequence_length)
         self.told_to_stop = False
         self.store = CheckpointStore(recipe.folder / "checkpoints", recipe.train.keep_checkpoints, log=self.say)
         self.store.clean(self.engine)
-        fresh = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "bad_steps": 0, "bad_in_a_row": 0, "data": data.fingerprint}
+        # upcycled runs take up the data where the old run stopped
+        first_row = 0 if initial is None or initial[1]["data"] != data.fingerprint else initial[1]["row"]
+        fresh = {
+            "first_row": first_row,
+            "step": 0,
+            "tokens": 0,
+            "flops": 0.0,
+            "seconds": 0.0,
+            "bad_steps": 0,
+            "bad_in_a_row": 0,
+            "data": data.fingerprint,
+        }
         self.state: dict[str, Any] = self.store.load_newest(self.engine) or fresh
         if self.state["data"] != data.fingerprint:
             raise UserError(
@@ -148,7 +198,7 @@ class Run:
     def _batches(self, step: int) -> list[Batch]:
         train = self.recipe.train
         batches = micro_batches(
-            self.data.train, step * train.global_batch, train.global_batch, train.micro_batch,
+            self.data.train, self.state["first_row"] + step * train.global_batch, train.global_batch, train.micro_batch,
             self.engine.rank, self.engine.world, step, self.recipe.seed,
         )  # fmt: skip
         return batches
@@ -164,7 +214,9 @@ class Run:
         *totals, stop = self.engine.all_reduce_sum(vector).tolist()
         return dict(zip(names, totals[: len(names)], strict=True)), totals[len(names) :], stop > 0
 
-    def _step(self, step: int, batches: list[Batch], counts: dict[str, int], tokens: list[int]) -> dict[str, float] | None:
+    def _step(
+        self, step: int, batches: list[Batch], counts: dict[str, int], tokens: list[int]
+    ) -> dict[str, float] | None:
         """Forward, backward, update. Returns what to log, None where this is no log step."""
         recipe, engine, state = self.recipe, self.engine, self.state
         logging = _due(step + 1, recipe.train.log_every)
@@ -175,19 +227,27 @@ class Run:
             parts = {name: total for name, (total, _) in self.objective(engine.module, batch).items()}
             main = self.objective.combine(parts, counts)
             loss = main
+            if trace.penalties:  # their mean over micro-batches and ranks
+                balance = torch.stack(list(trace.penalties.values())).sum() / (len(batches) * engine.world)
+                loss = main + balance
+                parts["balance"] = balance
             if trace.losses:
                 auxiliary = sum(total for total, _ in trace.losses.values()) / max(sum(tokens), 1)
-                loss = main + AUXILIARY_SCALE * auxiliary
+                loss = loss + AUXILIARY_SCALE * auxiliary
                 parts["auxiliary"] = auxiliary
+            self.updates.add(trace.updates)
             engine.backward(loss * engine.world, last=i == len(batches) - 1)
             if logging:
                 _add(sums, {**parts, "loss": main})
                 _add(sums, _router_sums(trace))
+                _add(sums, _expert_sums(trace))
         factor = learning_rate_factor(recipe.schedule, step, recipe.train.steps)
         result = engine.step(factor)
+        self.updates.apply(step, result.applied)
         state["tokens"] += sum(tokens)
         state["flops"] += TRAINING_FACTOR * sum(
-            n * sum(part[m] for part in (self.cost.flops, self.cost.router, self.cost.auxiliary)) for m, n in enumerate(tokens)
+            n * sum(part[m] for part in (self.cost.flops, self.cost.router, self.cost.auxiliary))
+            for m, n in enumerate(tokens)
         )
         self._count_bad(step, result.applied)
         if not logging:
@@ -197,7 +257,9 @@ class Run:
         totals = dict(zip(names, reduced.tolist(), strict=True))
         return self._report(totals, counts, factor * recipe.optimizer.lr, result.grad_norm)
 
-    def _report(self, totals: dict[str, float], counts: dict[str, int], lr: float, grad_norm: float) -> dict[str, float]:
+    def _report(
+        self, totals: dict[str, float], counts: dict[str, int], lr: float, grad_norm: float
+    ) -> dict[str, float]:
         values = {"tokens": self.state["tokens"], "flops": self.state["flops"], "loss": totals["loss"]}
         values |= {f"loss/{name}": totals[name] / n for name, n in counts.items() if n}
         if "z_loss" in totals:
@@ -206,6 +268,14 @@ class Run:
             values["auxiliary/loss"] = totals["auxiliary"]
             router = {key.removeprefix("router|"): value for key, value in totals.items() if key.startswith("router|")}
             values |= {f"auxiliary/{key}": value for key, value in rates(router).items()}
+        if "balance" in totals:
+            values["balance/loss"] = totals["balance"]
+        used: dict[str, dict[str, float]] = {}
+        for key, value in totals.items():
+            if key.startswith("expert|"):
+                _, block, expert = key.split("|")
+                used.setdefault(block, {})[expert] = value
+        values |= {f"load/{key}": value for key, value in balance_of(used).items()}
         values |= {"lr": lr, "grad_norm": grad_norm, "bad_steps": self.state["bad_steps"]}
         return values | {"seconds": self.state["seconds"]}
 
@@ -214,7 +284,9 @@ class Run:
         state["bad_in_a_row"] = 0 if applied else state["bad_in_a_row"] + 1
         state["bad_steps"] += not applied
         if not applied:
-            self.say(f"step {step + 1}: the loss or gradient is not finite; step skipped ({state['bad_in_a_row']} in a row)")
+            self.say(
+                f"step {step + 1}: the loss or gradient is not finite; step skipped ({state['bad_in_a_row']} in a row)"
+            )
         if state["bad_in_a_row"] >= limit:
             raise UserError(
                 f"train.max_bad_steps: {limit} steps in a row had a non-finite loss or gradient, the last one {step + 1}; "
@@ -247,7 +319,9 @@ class Run:
         self.engine.train()
         if self.metrics:
             self.metrics.log(step, values)
-        shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items() if "flops" not in key)
+        shown = "  ".join(
+            f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items() if "flops" not in key
+        )
         self.say(f"evaluation after step {step}: {shown}  ({time.monotonic() - began:.1f} s)")
         return values
 
@@ -278,9 +352,19 @@ def _router_sums(trace: Trace) -> dict[str, torch.Tensor]:
     return sums
 
 
+def _expert_sums(trace: Trace) -> dict[str, torch.Tensor]:
+    """Rows of each expert of every block whose tokens choose."""
+    return {
+        f"expert|{name}|{key}": value
+        for name, statistics in trace.statistics.items()
+        for key, value in statistics.items()
+        if key.startswith(EXPERT)
+    }
+
+
 def _silent(text: str) -> None:
     pass
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

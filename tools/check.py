@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks to check the batch sizes for (default 1)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
         device = choose_device(recipe.train.device)

@@ -23,6 +23,7 @@ from zoo.config import UserError
 from zoo.experts import StackedSwiGLU
 from zoo.flops import Cost
 from zoo.routers import AuxiliaryRouter, LinearRouter
+from zoo.untied import ModalityLinear
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--ranks", type=int, default=1, help="for the memory a rank (default 1)")
     parser.add_argument("--json", action="store_true", help="for programs")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
         model = build(recipe)
@@ -132,8 +133,15 @@ def _grow(tree: Tree, module: nn.Module, length: float, modalities: Sequence[str
         elif isinstance(child, nn.ModuleDict):
             for key, entry in child.items():
                 _branch(tree, f"{name}.{key}", entry, length, modalities)
-        elif top or hasattr(child, "cost") or isinstance(child, LinearRouter | AuxiliaryRouter | StackedSwiGLU):
+        elif top or _shown(child):
             _branch(tree, name, child, length, modalities)
+
+
+def _shown(module: nn.Module) -> bool:
+    """Blocks and routers; the projections inside a mixer are part of it."""
+    if isinstance(module, ModalityLinear):
+        return False
+    return hasattr(module, "cost") or isinstance(module, LinearRouter | AuxiliaryRouter | StackedSwiGLU)
 
 
 def _branch(tree: Tree, name: str, module: nn.Module, length: float, modalities: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Write scikit-learn's handwritten digits as mixed-modal WebDataset shards: a small real data set without a
 download.
 
-    python -m tools.make_digits FOLDER [--shifts 2]
+    python -m tools.make_digits FOLDER [--shifts 4]
 
 Each of the 1,797 pictures (8×8, grey) becomes two documents, its name in English before the picture (to be drawn) and
 after it (to be read). Training pictures are repeated, those to be read shifted by one pixel. The split, 1,500 for
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--shifts", type=int, default=2, help="shifted copies of each training picture to be read (default: 2)"
+        "--shifts", type=int, default=4, help="shifted copies of each training picture to be read (default: 4)"
     )
     options = parser.parse_args(arguments)
     there = (options.folder / "digits.json").exists()

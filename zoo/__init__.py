@@ -1,6 +1,16 @@
 """zoo: composable blocks for early-fusion models. Everything public is named here."""
 
-from zoo import attention, depth, experts, feedforward, moma  # noqa: F401  they register their blocks
+from zoo import (  # noqa: F401  they register their blocks
+    attention,
+    depth,
+    experts,
+    feedforward,
+    mamba,
+    mamba2,
+    mixer_gate,
+    moma,
+    token_choice,
+)
 from zoo.build import build
 from zoo.config import Config, ConfigError, UserError
 from zoo.context import TokenContext, Trace

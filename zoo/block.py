@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
@@ -48,6 +49,21 @@ class LayerConfig(Config):
         return self.depth.block(self.depth, place, Block(self, place.child("block")))
 
 
+@dataclasses.dataclass
+class BlockState:
+    """Decoding state of a block whose feed-forward has one too."""
+
+    mixer: State
+    feedforward: State
+
+    def clone(self) -> BlockState:
+        return BlockState(self.mixer.clone(), self.feedforward.clone())
+
+    def reorder(self, index: Tensor) -> None:
+        self.mixer.reorder(index)
+        self.feedforward.reorder(index)
+
+
 class Block(nn.Module):
     """x + mixer, then + feed-forward, each under its norm."""
 
@@ -60,15 +76,16 @@ class Block(nn.Module):
         self.feedforward = None
         if config.feedforward is not None:
             self.feedforward = config.feedforward.block(
-                config.feedforward, place.child("feedforward", norm=config.norm)
+                config.feedforward, place.child("feedforward", norm=config.norm, norm_grouping=grouping)
             )
             self.feedforward_norm = self._norm_for(self.feedforward, place, grouping)
 
     def forward(self, x: Tensor, context: TokenContext, state: State | None = None) -> Tensor:
         """(B, T, D) → (B, T, D), residual included."""
-        x = x + self._branch(x, self.mixer, self.mixer_norm, "mixer", context, state)
+        mixer, feedforward = (state.mixer, state.feedforward) if isinstance(state, BlockState) else (state, None)
+        x = x + self._branch(x, self.mixer, self.mixer_norm, "mixer", context, mixer)
         if self.feedforward is not None:
-            x = x + self._branch(x, self.feedforward, self.feedforward_norm, "feedforward", context, None)
+            x = x + self._branch(x, self.feedforward, self.feedforward_norm, "feedforward", context, feedforward)
         return x
 
     def _branch(
@@ -87,7 +104,10 @@ class Block(nn.Module):
         return None if getattr(part, "owns_norm", False) else BlockNorm(place.d_model, grouping)
 
     def init_state(self, rows: int, length: int, like: Tensor) -> State:
-        return self.mixer.init_state(rows, length, like)
+        """The mixer's, and the feed-forward's where that has one."""
+        mixer, of_feedforward = self.mixer.init_state(rows, length, like), getattr(self.feedforward, "init_state", None)
+        feedforward = of_feedforward(rows, length, like) if of_feedforward else None
+        return mixer if feedforward is None else BlockState(mixer, feedforward)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Sum of the branches."""

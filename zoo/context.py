@@ -23,7 +23,7 @@ TOPK, CAUSAL = "topk", "causal"
 
 @dataclasses.dataclass(eq=False)
 class Trace:
-    """Collector for one forward: routing decisions, auxiliary losses and router statistics by block name.
+    """Collector for one forward: routing decisions, losses, and what routers report or learn from, by block name.
 
     Use a fresh one for each forward. While activation checkpointing recomputes a layer the trace replays the decisions
     of the first pass and takes nothing in, so that routes cannot flip and nothing counts twice.
@@ -33,7 +33,12 @@ class Trace:
     losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
     """name → (sum over tokens, count)."""
     statistics: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
-    """name → sums, to be added over micro-batches and ranks."""
+    """name → sums, to be added over micro-batches and ranks: for reports."""
+    penalties: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """name → a term of the training loss, weighted, a mean over the forward's tokens (balancing losses)."""
+    updates: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """name → sums, to be added over micro-batches and ranks: what the `update` of the module of that name is given once
+    an optimizer step. Tensors of any shape; the same names and shapes on every rank."""
     replaying: bool = False
 
     def decide(self, name: str, decision: Callable[[], Any]) -> Any:
@@ -49,6 +54,14 @@ class Trace:
     def add_statistics(self, name: str, sums: dict[str, Tensor]) -> None:
         if not self.replaying:
             self.statistics[name] = {key: value.detach() for key, value in sums.items()}
+
+    def add_penalty(self, name: str, value: Tensor) -> None:
+        if not self.replaying:
+            self.penalties[name] = value
+
+    def add_update(self, name: str, sums: dict[str, Tensor]) -> None:
+        if not self.replaying:
+            self.updates[name] = {key: value.detach() for key, value in sums.items()}
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
@@ -215,15 +228,20 @@ class TokenContext:
 
     # ---------------------------------------------------------------------------------------------------- narrowing
 
-    def select(self, index: Tensor, valid: Tensor) -> TokenContext:
+    def kept_counts(self, keep: Tensor) -> tuple[tuple[int, ...], ...]:
+        """`counts` of the tokens at which `keep` (B, T) is true; they depend on the data and are copied to the host."""
+        return _counts(self.modality.masked_fill(~keep, -1), len(self.modalities))
+
+    def select(self, index: Tensor, valid: Tensor, counts: tuple[tuple[int, ...], ...] | None = None) -> TokenContext:
         """The context of a kept sub-sequence.
 
         Args:
             index: (B, K) columns kept, ascending within a row; K is the largest row's count.
             valid: (B, K) bool; False where a shorter row is padded.
+            counts: tokens kept of each row and modality, where the host knows them. Otherwise they depend on the data
+                and are copied to the host here, once.
         Returns:
-            Context of B rows of K tokens with original positions and documents. Its counts depend on the data and are
-            copied to the host here, once.
+            Context of B rows of K tokens with original positions and documents.
         """
 
         def take(values: Tensor, padding: int) -> Tensor:
@@ -236,7 +254,7 @@ class TokenContext:
             position=take(self.position, 0),
             document=take(self.document, -1),
             key=take(self.key, 0),
-            counts=_counts(modality, len(self.modalities)),
+            counts=_counts(modality, len(self.modalities)) if counts is None else counts,
             segments=None,
             _derived={},
         )

@@ -1,10 +1,13 @@
-"""Expert choice: feed-forward experts that pick their tokens, as many FLOPs as one dense feed-forward.
+"""Routed experts: groups of feed-forwards of which each token meets some.
 
-The shared mechanism of `experts` (one group over all tokens) and `moma` (one group a modality).
+The shared mechanism of `experts` (one group over all tokens) and `moma` (one group a modality). The router decides who
+chooses: experts their tokens (`linear`: as many FLOPs as one dense feed-forward), or tokens their experts
+(`token_choice`, `mixer`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal
@@ -17,8 +20,8 @@ from torch import Tensor, nn
 from zoo import kernels, noise
 from zoo.config import ConfigError
 from zoo.context import CAUSAL, TokenContext
+from zoo.feedforward import Dense
 from zoo.flops import Cost
-from zoo.layers import RMSNorm
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routers import (
     AuxiliaryRouter,
@@ -32,16 +35,27 @@ from zoo.routers import (
     record_load,
     train_auxiliary,
 )
+from zoo.states import State
+from zoo.untied import BlockNorm
 
 
 class ExpertConfig(BlockConfig):
-    """What every expert-choice feed-forward can be told."""
+    """What every feed-forward of routed experts can be told."""
 
     d_ff: int = Field(gt=0)
     """Hidden width F of one expert."""
     capacity: Capacity | None = None
-    """Share of its group's tokens an expert takes; default 1 / experts: the cost of one dense feed-forward."""
+    """Expert choice: share of its group's tokens an expert takes; default 1 / experts, no-op experts included: without
+    those the cost of one dense feed-forward."""
     scope: Scope = "microbatch"
+    """Expert choice: the tokens that compete."""
+    shared_experts: int = Field(0, ge=0)
+    """Experts that every token meets besides, ungated: one SwiGLU of so many times d_ff (DeepSeekMoE, arXiv 2401.06066
+    §3.2); under `moma` one a modality."""
+    noop_experts: int = Field(0, ge=0)
+    """Experts of each group that do nothing: a token that goes there passes by on the residual, for free ("integrated"
+    MoDE, arXiv 2404.02258). Each has a column in the router; scores must compete: token_choice, or activation: softmax.
+    """
     gate: Literal["outside", "inside"] = "outside"
     """With post-norm: Σ G · N(FFN(x)), or N(Σ G · FFN(x)) as published, which cancels the gate of a token with a single
     expert. No difference with pre-norm."""
@@ -51,7 +65,23 @@ class ExpertConfig(BlockConfig):
 
     def share(self, experts: int) -> Fraction:
         """The capacity of a group of `experts`."""
-        return Fraction(1, experts) if self.capacity is None else Fraction(str(self.capacity))
+        return Fraction(1, experts + self.noop_experts) if self.capacity is None else Fraction(str(self.capacity))
+
+    def group_sizes(self) -> dict[str, int]:
+        """Experts of each group by name."""
+        raise NotImplementedError
+
+    def check(self, place: Place, path: str) -> None:
+        router = self.router.block
+        if not router.looks_ahead:
+            for key, plain in (("capacity", None), ("scope", "microbatch")):
+                if getattr(self, key) != plain:
+                    raise ConfigError(
+                        f"{path}.{key}: {getattr(self, key)!r}; under router {self.router.type_name!r} each token "
+                        f"chooses for itself and none is dropped: remove {key}, or choose type: linear"
+                    )
+        for experts in self.group_sizes().values():
+            router.check_group(self.router, experts, self.noop_experts, f"{path}.router")
 
 
 class StackedSwiGLU(nn.Module):
@@ -73,22 +103,51 @@ class StackedSwiGLU(nn.Module):
         return self.kernel.grouped_swiglu(x, counts, self.w_in, self.w_out)
 
 
+class ExpertNorm(BlockNorm):
+    """The norm of each expert's output, before its gate: one gain, or one a modality."""
+
+    def forward(self, rows: Tensor, token: Tensor, context: TokenContext) -> Tensor:
+        """rows (R, D) of the tokens with flat indices `token` (R,)."""
+        if self.grouping is None:
+            return F.rms_norm(rows, (self.width,), self.weight, self.eps)
+        group = self.grouping.group_of_token(context).reshape(-1).index_select(0, token)
+        return F.rms_norm(rows, (self.width,), None, self.eps) * F.embedding(group, self.weight)
+
+
+@dataclasses.dataclass
+class GroupStates:
+    """Decoding states of the groups whose routers have one, by name."""
+
+    states: dict[str, State]
+
+    def clone(self) -> GroupStates:
+        return GroupStates({name: state.clone() for name, state in self.states.items()})
+
+    def reorder(self, index: Tensor) -> None:
+        for state in self.states.values():
+            state.reorder(index)
+
+
 class ExpertGroup(nn.Module):
-    """A router, its causal stand-in, and the experts that compete for the same tokens."""
+    """A router, its causal stand-in, and the experts for the same tokens."""
 
     def __init__(self, experts: int, config: ExpertConfig, place: Place) -> None:
         super().__init__()
-        self.name, self.count, self.share, self.scope = place.name, experts, config.share(experts), config.scope
-        self.router = config.router.block(config.router, place.child("router"), experts)
+        self.name, self.count, self.scope = place.name, experts, config.scope
+        self.router = config.router.block(config.router, place.child("router"), experts + config.noop_experts)
+        self.share = self.router.nominal_share(config.share(experts))
         needed = config.auxiliary and self.router.looks_ahead
         self.auxiliary = AuxiliaryRouter(place.child("auxiliary"), experts) if needed else None
         self.experts = StackedSwiGLU(experts, config.d_ff, place.child("experts"))
 
-    def route(self, x: Tensor, member: Tensor, counts: tuple[int, ...], context: TokenContext) -> tuple[Route, Tensor]:
+    def route(
+        self, x: Tensor, member: Tensor, counts: tuple[int, ...], context: TokenContext, state: State | None = None
+    ) -> tuple[Route, Tensor]:
         """Decide for the group's tokens x (n, D), flat indices `member` (n,), `counts` of them in each row; also the
-        weights (R,), fp32."""
-        candidates = Candidates(counts, self.share, self.scope, context.key.reshape(-1)[member], context)
-        scores = self.router(x, candidates.key, noise.salt(self.name, context.step))  # (n, E)
+        weights (R,), fp32. No-op experts have no rows any more."""
+        key = context.key.reshape(-1).index_select(0, member)
+        candidates = Candidates(member, counts, self.share, self.scope, key, context)
+        scores = self.router.score(x, candidates, noise.salt(self.name, context.step), state)  # (n, E + no-op)
         logits = None if self.auxiliary is None else self.auxiliary(x)
         causal = context.routing == CAUSAL and self.router.looks_ahead
         if causal and logits is None:
@@ -99,35 +158,43 @@ class ExpertGroup(nn.Module):
         def choose() -> Route:
             return Route.of_membership(logits > 0) if causal else self.router.choose(scores.detach(), candidates)
 
-        route = decide(context, self.name, choose)
-        record_load(context, self.name, sum(route.counts), x.shape[0] * self.count)
+        everywhere = decide(context, self.name, choose)
+        route = everywhere.first(self.count)
+        loads = () if self.router.looks_ahead else everywhere.counts
+        record_load(context, self.name, sum(route.counts), x.shape[0] * self.count, loads)
         if not causal and logits is not None:
             train_auxiliary(context, self.name, logits, membership(route.token.view(self.count, -1), x.shape[0]))
-        self.router.observe(x, scores, route, self.name, context)
-        return route, self.router.weigh(scores, route)
+        self.router.observe(x, scores, everywhere, candidates)
+        return route, self.router.weigh(scores, everywhere)[: route.token.shape[0]]
 
 
-class ExpertChoice(nn.Module):
+class RoutedExperts(nn.Module):
     """Groups of experts over parts of the tokens: gather once, compute, weigh, add once."""
+
+    untied_shared = False
+    """Whether the shared experts are one network a modality."""
 
     def __init__(self, groups: dict[str, int], config: ExpertConfig, place: Place) -> None:
         super().__init__()
         self.groups = nn.ModuleDict(
             {name: ExpertGroup(experts, config, place.child(f"groups.{name}")) for name, experts in groups.items()}
         )
+        shared = Dense.Config(d_ff=max(1, config.shared_experts) * config.d_ff, untied=self.untied_shared)
+        self.shared = Dense(shared, place.child("shared")) if config.shared_experts else None
         self.owns_norm = place.norm == "post" and config.gate == "outside"
-        self.norm = RMSNorm(place.d_model) if self.owns_norm else None
+        self.norm = ExpertNorm(place.d_model, place.norm_grouping) if self.owns_norm else None
 
     def members(self, context: TokenContext) -> list[tuple[Tensor, tuple[int, ...]]]:
         """For each group the flat indices of its tokens (n,) in row order, and how many each row has."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, context: TokenContext, state: None = None) -> Tensor:
-        """(B, T, D) → Σ over the experts that took a token of weight · SwiGLU(x); 0 where none did."""
+    def forward(self, x: Tensor, context: TokenContext, state: GroupStates | None = None) -> Tensor:
+        """(B, T, D) → Σ over a token's experts of weight · SwiGLU(x), and its shared experts; 0 at padding."""
         flat = x.reshape(-1, x.shape[-1])
         tokens, weights, counts = [], [], []
-        for group, (member, rows) in zip(self.groups.values(), self.members(context), strict=True):
-            route, weight = group.route(F.embedding(member, flat), member, rows, context)
+        for (name, group), (member, rows) in zip(self.groups.items(), self.members(context), strict=True):
+            inner = None if state is None else state.states.get(name)
+            route, weight = group.route(F.embedding(member, flat), member, rows, context, inner)
             tokens.append(member.index_select(0, route.token))
             weights.append(weight)
             counts.append(route.counts)
@@ -137,31 +204,47 @@ class ExpertChoice(nn.Module):
             [group.experts(part, c) for group, part, c in zip(self.groups.values(), parts, counts, strict=True)]
         )
         if self.norm is not None:
-            y = self.norm(y)
+            y = self.norm(y, token, context)
         y = y * torch.cat(weights).unsqueeze(-1).to(y.dtype)
-        return torch.zeros_like(flat).index_add(0, token, y).view_as(x)
+        total = torch.zeros_like(flat)
+        if self.shared is not None:
+            total = self.shared(x, context).reshape(flat.shape)
+            if self.norm is not None:
+                total = self.norm(total, torch.arange(flat.shape[0], device=flat.device), context)
+        return total.index_add(0, token, y).view_as(x)
+
+    def init_state(self, rows: int, length: int, like: Tensor) -> GroupStates | None:
+        """What routers must remember while decoding; None where no group's does."""
+        states = {name: group.router.init_state(rows, like) for name, group in self.groups.items()}
+        kept = {name: state for name, state in states.items() if state is not None}
+        return GroupStates(kept) if kept else None
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        """What a modality pays depends on its group alone: each expert for its share, nominal or as in `load`."""
-        norm = 0 if self.norm is None else self.norm.weight.numel()
+        """What a modality pays depends on its group alone: each expert for its share, nominal or as in `load`, no-op
+        experts nothing, shared ones whole."""
+        norm = 0 if self.norm is None else self.norm.width
         rows = []
         for name in self.group_of_modality:
             group = self.groups[name]
             share = (load or {}).get(group.name, float(group.share))
             used = share * (group.experts.w_in.numel() + group.experts.w_out.numel())
-            router = group.router.weight.numel()
+            router = group.router.weights
             auxiliary = 0 if group.auxiliary is None else group.auxiliary.weights
             rows.append((2.0 * used, used + router + auxiliary + norm, 2.0 * router, 2.0 * auxiliary))
         flops, active, router, auxiliary = zip(*rows, strict=True)
-        return Cost(flops, active, router, auxiliary)
+        routed = Cost(flops, active, router, auxiliary)
+        return routed if self.shared is None else routed + self.shared.cost(length, load)
 
 
 @register("feedforward", "experts")
-class Experts(ExpertChoice):
-    """Expert-choice mixture over all tokens, whatever their modality (arXiv 2202.09368; MoMa's "MoE 8x" baseline)."""
+class Experts(RoutedExperts):
+    """A mixture over all tokens, whatever their modality (arXiv 2202.09368; MoMa's "MoE 8x" baseline)."""
 
     class Config(ExpertConfig):
         experts: int = Field(gt=0)
+
+        def group_sizes(self) -> dict[str, int]:
+            return {"all": self.experts}
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__({"all": config.experts}, config, place)

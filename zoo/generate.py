@@ -34,8 +34,8 @@ def generate(
     """Continue prompts, in causal routing, with a cache that holds only the tokens each layer kept.
 
     Args:
-        prompt: (B, T) token ids, rows of equal length.
-        prompt_modality: (B, T) index into the model's modalities.
+        prompt: (B, T) token ids; shorter rows are padded on the left.
+        prompt_modality: (B, T) index into the model's modalities, −1 for padding.
         allowed: for each new token the id range [start, stop) it is drawn from. An image is its number of codes in the
             image range, so its length is never left to chance (Chameleon §2.2 masks the same way).
         modality: for each new token its modality.
@@ -48,6 +48,8 @@ def generate(
         raise ValueError(
             f"allowed has {len(allowed)} entries and modality {len(modality)}; one of each for every new token"
         )
+    if bool((prompt_modality[:, -1] < 0).any()):
+        raise ValueError("prompt: a row ends in padding, there is nothing to continue; pad on the left")
     rows, length = prompt.shape
     states = model.init_state(rows, length + len(allowed))
     step, context = prompt, prompt_context(prompt, prompt_modality, model.modalities)

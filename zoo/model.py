@@ -71,7 +71,7 @@ class Model(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(
-            [layer.build(place.child(f"layers.{i}")) for i, (_, layer) in enumerate(config.pattern())]
+            [layer.build(place.child(f"layers.{i}", layer=i)) for i, (_, layer) in enumerate(config.pattern())]
         )
         self.norm = RMSNorm(config.d_model)
         self.head = Linear(config.d_model, config.vocab_size)
@@ -149,3 +149,17 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
                 value = torch.empty(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
                 module.initialise(name, value, generator)
                 parameter.copy_(value)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], gather: Gather | None = None) -> None:
+    """Set every parameter from whole weights by name.
+
+    Args:
+        gather: as for `initialise`.
+    Raises:
+        KeyError: a parameter is not among `weights`.
+    """
+    for name, parameter in model.named_parameters():
+        with gather([parameter]) if gather else contextlib.nullcontext(), torch.no_grad():
+            if parameter.numel():
+                parameter.copy_(weights[name])

@@ -1,7 +1,8 @@
-"""MoMa: mixture of modality-aware experts, one expert-choice group a modality (arXiv 2407.21770 §2.2).
+"""MoMa: mixture of modality-aware experts, one group a modality (arXiv 2407.21770 §2.2).
 
 Stage one is fixed: a token goes to the group of its modality. Stage two is learned: inside the group each expert takes
-its top-k. 1t1i, 4t4i, 7t1i are `experts: {text: 4, image: 4}` and so on.
+its top-k, or, with `router: {type: token_choice}`, each token. 1t1i, 4t4i, 7t1i are `experts: {text: 4, image: 4}` and
+so on.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from zoo.config import ConfigError, suggestion
 from zoo.context import TokenContext
-from zoo.experts import ExpertChoice, ExpertConfig
+from zoo.experts import ExpertConfig, RoutedExperts
 from zoo.registry import Place, register
 
 
 @register("feedforward", "moma")
-class MoMa(ExpertChoice):
+class MoMa(RoutedExperts):
+    untied_shared = True
+
     class Config(ExpertConfig):
         experts: dict[str, int] = Field(min_length=1)
         """Experts of each modality."""
@@ -41,6 +44,10 @@ class MoMa(ExpertChoice):
                     raise ConfigError(
                         f"{path}.experts: no entry for {modality!r}; give every modality its number of experts"
                     )
+            super().check(place, path)
+
+        def group_sizes(self) -> dict[str, int]:
+            return self.experts
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__({modality: config.experts[modality] for modality in place.modalities}, config, place)

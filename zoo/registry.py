@@ -11,6 +11,7 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, suggestion
+from zoo.untied import Grouping
 
 SLOTS = ("mixer", "feedforward", "depth", "router", "objective")
 _tables: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
@@ -43,6 +44,10 @@ class Place:
     layers: int = 1
     """Number of layers of the model; the projections into the residual stream start smaller by √(2 · layers)."""
     kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layer: int = 0
+    """Number of the layer the block belongs to, from 0."""
+    norm_grouping: Grouping | None = None
+    """Which modalities share the gains of the surrounding block's norms; None: all do."""
 
     def child(self, name: str, **changes: Any) -> Place:
         """The place of a part called `name`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -19,11 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import noise
+from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.registry import BlockConfig, Place, register
+from zoo.states import State
 
 Scope = Literal["microbatch", "row"]
 """The set of tokens that compete: the whole micro-batch, or each row for itself."""
+
+EXPERT = "expert "
+"""Begins the name of an expert's rows in the load statistics."""
 
 
 def _capacity(value: float | str) -> float | str:
@@ -57,6 +62,21 @@ class Route:
     """Rows of each expert, on the host."""
 
     @classmethod
+    def of_columns(cls, chosen: Tensor, columns: int) -> Route:
+        """From the k columns that each token chose for itself, (n, k). The counts are copied to the host here, once."""
+        expert, order = chosen.reshape(-1).sort(stable=True)
+        ends = torch.searchsorted(expert, torch.arange(columns, device=expert.device), right=True).tolist()
+        token = order.div(chosen.shape[1], rounding_mode="floor")
+        return cls(token, expert, tuple(b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)))
+
+    def first(self, experts: int) -> Route:
+        """The pairs of the first `experts` columns alone: those of no-op experts, which come last, are dropped."""
+        if experts == len(self.counts):
+            return self
+        kept = sum(self.counts[:experts])
+        return Route(self.token[:kept], self.expert[:kept], self.counts[:experts])
+
+    @classmethod
     def of_membership(cls, chosen: Tensor) -> Route:
         """From (n, E) bool. How many tokens each expert has depends on the data: copied to the host here, once."""
         expert, token = chosen.T.nonzero(as_tuple=True)
@@ -67,6 +87,8 @@ class Route:
 class Candidates:
     """The tokens that one group of experts may have."""
 
+    member: Tensor
+    """(n,) flat indices into B·T, in row and time order."""
     counts: tuple[int, ...]
     """Tokens of each row."""
     share: Fraction
@@ -80,11 +102,40 @@ class Candidates:
 class Router(nn.Module):
     """Base of what stands in a router slot: scores tokens, chooses among them, and weighs what was chosen.
 
-    Built as `cls(config, place, outputs)`. A subclass gives `forward`, and overrides the rest where it differs.
+    Built as `cls(config, place, outputs)`; the last outputs may be no-op experts. A subclass gives `forward`, and
+    overrides the rest where it differs. State that no gradient trains goes into integer buffers, which an engine's cast
+    to bf16 leaves alone, and is renewed by an `update(statistics, step)` from what `observe` put into `Trace.updates`.
     """
 
     looks_ahead = True
-    """Whether its choice depends on other tokens: then causal use needs an auxiliary router."""
+    """Whether its choice depends on other tokens: then causal use needs an auxiliary router. A router that does not
+    decides token by token, has no capacity and no scope, and drops nothing."""
+
+    @classmethod
+    def check_group(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
+        """Raise `ConfigError` where this router cannot serve a group of `experts` and `noop` no-op experts.
+
+        Args:
+            config: of the router.
+            path: its dotted key.
+        """
+
+    @property
+    def weights(self) -> int:
+        """Weights that scoring one token meets, for `cost`."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def nominal_share(self, capacity: Fraction) -> Fraction:
+        """Share of its group's tokens that an expert is meant to get; `capacity` is expert choice's."""
+        return capacity
+
+    def init_state(self, rows: int, like: Tensor) -> State | None:
+        """What scoring must remember of a document while decoding; None for a router that sees one token alone."""
+        return None
+
+    def score(self, x: Tensor, candidates: Candidates, salt: int, state: State | None = None) -> Tensor:
+        """`forward`, for a router that needs to know more about the tokens x (n, D) than their values."""
+        return self(x, candidates.key, salt)
 
     def forward(self, x: Tensor, key: Tensor | None = None, salt: int = 0) -> Tensor:
         """x (n, D) → scores (n, outputs), fp32. `key` and `salt` drive noise, where there is any (`zoo.noise`)."""
@@ -101,8 +152,13 @@ class Router(nn.Module):
         """(R,) weight of each chosen pair: its score. The path on which the router learns."""
         return scores.reshape(-1).index_select(0, route.token * scores.shape[1] + route.expert)
 
-    def observe(self, x: Tensor, scores: Tensor, route: Route, name: str, context: TokenContext) -> None:
-        """Give the trace what the router's own training needs besides gradients: penalties, statistics."""
+    def observe(self, x: Tensor, scores: Tensor, route: Route, candidates: Candidates) -> None:
+        """Give the trace what the router's own training needs besides gradients: penalties, sums for `update`.
+
+        Args:
+            x: (n, D), as scored.
+            route: over all outputs, no-op experts included.
+        """
 
 
 @register("router", "linear")
@@ -113,48 +169,115 @@ class LinearRouter(Router):
     """
 
     class Config(BlockConfig):
-        activation: Literal["sigmoid", "raw"] = "sigmoid"
-        """"raw" multiplies by the logit itself (Mixture-of-Depths eq. 1); "sigmoid" bounds it (MoMa)."""
+        activation: Literal["sigmoid", "raw", "softmax", "tanh"] = "sigmoid"
+        """"raw" multiplies by the logit itself (Mixture-of-Depths eq. 1); "sigmoid" bounds it (MoMa); "softmax" makes
+        the experts compete for a token (expert choice as first published, arXiv 2202.09368 §3.2); "tanh" is
+        1 + tanh_scale · tanh(logit), the identity at a logit of 0 (p-MoD's TanhNorm, arXiv 2412.04449)."""
+        tanh_scale: float | None = pydantic.Field(None, gt=0)
+        """How far a tanh weight may be from 1; default 0.2, p-MoD's."""
         noise: Literal["none", "gumbel"] = "none"
         """"gumbel" adds the difference of two Gumbel draws to the logit in training, before selection and weight
-        (Gumbel-sigmoid, MoMa eq. 5): it lets copies of one expert, after upcycling, part ways."""
+        (Gumbel-sigmoid, MoMa eq. 5): it lets copies of one expert, after upcycling, part ways. Under softmax one draw
+        an expert."""
         initial_scale: float = pydantic.Field(0.1, ge=0)
         """Standard deviation of the first weights in units of 1/√d_model."""
 
+        @pydantic.model_validator(mode="after")
+        def _scale_of_tanh_alone(self) -> LinearRouter.Config:
+            if self.tanh_scale is not None and self.activation != "tanh":
+                raise ValueError(
+                    f"tanh_scale has no meaning under activation {self.activation!r}; leave it out or choose tanh"
+                )
+            return self
+
     def __init__(self, config: Config, place: Place, outputs: int) -> None:
         super().__init__()
+        self.tanh_scale = 0.2 if config.tanh_scale is None else config.tanh_scale
         self.activation, self.noise, self.scale = config.activation, config.noise, config.initial_scale
         self.weight = nn.Parameter(torch.empty(outputs, place.d_model))
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, self.scale * parameter.shape[1] ** -0.5, generator=generator)
 
+    @classmethod
+    def check_group(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
+        if noop and getattr(config, "activation", "softmax") != "softmax":
+            raise ConfigError(
+                f"{path}.activation: {config.activation}; a no-op expert works by drawing scores away from the others, "
+                "which only softmax does under expert choice: set activation: softmax, or type: token_choice"
+            )
+
     def forward(self, x: Tensor, key: Tensor | None = None, salt: int = 0) -> Tensor:
         """x (n, D) → scores (n, outputs), fp32 (float64 for a float64 model)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.weight.to(wide))
         if self.noise == "gumbel" and self.training and key is not None:
-            logits = logits + noise.logistic(key, salt, logits.shape[-1]).to(wide)
+            draw = gumbel if self.activation == "softmax" else noise.logistic
+            logits = logits + draw(key, salt, logits.shape[-1]).to(wide)
+        if self.activation == "softmax":
+            return logits.softmax(-1)
+        if self.activation == "tanh":
+            return 1 + self.tanh_scale * logits.tanh()
         return logits.sigmoid() if self.activation == "sigmoid" else logits
+
+
+def gumbel(key: Tensor, salt: int, width: int) -> Tensor:
+    """Gumbel draws, a function of (key, salt): (..., width) fp32."""
+    return -(-noise.uniform(key, salt, width).log()).log()
 
 
 class AuxiliaryRouter(nn.Module):
     """SiLU(x W₁) W₂ with W₁ (D, D/2): predicts, from one token alone, what the top-k of the scope decides (MoMa §2.4).
 
-    Its input is detached: training it never moves the main model.
+    Its input is detached: training it never moves the main model. Its logits are relative to a threshold, 0 at first,
+    which no gradient moves and `zoo.calibrate` sets: it decides how many tokens the router lets pass, not which.
+
+    Args:
+        place: `<block>.auxiliary`.
+        names: of the groups of tokens with a threshold of their own, as the block calls them in the trace; default:
+            `<block>` alone.
     """
 
-    def __init__(self, place: Place, outputs: int) -> None:
+    def __init__(self, place: Place, outputs: int, names: Sequence[str] | None = None) -> None:
         super().__init__()
+        self.names = (place.name.rpartition(".")[0],) if names is None else tuple(names)
+        # bits of fp32 numbers: an engine's cast to bf16 leaves integers alone
+        self.register_buffer("threshold_bits", torch.zeros(len(self.names), outputs, dtype=torch.int32))
         self.w_in = nn.Parameter(torch.empty(max(1, place.d_model // 2), place.d_model))
         self.w_out = nn.Parameter(torch.empty(outputs, max(1, place.d_model // 2)))
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) → logits (..., outputs); above 0 means yes."""
-        return F.linear(F.silu(F.linear(x.detach(), self.w_in)), self.w_out).float()
+    def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """x (…, D) → logits (…, outputs), fp32 (float64 for a float64 model), above the threshold; above 0 means yes.
+
+        Args:
+            sizes: rows of each group of `names`, one group after the other, x being (n, D); default: there is one.
+        """
+        logits = self.logits(x)
+        if sizes is None:
+            return logits - self.threshold[0]
+        parts = zip(logits.split(list(sizes)), self.threshold.unbind(0), strict=True)
+        return torch.cat([part - threshold for part, threshold in parts])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (…, D) → (…, outputs): what the threshold is compared with.
+
+        Wide, so that a decision near it does not hang on how many tokens share a product.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        hidden = F.silu(F.linear(x.detach().to(wide), self.w_in.to(wide)))
+        return F.linear(hidden, self.w_out.to(wide))
+
+    @property
+    def threshold(self) -> Tensor:
+        """(groups, outputs) fp32: the logit above which the answer is yes. Assign to change it."""
+        return self.threshold_bits.view(torch.float32)
+
+    @threshold.setter
+    def threshold(self, value: Tensor) -> None:
+        self.threshold_bits.copy_(value.to(torch.float32).view(torch.int32))
 
     @property
     def weights(self) -> int:
@@ -221,12 +344,12 @@ def train_auxiliary(context: TokenContext, name: str, logits: Tensor, chosen: Te
     )
 
 
-def record_load(context: TokenContext, name: str, taken: int, offered: int) -> None:
-    """Tell the trace how many of the token–expert pairs offered were taken; both are known on the host."""
+def record_load(context: TokenContext, name: str, taken: int, offered: int, experts: Sequence[int] = ()) -> None:
+    """Tell the trace how many of the token–expert pairs offered were taken, and by each of `experts` where the router
+    leaves that open; all are known on the host."""
     if context.trace is not None:
-        context.trace.add_statistics(
-            f"{name}/load", {"taken": torch.tensor(float(taken)), "offered": torch.tensor(float(offered))}
-        )
+        sums = {"taken": taken, "offered": offered} | {f"{EXPERT}{e}": rows for e, rows in enumerate(experts)}
+        context.trace.add_statistics(f"{name}/load", {key: torch.tensor(float(value)) for key, value in sums.items()})
 
 
 def loads(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -236,6 +359,23 @@ def loads(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         for name, sums in statistics.items()
         if name.endswith("/load") and sums["offered"]
     }
+
+
+def balance(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """How evenly token-choosing groups are used, from summed statistics, for the metrics.
+
+    Returns:
+        `<block>/<expert>`, the expert's share of the group's rows (no-op experts stand after the others), and
+        `<block>/imbalance`, the fullest expert's rows over the mean.
+    """
+    result = {}
+    for name, sums in statistics.items():
+        rows = {key.removeprefix(EXPERT): value for key, value in sums.items() if key.startswith(EXPERT)}
+        if total := sum(rows.values()):
+            block = name.removesuffix("/load")
+            result |= {f"{block}/{expert}": value / total for expert, value in rows.items()}
+            result[f"{block}/imbalance"] = max(rows.values()) * len(rows) / total
+    return result
 
 
 def rates(sums: dict[str, float]) -> dict[str, float]:

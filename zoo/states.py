@@ -61,3 +61,38 @@ class AttentionState:
 
     def reorder(self, index: Tensor) -> None:
         self.key, self.value, self.document = self.key[index], self.value[index], self.document[index]
+
+
+@dataclasses.dataclass
+class MambaState:
+    """What a recurrent mixer keeps of the tokens seen so far: a few numbers, however many they were.
+
+    A row without a token in some step (padding, or skipped by a depth router) keeps what it had.
+    """
+
+    window: Tensor
+    """(B, k − 1, W), the last inputs of the convolution, 0 before the document's beginning."""
+    hidden: Tensor
+    """(B, …) state of the scan; fp32 or wider."""
+    document: Tensor
+    """(B,) id of the document both belong to, −1 before the first token."""
+
+    @classmethod
+    def empty(cls, rows: int, window: tuple[int, int], hidden: tuple[int, ...], like: Tensor) -> MambaState:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        document = torch.full((rows,), -1, dtype=torch.int64, device=like.device)
+        return cls(like.new_zeros(rows, *window), like.new_zeros(rows, *hidden, dtype=wide), document)
+
+    def update(self, window: Tensor, hidden: Tensor, document: Tensor) -> None:
+        """Take what these tokens left; `document` (B, T) is theirs, −1 where there is no token."""
+        self.window, self.hidden = window, hidden
+        column = torch.arange(document.shape[1], device=document.device)
+        last = torch.where(document >= 0, column, -1).amax(1, keepdim=True)
+        newest = document.gather(1, last.clamp(min=0))[:, 0]
+        self.document = torch.where(last[:, 0] >= 0, newest, self.document)
+
+    def clone(self) -> MambaState:
+        return MambaState(self.window.clone(), self.hidden.clone(), self.document.clone())
+
+    def reorder(self, index: Tensor) -> None:
+        self.window, self.hidden, self.document = self.window[index], self.hidden[index], self.document[index]

@@ -37,6 +37,8 @@ def check_towers(towers: Towers | None, modalities: Sequence[str], path: str) ->
             )
         if named.count(name) > 1:
             raise ConfigError(f"{path}: {name!r} stands in two towers; a modality has one")
+    if towers is not None and not all(towers):
+        raise ConfigError(f"{path}: {towers} has an empty tower; remove it")
     missing = [name for name in modalities if name not in named]
     if towers is not None and missing:
         raise ConfigError(f"{path}: {', '.join(missing)} in no tower; every modality needs one")

@@ -89,7 +89,7 @@ class Processes:
                     )
                 )
 
-    def wait(self, seconds: float = 120.0) -> list[int]:
+    def wait(self, seconds: float = 240.0) -> list[int]:
         """Exit code of each; whatever still runs after `seconds` is killed and fails the test."""
         end = time.monotonic() + seconds
         try:
@@ -109,13 +109,15 @@ class Processes:
     def running(self) -> bool:
         return any(member.poll() is None for member in self.members)
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 120.0) -> bool:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 240.0) -> bool:
         """Poll until `condition()`; False where the processes ended first."""
         end = time.monotonic() + seconds
         while not condition():
             if not self.running():
                 return condition()
-            assert time.monotonic() < end, f"nothing happened in {seconds} s\n{self.printed()}"
+            if time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"nothing happened in {seconds} s\n{self.printed()}")
             time.sleep(0.002)
         return True
 
@@ -125,7 +127,11 @@ class Processes:
 
 def environment(**more: object) -> dict[str, str]:
     """This process's environment without a launcher's variables, on one thread."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return kept | {k: str(v) for k, v in more.items()}
 

@@ -18,6 +18,7 @@ from pretrain import recipe as recipes
 from pretrain import run_folder
 from tests.pretrain.data.samples import png, sample, write_shard
 from tests.pretrain.runs import tiny_recipe
+from zoo.config import UserError
 
 LAYER = "model.layers.0"
 
@@ -174,6 +175,22 @@ def test_cuda_where_there_is_none(refused: Refused) -> None:
     assert refused("train.device=cuda") == "train.device: 'cuda' is not available on this machine; use auto or cpu"
 
 
+def test_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs under the launcher's default port on one machine."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    import deepspeed
+
+    from pretrain import engine
+
+    def taken(**options: Any) -> None:
+        raise torch.distributed.DistNetworkError("The server socket has failed to listen: EADDRINUSE")
+
+    monkeypatch.setattr(deepspeed, "init_distributed", taken)
+    with pytest.raises(UserError, match=r"^port 29500 is in use, .*; choose another: deepspeed --master_port"):
+        engine._start_processes("cpu", 1.0)
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 FILES = {
@@ -299,7 +316,8 @@ class Finished:
 
 def test_folder_in_use(refused: Refused) -> None:
     refused.run.mkdir()
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    hold += "print(flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(refused.run / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -31,7 +31,7 @@ def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
 
     results: dict[str, list[tuple[int, str]]] = {}
     run_class = pretrain.train.Run
-    plain_save = run_class._save
+    plain_save, plain_log = run_class._save, run_class._log
 
     def run(name: str, run_dir: str, /, **changes: Any) -> None:
         path = folder / "recipe.yaml"
@@ -48,6 +48,12 @@ def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
             plain_save(self, values)
 
         return save
+
+    def full_log(self: Any, step: int, *rest: Any) -> None:
+        if step == 5:
+            size = (folder / "full log" / "metrics.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+        plain_log(self, step, *rest)
 
     own = {"imports": ["tests.pretrain.poison"], "model": {"layers": POISONED}}
     with one_rendezvous(), contextlib.redirect_stdout(io.StringIO()):
@@ -69,6 +75,12 @@ def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
         ]
         run("full", "full")
 
+        run_class._log = full_log  # type: ignore[method-assign]
+        run("full log", "full log")
+        run_class._log = plain_log  # type: ignore[method-assign]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        run("full log", "full log")
+
         second = LAYER | {"feedforward": EXPERTS | {"d_ff": 48}, "depth": {"type": "mod", "capacity": 0.5}}
         wider = {"model": {"layers": [LAYER, second]}}
         recipe = folder / "full" / "recipe.yaml"
@@ -79,10 +91,12 @@ def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 @pytest.fixture(scope="module")
-def story(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[tuple[int, str]]]]:
+def story(
+    digit_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, list[tuple[int, str]]]]:
     folder = tmp_path_factory.mktemp("accidents")
     target = "tests.pretrain.test_bad_runs:accidents"
-    return folder, run_ranks(target, 1, folder / "scratch", folder=folder, data=digit_shards)[0]
+    return folder, run_ranks(target, 1, folder / "scratch", 280, folder=folder, data=digit_shards)[0]
 
 
 Story = tuple[Path, dict[str, list[tuple[int, str]]]]
@@ -101,7 +115,9 @@ def test_too_many_bad_steps_end_the_run(story: Story) -> None:
     folder, results = story
     (code, message), again = results["ended"]
     assert code == 2
-    assert message.startswith("error: train.max_bad_steps: 3 steps in a row had a non-finite loss or gradient, the last one 7")
+    assert message.startswith(
+        "error: train.max_bad_steps: 3 steps in a row had a non-finite loss or gradient, the last one 7"
+    )
     assert "checkpoints are intact: lower optimizer.lr" in message and message.count("\n") == 1
     assert results["left"] == [(0, "latest step-4 step-6")]
     assert again == (0, ""), "once the reason is gone, the same command goes on"
@@ -119,6 +135,17 @@ def test_full_disk(story: Story) -> None:
     assert again == (0, "")
     assert_same_metrics(folder / "full", folder / "whole")
     assert_tensorboard_agrees(folder / "full")
+
+
+def test_disk_that_fills_up_while_logging(story: Story) -> None:
+    folder, results = story
+    (code, message), again = results["full log"]
+    assert code == 2
+    assert "cannot be written (File too large); free space and give the same command again" in message
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert again == (0, "")
+    assert_same_metrics(folder / "full log", folder / "whole")
+    assert_tensorboard_agrees(folder / "full log")
 
 
 def test_checkpoint_of_another_architecture(story: Story) -> None:

@@ -89,7 +89,9 @@ def test_checkpoints_are_pruned_and_the_best_is_kept(finished: tuple[Path, str])
     folders = {p.name for p in (run / "checkpoints").iterdir() if p.is_dir()}
     assert folders == {"step-9", "step-12", best}
     assert (run / "checkpoints" / "latest").read_text() == "step-12\n"
-    evaluations = {i["step"]: i["eval/causal/loss"] for i in metrics.read(run / "metrics.jsonl") if "eval/causal/loss" in i}
+    evaluations = {
+        i["step"]: i["eval/causal/loss"] for i in metrics.read(run / "metrics.jsonl") if "eval/causal/loss" in i
+    }
     assert best == f"step-{min((s for s in evaluations if s % 3 == 0), key=evaluations.__getitem__)}"
 
 
@@ -116,7 +118,7 @@ def test_the_screen(finished: tuple[Path, str]) -> None:
     assert not [line for line in printed.splitlines() if "Warning" in line or "Traceback" in line], printed
 
 
-# ---------------------------------------------------------------------------- two ranks: stopped, resumed, never noticed
+# --------------------------------------------------------------------------- two ranks: stopped, resumed, never noticed
 
 
 def stop_and_go(folder: Path, data: Path) -> dict[str, Any]:
@@ -159,11 +161,13 @@ def stop_and_go(folder: Path, data: Path) -> dict[str, Any]:
 def stories(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("two")
     target = "tests.pretrain.test_train:stop_and_go"
-    return folder, run_ranks(target, 2, folder / "scratch", folder=folder, data=digit_shards)
+    return folder, run_ranks(target, 2, folder / "scratch", 280, folder=folder, data=digit_shards)
 
 
 def test_every_rank_ends_with_zero(stories: tuple[Path, list[dict[str, Any]]]) -> None:
     assert all(code == 0 for rank in stories[1] for codes in rank.values() for code in codes)
+    said = [(stories[0] / "scratch" / f"output{rank}").read_text() for rank in (0, 1)]
+    assert not [text for text in said if "Warning" in text], "\n".join(said)
 
 
 @pytest.mark.parametrize("name", ["stopped", "longer"])

@@ -76,7 +76,7 @@ def trained_apart(data: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]
 
 
 def trained_together(data: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """`MODELS` on the digits in every split of this number of ranks; the gradients of the first step, before clipping."""
+    """`MODELS` on the digits in every split of this number of ranks; the gradients of the first step, unclipped."""
     import deepspeed.utils
 
     import pretrain.engine
@@ -115,14 +115,14 @@ def train(folder: Path, recipe: dict[str, Any]) -> None:
 def two(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("two")
     target = "tests.pretrain.test_two_ranks:trained_apart"
-    return folder, run_ranks(target, 2, folder / "scratch", folder=folder, data=digit_shards)
+    return folder, run_ranks(target, 2, folder / "scratch", 280, folder=folder, data=digit_shards)
 
 
 @pytest.fixture(scope="module")
 def one(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("one")
     target = "tests.pretrain.test_two_ranks:trained_together"
-    return folder, run_ranks(target, 1, folder / "scratch", folder=folder, data=digit_shards)
+    return folder, run_ranks(target, 1, folder / "scratch", 280, folder=folder, data=digit_shards)
 
 
 # ------------------------------------------------------------------------------------------------ modalities kept apart
@@ -181,7 +181,7 @@ def test_one_rank_text_one_rank_images(
         assert float((value - other).abs().max()) < 1e-4 * max(1.0, float(other.abs().max())), name
 
 
-# --------------------------------------------------------------------------------------------------- ranks and accumulation
+# ----------------------------------------------------------------------------------------------- ranks and accumulation
 
 
 @pytest.mark.parametrize("split", ["1x2", "2x4", "2x1"])

@@ -46,7 +46,9 @@ WRONG = {
         layer={"mixr": ATTENTION}
     ),
     f"{FF}.dff: unknown key; known: {keys(MoMa.Config)} (did you mean 'd_ff'?)": moma(dff=12),
-    f"{FF}.router.scale: unknown key; known: {keys(LinearRouter.Config)}": moma(router={"type": "linear", "scale": 1}),
+    f"{FF}.router.activaton: unknown key; known: {keys(LinearRouter.Config)} (did you mean 'activation'?)": moma(
+        router={"type": "linear", "activaton": "raw"}
+    ),
     f"{DEPTH}.capcity: unknown key; known: {keys(MixtureOfDepths.Config)} (did you mean 'capacity'?)": config(
         layer={"depth": {"type": "mod", "capcity": 0.5}}
     ),
@@ -58,8 +60,12 @@ WRONG = {
     f"{FF}.type: ['moma'] is not known; known: {FEEDFORWARDS} (did you mean 'moma'?)": config(
         layer={"feedforward": {"type": ["moma"]}}
     ),
-    f"{DEPTH}.type: 'modd' is not known; known: mod (did you mean 'mod'?)": config(layer={"depth": {"type": "modd"}}),
-    f"{FF}.router.type: 'liner' is not known; known: linear (did you mean 'linear'?)": moma(router={"type": "liner"}),
+    f"{DEPTH}.type: 'modd' is not known; known: {', '.join(known('depth'))} (did you mean 'mod'?)": config(
+        layer={"depth": {"type": "modd"}}
+    ),
+    f"{FF}.router.type: 'liner' is not known; known: {', '.join(known('router'))} (did you mean 'linear'?)": moma(
+        router={"type": "liner"}
+    ),
     f"{FF}: 'dense' is not a block; write {{type: …}}": config(layer={"feedforward": "dense"}),
     # values
     "d_model: '8': must be a valid integer": config(d_model="8"),
@@ -70,7 +76,7 @@ WRONG = {
     "vocab_size: not set; give it, or a data section whose tokenizers decide it": config(vocab_size=None),
     "modalities: ['text', 'text']: names one modality twice; each stands once": config(modalities=["text", "text"]),
     # attention
-    f"{MIXER}.heads: 3 does not divide d_model 8; change one of them or set head_dim": mixer(heads=3),
+    f"{MIXER}.heads: 3 does not divide d_model 8; change one or set head_dim": mixer(heads=3),
     f"{MIXER}.kv_heads: 3 does not divide heads 4; every group has equally many": mixer(kv_heads=3),
     f"{MIXER}.head_dim: 1 is odd; rotary embedding turns pairs, make it even": mixer(heads=8),
     f"{MIXER}.head_dim: 3 is odd; rotary embedding turns pairs, make it even": mixer(head_dim=3),

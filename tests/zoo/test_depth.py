@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.zoo.helpers import DENSE, MOMA, build_model, layer, mod, stream, values
-from zoo import TokenContext
+from zoo import TokenContext, Trace
 
 ROWS = ("ttiit|itti", "tti|tit...", "..ii|ttiit", ".........", "i........")
 
@@ -31,13 +31,21 @@ def alone(context: TokenContext, kept: list[list[int]]) -> TokenContext:
     )
 
 
-def through(layer: torch.nn.Module, x: torch.Tensor, context: TokenContext, kept: list[list[int]]) -> torch.Tensor:
-    """x, with the kept tokens moved by gate · (block(kept) − kept)."""
+def through(
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    context: TokenContext,
+    kept: list[list[int]],
+    ungated: tuple[int, ...] = (),
+) -> torch.Tensor:
+    """x, with the kept tokens moved by gate · (block(kept) − kept); the gate is 1 for the modalities `ungated`."""
     inner = alone(context, kept)
     sub = torch.zeros(*inner.shape, x.shape[-1], dtype=x.dtype)
     for b, row in enumerate(kept):
         sub[b, : len(row)] = x[b, row]
     delta, gate, y = layer.block(sub, inner) - sub, layer.router(x), x.clone()
+    for modality in ungated:
+        gate = gate.masked_fill((context.modality == modality).unsqueeze(-1), 1.0)
     for b, row in enumerate(kept):
         y[b, row] += gate[b, row] * delta[b, : len(row)]
     return y
@@ -102,3 +110,15 @@ def test_nothing_kept_is_the_identity_and_still_uses_every_parameter():
         if not name.startswith("auxiliary") and ".auxiliary" not in name:
             (gradient,) = torch.autograd.grad(y.sum(), parameter, retain_graph=True)
             assert not gradient.any(), name
+
+
+def test_staged_mode_is_mod_round_experts_which_choose_among_the_survivors():
+    context = stream("ttiittiitt|iittii", "itititittttt", trace=Trace())
+    routed = build_model(mod(feedforward=MOMA)).layers[0]
+    routed(values(context), context)
+    kept = context.trace.decisions["layers.0"][3]  # the context of the survivors
+    assert kept.row_counts == (8, 6)
+    for m, (modality, experts) in enumerate(MOMA["experts"].items()):
+        route = context.trace.decisions[f"layers.0.block.feedforward.groups.{modality}"]
+        assert route.counts == (math.ceil(kept.totals[m] / experts),) * experts
+        assert int(route.token.max()) < kept.totals[m] < context.totals[m]

@@ -55,14 +55,16 @@ def test_clone_is_independent_and_reorder_moves_rows():
     full = model(tokens, context)
     states = model.init_state(3, 9)
     decode(model, tokens, context, [5], states)
-    branch = [state.clone() for state in states]
+    branch, other = ([state.clone() for state in states] for _ in range(2))
     for state in branch:
         state.reorder(order)
 
     def rest(tokens: torch.Tensor, context, states) -> torch.Tensor:
         return model(tokens[:, 5:], columns(context, 5, 9), states)
 
-    rest((tokens + 1) % full.shape[-1], context, [state.clone() for state in states])  # leaves no mark on the original
     reordered = stream("tititi...", "ttiittiit", "ttiittiit", routing="causal")
     torch.testing.assert_close(rest(tokens[order], reordered, branch), full[order][:, 5:], rtol=0, atol=1e-10)
-    torch.testing.assert_close(rest(tokens, context, states), full[:, 5:], rtol=0, atol=1e-10)
+    model(tokens[:, 5:7], columns(context, 5, 7), states)
+    rest((tokens + 1) % full.shape[-1], context, other)  # another continuation, while the original is under way
+    last = model(tokens[:, 7:], columns(context, 7, 9), states)
+    torch.testing.assert_close(last, full[:, 7:], rtol=0, atol=1e-10)

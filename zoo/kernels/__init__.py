@@ -1,27 +1,33 @@
 """The choice of backend: a name asked for and missing is an error, `auto` takes the fastest that is here and says why.
 
-`reference.py` defines the operations; a backend is a file with the same function names.
+`reference.py` defines the operations; a backend is a file with the same function names. Scan, state-space dual (`ssd`)
+and causal convolution have a backend for each device: a block asks again where its values are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from zoo.config import ConfigError, suggestion
-from zoo.kernels import grouped, per_document, reference, sdpa
+from zoo.kernels import chunked, cpu, grouped, mamba_ssm, per_document, reference, sdpa
 
 _ATTENTION: dict[str, types.ModuleType] = {"reference": reference, "sdpa": sdpa, "per_document": per_document}
 _EXPERTS: dict[str, types.ModuleType] = {"reference": reference, "grouped": grouped}
-_AUTO = {
-    "attention": (
-        "per_document",
-        "no work on pairs of tokens of different documents; plain causal where a row is one document",
-    ),
-    "experts": ("grouped", "one batched product where experts have equally many rows"),
+_RECURRENT: dict[str, types.ModuleType] = {
+    "reference": reference,
+    "chunked": chunked,
+    "cpu": cpu,
+    "mamba_ssm": mamba_ssm,
 }
-OPERATIONS: dict[str, dict[str, types.ModuleType]] = {"attention": _ATTENTION, "experts": _EXPERTS}
+OPERATIONS: dict[str, dict[str, types.ModuleType]] = {
+    "attention": _ATTENTION,
+    "experts": _EXPERTS,
+    "scan": _RECURRENT,
+    "ssd": _RECURRENT,
+    "conv": _RECURRENT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,32 +43,67 @@ class Choice:
         return OPERATIONS[self.operation][self.backend]
 
 
-def choose(operation: str, asked: str = "auto") -> Choice:
+def _attention(device: str) -> tuple[str, str]:
+    return (
+        "per_document",
+        "no work on pairs of tokens of different documents; plain causal where a row is one document",
+    )
+
+
+def _experts(device: str) -> tuple[str, str]:
+    return "grouped", "one batched product where experts have equally many rows"
+
+
+def _recurrent(device: str) -> tuple[str, str]:
+    if device == "cuda":
+        reason = mamba_ssm.missing()
+        return ("mamba_ssm", "fused CUDA kernels") if reason is None else ("chunked", f"no mamba_ssm: {reason}")
+    reason = cpu.missing()
+    if reason is None:
+        return "cpu", "compiled C that steps through rows by index"
+    return "chunked", f"plain PyTorch; no compiled kernel: {reason}"
+
+
+_AUTO: dict[str, Callable[[str], tuple[str, str]]] = {
+    "attention": _attention,
+    "experts": _experts,
+    "scan": _recurrent,
+    "ssd": _recurrent,
+    "conv": _recurrent,
+}
+
+
+def choose(operation: str, asked: str = "auto", device: str = "cpu") -> Choice:
     """The backend of an operation.
 
+    Args:
+        device: type of the device it shall run on ("cpu", "cuda"); matters to `auto` alone.
     Raises:
         ConfigError: the name is not known, or what was asked for does not load here.
     """
     backends = OPERATIONS[operation]
     if asked == "auto":
-        name, reason = _AUTO[operation]
-        return Choice(operation, name, reason)
+        return Choice(operation, *_AUTO[operation](device))
     if asked not in backends:
         names = ["auto", *backends]
         raise ConfigError(
             f"kernels.{operation}: {asked!r} is not known; known: {', '.join(names)}{suggestion(asked, names)}"
         )
+    missing = getattr(backends[asked], "missing", None)
+    reason = None if missing is None else missing()
+    if reason is not None:
+        raise ConfigError(f"kernels.{operation}: {asked!r} does not load here: {reason}; choose auto")
     return Choice(operation, asked, "asked for")
 
 
-def check(kernels: Mapping[str, str]) -> list[Choice]:
+def check(kernels: Mapping[str, str], device: str = "cpu") -> list[Choice]:
     """Every operation's choice under the recipe's `kernels:` section.
 
     Raises:
-        ConfigError: an operation or a backend is not known.
+        ConfigError: an operation or a backend is not known, or does not load here.
     """
     for operation in kernels:
         if operation not in OPERATIONS:
             known = ", ".join(OPERATIONS)
             raise ConfigError(f"kernels.{operation}: unknown key; known: {known}{suggestion(operation, OPERATIONS)}")
-    return [choose(operation, kernels.get(operation, "auto")) for operation in OPERATIONS]
+    return [choose(operation, kernels.get(operation, "auto"), device) for operation in OPERATIONS]

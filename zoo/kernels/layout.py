@@ -25,6 +25,8 @@ class Layout:
 
     row: Tensor
     """(B, T) int64: the row of each token; a sequence's tokens come first, then −1."""
+    ids: Tensor
+    """(B, T) int64: document id of the token, −1 where `row` is."""
     first: Tensor
     """(B, T) bool: the token begins a document; what came before it is forgotten."""
     count: Tensor
@@ -35,6 +37,8 @@ class Layout:
     """Some sequence has fewer than T tokens."""
     in_order: bool
     """Row b·T + t is step t of sequence b: values need no gather."""
+    many_documents: bool
+    """Some sequence may hold more than one document; known on the host."""
 
     @classmethod
     def of(cls, context: TokenContext, grouping: Grouping | None = None, before: Tensor | None = None) -> Layout:
@@ -45,11 +49,11 @@ class Layout:
             before: (B,) id of the document that a decoding state holds, −1 for none; a first token of the same document
                 continues it. None: every sequence begins anew.
         """
-        layout, document = context.shared(("layout", grouping), lambda: _lay_out(context, grouping))
+        layout = context.shared(("layout", grouping), lambda: _lay_out(context, grouping))
         if before is None:
             return layout
         first = layout.first.clone()
-        first[:, 0] = (document[:, 0] != before) & (document[:, 0] >= 0)
+        first[:, 0] &= layout.ids[:, 0] != before
         return dataclasses.replace(layout, first=first)
 
     @property
@@ -71,6 +75,17 @@ class Layout:
         """(B, T) int32 number of the document within the sequence; 0 is one that a state began."""
         return self.first.cumsum(1, dtype=torch.int32)
 
+    @functools.cached_property
+    def apart(self) -> tuple[Tensor, int]:
+        """(B, T) column of each step when an empty one stands before every document but a sequence's first, and the number
+        of columns that makes, for which the host waits once."""
+        place = torch.arange(self.row.shape[1], device=self.row.device) + self.document - self.document[:, :1]
+        return place, int(place.max()) + 1
+
+    def biased(self, values: Tensor, bias: Tensor) -> Tensor:
+        """values (R, W) + the bias of each row's group, of bias (G, W); one bias is every row's."""
+        return values + (bias if bias.shape[0] == 1 else F.embedding(self.group, bias))
+
     def to_time(self, values: Tensor) -> Tensor:
         """(R, …) → (B, T, …), 0 where there is no token."""
         if self.in_order:
@@ -90,25 +105,26 @@ class Layout:
         ahead = torch.arange(self.rows, self.rows + sequences * width, device=self.row.device).view(sequences, width)
         return Layout(
             row=torch.cat((ahead, self.row), dim=1),
+            ids=torch.cat((self.ids[:, :1].expand(-1, width), self.ids), dim=1),
             first=torch.cat((torch.zeros_like(ahead, dtype=torch.bool), self.first), dim=1),
             count=self.count + width,
             group=torch.cat((self.group, self.group.new_zeros(sequences * width))),
             padded=self.padded,
             in_order=False,
+            many_documents=True,
         )
 
 
 def _take(values: Tensor, index: Tensor, partial: bool) -> Tensor:
     """Rows of values (R, …) by index; with `partial` an index that is negative or R gives zeros. (index.numel(), W)."""
-    flat = values.reshape(values.shape[0], -1)
+    flat = values.flatten(1)
     if partial:
         flat = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))
         index = index.masked_fill(index < 0, values.shape[0])
     return F.embedding(index.reshape(-1), flat)
 
 
-def _lay_out(context: TokenContext, grouping: Grouping | None) -> tuple[Layout, Tensor]:
-    """The layout, and the document of each of its steps (B, T), −1 where there is no token."""
+def _lay_out(context: TokenContext, grouping: Grouping | None) -> Layout:
     device, tokens = context.modality.device, context.modality.numel()
     flat = torch.arange(tokens, device=device).view(context.shape)
     group = torch.zeros(tokens, dtype=torch.int32, device=device)
@@ -125,15 +141,16 @@ def _lay_out(context: TokenContext, grouping: Grouping | None) -> tuple[Layout, 
         row, document = row.gather(1, tokens_first), document.gather(1, tokens_first)
     first = torch.ones_like(document, dtype=torch.bool)
     first[:, 1:] = document[:, 1:] != document[:, :-1]
-    layout = Layout(
+    return Layout(
         row=row,
+        ids=document,
         first=first & (document >= 0),
         count=context.valid.sum(1),
         group=group,
         padded=context.padded,
         in_order=grouping is None and not context.padded,
+        many_documents=not context.single_document,
     )
-    return layout, document
 
 
 def causal_window(x: Tensor, layout: Layout, window: Tensor) -> tuple[Tensor, Layout, Tensor]:

@@ -108,7 +108,7 @@ def selective_scan(
         y (R, W), 0 at rows that hold no token, with the dtype of u; h after the last tokens, fp32 or wider.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
-    delta = F.softplus(dt.to(dtype) + F.embedding(layout.group, bias.to(dtype)))
+    delta = F.softplus(layout.biased(dt.to(dtype), bias.to(dtype)))
     real = (layout.row >= 0)[..., None, None]
     steps = [layout.to_time(v.to(dtype)).unbind(1) for v in (u, delta, B, C)]
     h = u.new_zeros(layout.row.shape[0], *A.shape, dtype=dtype) if state is None else state.to(dtype)
@@ -150,7 +150,7 @@ def ssd(
         y (R, H, K), 0 at rows that hold no token, with the dtype of x; h after the last tokens, fp32 or wider.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    delta = F.softplus(dt.to(dtype) + F.embedding(layout.group, bias.to(dtype)))
+    delta = F.softplus(layout.biased(dt.to(dtype), bias.to(dtype)))
     repeat = x.shape[1] // B.shape[1]
     B, C = (v.to(dtype).repeat_interleave(repeat, dim=1) for v in (B, C))
     real = (layout.row >= 0)[..., None, None, None]
@@ -160,7 +160,9 @@ def ssd(
     outputs = []
     for t, (x_t, delta_t, B_t, C_t) in enumerate(zip(*steps, strict=True)):  # (B, H, K), (B, H), (B, H, N) twice
         before = h.masked_fill(layout.first[:, t, None, None, None], 0.0)
-        after = torch.exp(delta_t * A)[..., None, None] * before + (delta_t[..., None] * x_t)[..., None] * B_t[:, :, None]
+        after = (
+            torch.exp(delta_t * A)[..., None, None] * before + (delta_t[..., None] * x_t)[..., None] * B_t[:, :, None]
+        )
         h = torch.where(real[:, t], after, h)
         outputs.append((h * C_t[:, :, None]).sum(-1) + D[:, None] * x_t)
     return layout.to_rows(torch.stack(outputs, dim=1)).to(x.dtype), h

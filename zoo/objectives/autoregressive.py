@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,19 @@ from zoo.config import ConfigError, suggestion
 from zoo.context import TokenContext
 from zoo.registry import BlockConfig, Place, register
 
-if TYPE_CHECKING:
-    from pretrain.data import Batch
-
 Z_LOSS = "z_loss"
+
+
+class Batch(Protocol):
+    """What an objective is given."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, T) int64."""
+
+    @property
+    def context(self) -> TokenContext:
+        """Of the tokens."""
 
 
 @register("objective", "autoregressive")

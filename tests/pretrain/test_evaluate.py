@@ -1,0 +1,132 @@
+"""Evaluation: which routings a model is judged under, what is reported, and that the split does not matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from pretrain import recipe as recipes
+from pretrain.data import Data, open_data
+from pretrain.evaluate import evaluate, router_report, routings, validation_loss
+from tests.pretrain.runs import EXPERTS, LAYER, tiny_recipe
+
+ROW = EXPERTS | {"scope": "row"}
+MOD = {"type": "mod", "capacity": 0.5, "scope": "row"}
+DENSE = {"type": "dense", "d_ff": 32}
+MODELS = {
+    "dense": [LAYER | {"feedforward": DENSE}],
+    "moma": [LAYER | {"feedforward": ROW}],
+    "both": [LAYER | {"feedforward": ROW}, LAYER | {"feedforward": ROW, "depth": MOD}],
+    "no auxiliary": [LAYER | {"feedforward": ROW | {"auxiliary": False}}],
+}
+ROWS = 11
+
+
+@pytest.fixture(scope="module")
+def data(digit_shards: Path) -> Data:
+    return open_data(recipes.resolve(tiny_recipe(digit_shards, "run")).data, seed=0, log=lambda line: None)
+
+
+def model_of(name: str) -> Any:
+    config = {"modalities": ["text", "image"], "d_model": 32, "layers": MODELS[name], "vocab_size": 276}
+    return zoo.build("model", config, seed=1).eval()
+
+
+def values_of(model: Any, data: Data, micro_batch: int, **options: Any) -> dict[str, float]:
+    objective = zoo.build("objective", {"type": "autoregressive", "z_loss": 1e-3}, d_model=32)
+    assert data.validation is not None
+    return evaluate(model, model, objective, data.validation, ROWS, micro_batch, **options)
+
+
+LOSSES = {"loss", "loss/text", "loss/image"}
+RATES = {f"eval/auxiliary/{rate}" for rate in ("accuracy", "precision", "recall", "always_skip")}
+FLOPS = {"eval/causal/flops_per_token", "eval/nominal_flops_per_token"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_reported(data: Data, name: str) -> None:
+    expected = {
+        "dense": ("causal",), "moma": ("topk", "causal"), "both": ("topk", "causal"), "no auxiliary": ("topk",)
+    }[name]  # fmt: skip
+    model = model_of(name)
+    assert routings(model) == expected
+    values = values_of(model, data, 4)
+    keys = {f"eval/{routing}/{loss}" for routing in expected for loss in LOSSES}
+    assert set(values) == keys | (RATES | FLOPS if len(expected) == 2 else set())
+    assert validation_loss(values) == values[f"eval/{expected[-1]}/loss"]
+    if len(expected) == 2:
+        assert values["eval/topk/loss"] != values["eval/causal/loss"]
+        assert 0 < values["eval/causal/flops_per_token"] != values["eval/nominal_flops_per_token"]
+        assert 0 <= values["eval/auxiliary/accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", ["dense", "both"])
+def test_batches_change_nothing(data: Data, name: str) -> None:
+    """Eleven rows in batches of 1, 4 (the last padded) and 16; everything but top-k and its scope is per row anyway."""
+    model = model_of(name)
+    whole = values_of(model, data, 16)
+    for micro_batch in (1, 4):
+        assert values_of(model, data, micro_batch) == pytest.approx(whole, rel=1e-6)
+
+
+def test_ranks_change_nothing(data: Data) -> None:
+    """Two ranks, one after the other, whose sums are added as the all-reduce does."""
+    model = model_of("both")
+    sums: list[list[torch.Tensor]] = []
+    for rank in range(2):
+        taken: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, taken: list[torch.Tensor] = taken) -> torch.Tensor:
+            taken.append(tensor.clone())
+            return tensor
+
+        values_of(model, data, 2, rank=rank, world=2, all_reduce_sum=keep)
+        sums.append(taken)
+    assert [len(taken) for taken in sums] == [2, 2], "every rank reduces equally often"
+    added = iter([a + b for a, b in zip(*sums, strict=True)])
+    values = values_of(model, data, 2, rank=1, world=2, all_reduce_sum=lambda tensor: next(added))
+    assert values == pytest.approx(values_of(model, data, 11), rel=1e-6)
+
+
+def test_each_modality_is_the_mean_over_its_targets(data: Data) -> None:
+    """Against per-token losses collected by hand, on the causal dense model."""
+    from pretrain.data import micro_batches
+
+    assert data.validation is not None
+    model = model_of("dense")
+    found: dict[int, list[float]] = {0: [], 1: []}
+    for batch in micro_batches(data.validation, 0, ROWS, 1, 0, 1, 0, 0):
+        with torch.no_grad():
+            log = model(batch.tokens, batch.context).log_softmax(-1)[0]
+        document, modality = batch.context.document[0], batch.context.modality[0]
+        for t in range(len(document) - 1):
+            if document[t + 1] >= 0 and document[t] == document[t + 1]:
+                found[int(modality[t + 1])].append(-float(log[t, batch.tokens[0, t + 1]]))
+    values = values_of(model, data, 4)
+    for m, name in enumerate(("text", "image")):
+        assert values[f"eval/causal/loss/{name}"] == pytest.approx(sum(found[m]) / len(found[m]), rel=1e-5)
+
+
+def test_losses_are_not_rounded_to_fp32(data: Data) -> None:
+    import numpy as np
+
+    loss = values_of(model_of("dense"), data, 4)["eval/causal/loss"]
+    assert float(np.float32(loss)) != loss
+
+
+def test_validation_loss_of_nothing() -> None:
+    assert validation_loss({}) == float("inf")
+
+
+def test_router_report() -> None:
+    statistics = {
+        "layers.1": {"total": 10.0, "chosen": 5.0, "said": 4.0, "both": 3.0},
+        "layers.1/load": {"taken": 5.0, "offered": 10.0},
+    }
+    assert router_report(statistics) == {
+        "layers.1": {"accuracy": pytest.approx(0.7), "precision": 0.75, "recall": 0.6, "always_skip": 0.5}
+    }

@@ -1,0 +1,138 @@
+"""Recipes: every one that is shipped, overrides, `extends`, numbers, the resolved copy, what may change on resuming."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import zoo
+from pretrain import recipe as recipes
+from tests.pretrain.runs import ROOT, tiny_recipe
+from zoo.config import ConfigError
+
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe("data", "run")))
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_shipped_recipes(path: Path) -> None:
+    """Each loads, says what it shows and how it is run, builds, has a finite cost, and fits 1 and 2 ranks."""
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert "What it shows:" in head and "Command:" in head
+    recipe = recipes.load(path, ["data.path=elsewhere"])
+    assert recipe.data.path == "elsewhere"
+    with torch.device("meta"):
+        model: Any = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
+    cost = model.cost(recipe.data.sequence_length)
+    assert all(math.isfinite(value) and value > 0 for value in cost.flops + cost.active)
+    for world in (1, 2):
+        recipes.launch_config(recipe, world)
+    assert recipes.resolve(recipe.dump()) == recipe
+
+
+def test_overrides(file: Path) -> None:
+    recipe = recipes.load(
+        file,
+        [
+            "train.steps=7", "optimizer.lr=1e-4", "model.layers.1.dropout=0.5", "model.layers[0].mixer.heads=4",
+            "objective.weights.text=2", "data.validation=null", "seed=3", "model.layers.0.mixer.qk_norm=true",
+            "deepspeed.zero_optimization.stage=3", "name=other", "data.image={type: patches, image_size: 8, patch: 4}",
+        ],
+    )  # fmt: skip
+    assert (recipe.train.steps, recipe.optimizer.lr, recipe.seed, recipe.name) == (7, 1e-4, 3, "other")
+    assert recipe.model.layers[1].dropout == 0.5
+    assert recipe.model.layers[0].mixer.heads == 4 and recipe.model.layers[0].mixer.qk_norm is True  # type: ignore[attr-defined]
+    assert recipe.data.validation is None
+    assert recipe.data.image is not None and recipe.data.image.patch == 4
+    assert recipe.objective.weights == {"text": 2.0}  # type: ignore[attr-defined]
+    assert isinstance(recipe.deepspeed, dict) and recipe.deepspeed["zero_optimization"] == {"stage": 3}
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "1E-4", "0.0001", "+1e-4"])
+def test_numbers_with_exponents(file: Path, text: str) -> None:
+    assert recipes.load(file, [f"optimizer.lr={text}"]).optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize("text", ["'1e-4'", "1e-4x", "e-4"])
+def test_words_are_no_numbers(file: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.lr: .* must be a valid number"):
+        recipes.load(file, [f"optimizer.lr={text}"])
+
+
+def test_extends(file: Path) -> None:
+    child = file.with_name("child.yaml")
+    child.write_text(
+        """
+        extends: recipe.yaml
+        name: child
+        optimizer: {weight_decay: 0.2}
+        objective: {z_loss: 0.0}
+        schedule: {type: cosine}
+        data: {text: {type: bpe, vocab_size: 300}}
+        model:
+          layers: [{mixer: {type: attention, heads: 1}}]
+        """
+    )
+    grandchild = file.with_name("grandchild.yaml")
+    grandchild.write_text("extends: child.yaml\nseed: 9\n")
+    recipe = recipes.load(grandchild, ["train.clip=0"])
+    assert (recipe.name, recipe.seed, recipe.train.clip) == ("child", 9, 0)
+    assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-2, 0.2), "sections are laid over each other"
+    assert len(recipe.model.layers) == 1, "lists are replaced whole"
+    assert recipe.data.text.type == "bpe"
+
+
+def test_a_block_of_another_type_replaces_the_whole_block(file: Path) -> None:
+    base = recipes._parse(file)
+    merged = recipes._merge(base, {"schedule": {"type": "cosine"}, "optimizer": {"type": "adamw"}})
+    assert merged["schedule"] == {"type": "cosine"}, "decay_steps belongs to wsd"
+
+
+def test_dump_and_parse(file: Path) -> None:
+    recipe = recipes.load(file)
+    text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
+    again = file.with_name("again.yaml")
+    again.write_text(text)
+    assert recipes.load(again) == recipe
+    assert recipes.differences(yaml.safe_load(text), recipe.dump()) == []
+
+
+def test_relative_run_folder(file: Path) -> None:
+    assert recipes.load(file, ["run_dir=null"]).folder == Path("runs/tiny")
+    assert recipes.load(file, ["run_dir=some/where"]).folder == Path("some/where")
+
+
+def test_what_may_change_on_resuming(file: Path) -> None:
+    old = recipes.load(file).dump()
+
+    def changed(*overrides: str) -> list[str]:
+        return recipes.differences(old, recipes.load(file, overrides).dump())
+
+    allowed = ["steps=99", "log_every=7", "evaluate_every=1", "checkpoint_every=2", "keep_checkpoints=9"]
+    allowed = [f"train.{text}" for text in [*allowed, "max_bad_steps=1"]]
+    assert changed(*allowed, "evaluate.rows=1", "kernels.attention=reference", "run_dir=moved") == []
+    assert changed("seed=1") == ["seed: 0 there, 1 here"]
+    lines = changed("model.layers.1.depth.capacity=0.25", "objective.weights.text=2.0", "train.global_batch=8")
+    assert lines == [
+        "model.layers[1].depth.capacity: 0.5 there, 0.25 here",
+        "objective.weights: {} there, '(absent)' here",
+        "objective.weights.text: '(absent)' there, 2.0 here",
+        "train.global_batch: 4 there, 8 here",
+    ]
+    assert "model.layers[2].norm: '(absent)' there, 'pre' here" in recipes.differences(
+        old,
+        recipes.resolve(
+            tiny_recipe("data", "run", model={"layers": [{"mixer": {"type": "attention", "heads": 2}}] * 3})
+        ).dump(),
+    )

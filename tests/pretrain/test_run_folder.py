@@ -1,0 +1,76 @@
+"""The run folder: one owner at a time, one recipe, and a model that can be loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import zoo
+from pretrain import recipe as recipes
+from pretrain import run_folder
+from tests.pretrain.runs import tiny_recipe
+from zoo.config import UserError
+
+
+def test_one_owner_at_a_time(tmp_path: Path) -> None:
+    lock = run_folder.claim(tmp_path / "run")
+    with pytest.raises(UserError, match="is in use by a live run"):
+        run_folder.claim(tmp_path / "run")
+    lock.close()
+    run_folder.claim(tmp_path / "run").close()
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
+    """Killed, not stopped: nothing has to be removed by hand."""
+    hold = "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", hold, str(tmp_path / ".lock")]).returncode == -9
+    run_folder.claim(tmp_path).close()
+
+
+def test_recipe_and_model_go_in_and_come_out(tmp_path: Path) -> None:
+    recipe = recipes.resolve(tiny_recipe("data", tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    run_folder.check_recipe(tmp_path / "run", recipe)
+    run_folder.write_recipe(tmp_path / "run", recipe, {"train_batch_size": 4})
+    run_folder.check_recipe(tmp_path / "run", recipe)
+    with pytest.raises(UserError, match=r"model.safetensors: does not exist; it is written when the run ends"):
+        run_folder.load_model(tmp_path / "run")
+
+    model = zoo.build("model", recipe.model, seed=3)
+    run_folder.save_model(tmp_path / "run", model.state_dict())
+    loaded, same = run_folder.load_model(tmp_path / "run")
+    assert same == recipe and not loaded.training
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    names = {"recipe.yaml", "deepspeed.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == names, "no temporary file stays"
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe.yaml: does not exist; give the folder of a run"):
+        run_folder.load_model(tmp_path)
+
+
+def test_every_difference_is_named(tmp_path: Path) -> None:
+    old = recipes.resolve(tiny_recipe("data", tmp_path))
+    run_folder.write_recipe(tmp_path, old, {})
+    changes: dict[str, Any] = {"seed": 4, "optimizer": {"lr": 1e-3}, "train": {"steps": 5, "clip": 0.5}}
+    with pytest.raises(UserError) as caught:
+        run_folder.check_recipe(tmp_path, recipes.resolve(tiny_recipe("data", tmp_path, **changes)))
+    assert str(caught.value).splitlines()[1:] == [
+        "  optimizer.lr: 0.01 there, 0.001 here",
+        "  seed: 0 there, 4 here",
+        "  train.clip: 1.0 there, 0.5 here",
+    ]
+
+
+def test_a_recipe_with_umlauts_stays_readable(tmp_path: Path) -> None:
+    recipe = recipes.resolve(tiny_recipe("Dätä", tmp_path))
+    run_folder.write_recipe(tmp_path, recipe, {})
+    assert "Dätä" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8")) == recipe.dump()

@@ -1,0 +1,98 @@
+"""`python -m tools.describe`: figures for programs, a tree for people, memory by ZeRO stage; nothing is allocated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from pretrain import recipe as recipes
+from tests.pretrain.runs import write_recipe
+from tools import describe
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, "nowhere", tmp_path / "run")
+
+
+def figures(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    assert describe.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_figures_are_the_models(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = figures(capsys, file)
+    model: Any = zoo.build("model", recipes.load(file).model, seed=0)
+    cost = model.cost(72)
+    assert facts["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert facts["parameters"]["active"] == round(max(cost.active)) < facts["parameters"]["total"]
+    assert (
+        facts["parameters"]["auxiliary"] == sum(p.numel() for n, p in model.named_parameters() if "auxiliary" in n) > 0
+    )
+    assert facts["flops_per_token"] == {"text": cost.flops[0], "image": cost.flops[1]}
+    assert set(facts["router_flops_per_token"]) == set(facts["auxiliary_flops_per_token"]) == {"text", "image"}
+
+
+def test_memory_by_stage(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def held(stage: int, ranks: int, *more: str) -> dict[str, Any]:
+        arguments = [
+            file,
+            f"deepspeed.zero_optimization.stage={stage}",
+            "train.micro_batch=1",
+            *more,
+            "--ranks",
+            str(ranks),
+        ]
+        return figures(capsys, *arguments)["memory_per_rank"]
+
+    total = figures(capsys, file)["parameters"]["total"]
+    plain = held(0, 1)
+    assert (plain["weights"], plain["gradients"], plain["optimizer"]) == (4 * total, 4 * total, 8 * total)
+    for stage in (1, 2, 3):
+        alone, shared = held(stage, 1), held(stage, 4)
+        assert shared["optimizer"] == alone["optimizer"] // 4
+        assert shared["gradients"] == alone["gradients"] // (4 if stage > 1 else 1)
+        assert shared["weights"] == alone["weights"] // (4 if stage > 2 else 1)
+    assert held(1, 1, "train.precision=bf16")["weights"] == 2 * total
+    offloaded = held(2, 2, "deepspeed.zero_optimization.offload_optimizer={device: cpu}")
+    assert offloaded["on_device"] == offloaded["weights"] + offloaded["gradients"]
+
+
+def test_a_model_larger_than_this_machine(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = figures(capsys, file, "model.d_model=16384", "model.repeat=100")
+    assert facts["parameters"]["total"] > 2e11
+    parameters = describe.build(recipes.load(file)).parameters()
+    assert all(p.device == torch.device("meta") for p in parameters)
+
+
+def test_the_tree(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert describe.main([str(file), "model.repeat=3"]) == 0
+    printed = capsys.readouterr().out
+    parts = ["tiny  ", "layers.0,2…4  ", "layers.1,3…5  MixtureOfDepths", "capacity 0.5 of each row"]
+    parts += ["FLOPs a token", "memory a rank, ZeRO stage 2 on 1 rank(s)", "left out of FLOPs: norms"]
+    for part in parts:
+        assert part in printed, part
+
+
+def test_wrong_recipe(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert describe.main([str(file), "model.d_modl=3"]) == 2
+    assert capsys.readouterr().err.startswith("error: model.d_modl: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([0], "0"), ([0, 1], "0,1"), ([0, 1, 2], "0–2"), ([1, 3, 5, 7], "1,3…7"), ([0, 1, 3], "0,1,3")],
+)
+def test_ranges(numbers: list[int], text: str) -> None:
+    assert describe.ranges(numbers) == text
+
+
+def test_units() -> None:
+    assert [describe.count(n) for n in (0, 999, 1_234, 1_234_567, 2.5e9)] == ["0", "999", "1.23k", "1.23M", "2.5B"]
+    assert describe.size(2**20) == "1.0 MiB" and describe.size(3 * 2**30) == "3.00 GiB"

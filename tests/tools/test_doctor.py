@@ -1,0 +1,30 @@
+"""`python -m tools.doctor` runs anywhere and says for everything that does not load why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tools import doctor
+
+
+def test_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    for name in ("cpu", "cuda", "torch", "deepspeed", "g++", "kernels.attention", "kernels.experts"):
+        assert name in printed
+
+
+def test_every_state_has_a_reason() -> None:
+    rows = [*doctor.accelerators(), *doctor.packages(), *doctor.compilers(), *doctor.kernels()]
+    assert all(name and state and detail for name, state, detail in rows)
+    states = {name: state for name, state, _ in rows}
+    assert states["torch"] == "yes"
+    assert (states.get("cuda", "yes") == "no") is not torch.cuda.is_available()
+
+
+def test_a_package_that_does_not_load_is_not_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "GPU_MODULES", {"xformers": "no_such_module.ops"})
+    rows = {name: (state, detail) for name, state, detail in doctor.packages()}
+    assert rows["xformers"] == ("no", "1.0: ModuleNotFoundError: No module named 'no_such_module'")

@@ -1,0 +1,81 @@
+"""Upcycling keeps the function where it can, and says what it cannot copy."""
+
+import pytest
+import torch
+
+import zoo
+from zoo import TokenContext, UserError
+from zoo.upcycle import upcycle
+
+MODALITIES = ["text", "image"]
+ATTENTION = {"type": "attention", "heads": 2, "qk_norm": True}
+DENSE = {"type": "dense", "d_ff": 24}
+UNTIED = {**ATTENTION, "untied": ["q_proj", "k_proj", "v_proj", "o_proj", "qk_norm"]}
+
+
+def moma(text: int, image: int, **options):
+    return {"type": "moma", "experts": {"text": text, "image": image}, "d_ff": 24, **options}
+
+
+def model(feedforward, mixer=ATTENTION, seed=0, **layer):
+    config = {"modalities": MODALITIES, "d_model": 16, "vocab_size": 20, "repeat": 2}
+    layers = [{"mixer": mixer, "feedforward": feedforward, **layer}]
+    return zoo.build("model", {**config, "layers": layers}, seed=seed).double().eval()
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    modality = torch.randint(0, 2, (2, 13), generator=generator)
+    modality[1, 10:] = -1
+    return torch.randint(0, 20, (2, 13), generator=generator), TokenContext.from_modality(modality)
+
+
+def upcycled(old, new):
+    result = upcycle(old.state_dict(), new.state_dict())
+    new.load_state_dict(result.weights)
+    return result
+
+
+def hold_gates(model, value):
+    """Every router gives the same weight to every pair."""
+    for module in model.modules():
+        if isinstance(module, zoo.routers.LinearRouter):
+            module.forward = lambda x, *noise, n=module.weight.shape[0]: x.new_full((x.shape[0], n), value)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_tied_to_untied_is_the_same_function(norm):
+    old = model(DENSE, norm=norm)
+    new = model({**DENSE, "untied": True}, UNTIED, seed=1, norm=norm, untied_norms=True)
+    upcycled(old, new)
+    torch.testing.assert_close(new(*inputs()), old(*inputs()), rtol=0, atol=1e-12)
+
+
+def test_dense_to_one_expert_a_modality_is_the_same_function_with_the_gate_at_one():
+    old, new = model(DENSE), model(moma(1, 1), seed=1)
+    upcycled(old, new)
+    hold_gates(new, 1.0)
+    torch.testing.assert_close(new(*inputs()), old(*inputs()), rtol=0, atol=1e-12)
+
+
+def test_one_to_many_experts_is_the_same_function_at_capacity_one_with_gates_shared_out():
+    old, new = model(moma(1, 1)), model(moma(4, 4, capacity=1.0), seed=1)
+    upcycled(old, new)
+    hold_gates(old, 0.5)
+    hold_gates(new, 0.5 / 4)
+    torch.testing.assert_close(new(*inputs()), old(*inputs()), rtol=0, atol=1e-12)
+
+
+def test_a_block_moves_into_its_depth_router_and_routers_start_fresh():
+    old, new = model(moma(1, 1)), model(moma(2, 2), seed=1, depth={"type": "mod", "capacity": 0.5})
+    result = upcycled(old, new)
+    assert result.origin["layers.1.block.mixer.q_proj.weight"] == "layers.1.mixer.q_proj.weight"
+    fresh = set(new.state_dict()) - set(result.origin)
+    assert fresh and all(".router." in name or ".auxiliary." in name for name in fresh)
+
+
+def test_what_cannot_be_copied_is_named():
+    with pytest.raises(UserError, match=r"layers\.0\.feedforward\.w_in\.weight.*cannot be copied"):
+        upcycle(model(DENSE).state_dict(), model({**DENSE, "d_ff": 32}).state_dict())
+    with pytest.raises(UserError, match="has no counterpart"):
+        upcycle(model(DENSE, {"type": "attention", "heads": 2}).state_dict(), model(DENSE).state_dict())
