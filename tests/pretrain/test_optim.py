@@ -113,6 +113,7 @@ def test_muon_gets_single_hidden_matrices_only() -> None:
     ("name", "shape", "group"),
     [
         ("layers.0.mixer.A_log", (4, 8), "no_decay"),
+        ("layers.0.mixer_norm.weight", (2, 8), "no_decay"),
         ("layers.0.mixer.text.D", (4, 8), "no_decay"),
         ("layers.0.mixer.in_projection.weight", (2, 4, 8), "decay"),
         ("layers.0.norm.weight", (8,), "no_decay"),
