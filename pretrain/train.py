@@ -317,6 +317,8 @@ class Run:
             self.engine.all_reduce_sum,
         )  # fmt: skip
         self.engine.train()
+        # the loss of the best constant guess: what any model must beat
+        values |= {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
         if self.metrics:
             self.metrics.log(step, values)
         shown = "  ".join(

@@ -108,7 +108,8 @@ def test_the_model_left_behind_evaluates_to_the_same_numbers(finished: tuple[Pat
     objective = zoo.build("objective", recipe.objective, d_model=32, modalities=model.modalities)
     values = evaluate(model, model, objective, data.validation, recipe.evaluate.rows, recipe.train.micro_batch)
     reported = metrics.read(run / "metrics.jsonl")[-1]
-    assert {"step": 12, **values} == reported
+    unigram = {f"eval/unigram/{name}": nats for name, nats in data.unigram_entropy("validation").items()}
+    assert {"step": 12, **values, **unigram} == reported
 
 
 def test_the_screen(finished: tuple[Path, str]) -> None:
