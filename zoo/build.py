@@ -49,7 +49,7 @@ def build(
         if d_model < 1 and slot != "objective":
             raise ConfigError(f"build: d_model is {d_model}; give the width of the stream, d_model=…")
         block_config = parse_block(slot, config, name or slot)
-        place = Place(d_model, tuple(modalities), name, norm, layers, dict(kernels or {}))
+        place = Place(d_model, tuple(modalities), name, norm=norm, layers=layers, kernels=dict(kernels or {}))
         block_config.check(place, name or slot)
         built = block_config.block(block_config, place)
     else:

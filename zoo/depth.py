@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from zoo import noise
-from zoo.config import ConfigError, suggestion
+from zoo.config import ConfigError
 from zoo.context import CAUSAL, TokenContext
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
@@ -92,11 +92,7 @@ class MixtureOfDepths(nn.Module):
         def check(self, place: Place, path: str) -> None:
             if isinstance(self.capacity, dict):
                 for modality in self.capacity:
-                    if modality not in place.modalities:
-                        raise ConfigError(
-                            f"{path}.capacity.{modality}: unknown modality; model.modalities are "
-                            f"{', '.join(place.modalities)}{suggestion(modality, place.modalities)}"
-                        )
+                    place.check_modality(modality, f"{path}.capacity.{modality}")
                 for modality in place.modalities:
                     if modality not in self.capacity:
                         raise ConfigError(

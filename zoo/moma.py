@@ -10,7 +10,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from zoo.config import ConfigError, suggestion
+from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.experts import ExpertConfig, RoutedExperts
 from zoo.registry import Place, register
@@ -34,11 +34,7 @@ class MoMa(RoutedExperts):
 
         def check(self, place: Place, path: str) -> None:
             for modality in self.experts:
-                if modality not in place.modalities:
-                    raise ConfigError(
-                        f"{path}.experts.{modality}: unknown modality; model.modalities are "
-                        f"{', '.join(place.modalities)}{suggestion(modality, place.modalities)}"
-                    )
+                place.check_modality(modality, f"{path}.experts.{modality}")
             for modality in place.modalities:
                 if modality not in self.experts:
                     raise ConfigError(

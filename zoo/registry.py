@@ -49,6 +49,14 @@ class Place:
     norm_grouping: Grouping | None = None
     """Which modalities share the gains of the surrounding block's norms; None: all do."""
 
+    def check_modality(self, name: str, key: str) -> None:
+        """Raise `ConfigError` at the dotted `key` where `name` is none of the model's modalities."""
+        if name not in self.modalities:
+            raise ConfigError(
+                f"{key}: unknown modality; model.modalities are {', '.join(self.modalities)}"
+                f"{suggestion(name, self.modalities)}"
+            )
+
     def child(self, name: str, **changes: Any) -> Place:
         """The place of a part called `name`."""
         return dataclasses.replace(self, name=f"{self.name}.{name}" if self.name else name, **changes)

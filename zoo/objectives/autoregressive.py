@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from zoo.config import ConfigError, suggestion
+from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.registry import BlockConfig, Place, register
 
@@ -40,11 +40,7 @@ class Autoregressive(nn.Module):
 
         def check(self, place: Place, path: str) -> None:
             for modality, weight in self.weights.items():
-                if modality not in place.modalities:
-                    raise ConfigError(
-                        f"{path}.weights.{modality}: unknown modality; model.modalities are "
-                        f"{', '.join(place.modalities)}{suggestion(modality, place.modalities)}"
-                    )
+                place.check_modality(modality, f"{path}.weights.{modality}")
                 if weight < 0:
                     raise ConfigError(f"{path}.weights.{modality}: {weight} is negative; a weight is 0 or more")
 
