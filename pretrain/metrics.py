@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from zoo.context import Trace
+from zoo.routers import EXPERT, balance, rates
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 """Dense bf16 peak of one device, by a part of its name; model FLOPs utilisation is reported where it is known."""
@@ -66,6 +70,47 @@ def cut(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(item) + "\n" for item in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def add_to(sums: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> None:
+    """Add up by name, over micro-batches."""
+    for name, value in more.items():
+        sums[name] = value.detach() if name not in sums else sums[name] + value.detach()
+
+
+def trace_sums(trace: Trace) -> dict[str, torch.Tensor]:
+    """What a forward's routers report, as sums: `router|…` hits and misses of all auxiliary routers together, and
+    `expert|<block>|…` rows of each expert of every block whose tokens choose."""
+    sums: dict[str, torch.Tensor] = {}
+    for name, statistics in trace.statistics.items():
+        if "said" in statistics:
+            add_to(sums, {f"router|{key}": value for key, value in statistics.items()})
+        add_to(sums, {f"expert|{name}|{key}": value for key, value in statistics.items() if key.startswith(EXPERT)})
+    return sums
+
+
+def step_values(totals: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """What a log step says of losses and routers.
+
+    Args:
+        totals: sums over the whole step and all ranks: losses by modality, `loss`, and what `trace_sums` gave.
+        counts: target tokens of each modality over the whole step.
+    """
+    values = {"loss": totals["loss"]} | {f"loss/{name}": totals[name] / n for name, n in counts.items() if n}
+    if "z_loss" in totals:
+        values["loss/z"] = totals["z_loss"] / max(sum(counts.values()), 1)
+    if "auxiliary" in totals:
+        values["auxiliary/loss"] = totals["auxiliary"]
+        hits = {key.removeprefix("router|"): value for key, value in totals.items() if key.startswith("router|")}
+        values |= {f"auxiliary/{key}": value for key, value in rates(hits).items()}
+    if "balance" in totals:
+        values["balance/loss"] = totals["balance"]
+    rows: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    for key, value in totals.items():
+        if key.startswith("expert|"):
+            _, block, expert = key.split("|")
+            rows[block][expert] = value
+    return values | {f"load/{key}": value for key, value in balance(rows).items()}
 
 
 class Progress:

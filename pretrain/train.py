@@ -40,8 +40,6 @@ from zoo.config import UserError
 from zoo.context import Trace
 from zoo.flops import TRAINING_FACTOR
 from zoo.model import load_weights
-from zoo.routers import EXPERT, rates
-from zoo.routers import balance as balance_of
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -238,9 +236,8 @@ class Run:
             self.updates.add(trace.updates)
             engine.backward(loss * engine.world, last=i == len(batches) - 1)
             if logging:
-                _add(sums, {**parts, "loss": main})
-                _add(sums, _router_sums(trace))
-                _add(sums, _expert_sums(trace))
+                metrics.add_to(sums, {**parts, "loss": main})
+                metrics.add_to(sums, metrics.trace_sums(trace))
         factor = learning_rate_factor(recipe.schedule, step, recipe.train.steps)
         result = engine.step(factor)
         self.updates.apply(step, result.applied)
@@ -260,24 +257,11 @@ class Run:
     def _report(
         self, totals: dict[str, float], counts: dict[str, int], lr: float, grad_norm: float
     ) -> dict[str, float]:
-        values = {"tokens": self.state["tokens"], "flops": self.state["flops"], "loss": totals["loss"]}
-        values |= {f"loss/{name}": totals[name] / n for name, n in counts.items() if n}
-        if "z_loss" in totals:
-            values["loss/z"] = totals["z_loss"] / max(sum(counts.values()), 1)
-        if "auxiliary" in totals:
-            values["auxiliary/loss"] = totals["auxiliary"]
-            router = {key.removeprefix("router|"): value for key, value in totals.items() if key.startswith("router|")}
-            values |= {f"auxiliary/{key}": value for key, value in rates(router).items()}
-        if "balance" in totals:
-            values["balance/loss"] = totals["balance"]
-        used: dict[str, dict[str, float]] = {}
-        for key, value in totals.items():
-            if key.startswith("expert|"):
-                _, block, expert = key.split("|")
-                used.setdefault(block, {})[expert] = value
-        values |= {f"load/{key}": value for key, value in balance_of(used).items()}
-        values |= {"lr": lr, "grad_norm": grad_norm, "bad_steps": self.state["bad_steps"]}
-        return values | {"seconds": self.state["seconds"]}
+        state = self.state
+        values = {"tokens": state["tokens"], "flops": state["flops"], **metrics.step_values(totals, counts)}
+        return values | {
+            "lr": lr, "grad_norm": grad_norm, "bad_steps": state["bad_steps"], "seconds": state["seconds"],
+        }  # fmt: skip
 
     def _count_bad(self, step: int, applied: bool) -> None:
         state, limit = self.state, self.recipe.train.max_bad_steps
@@ -337,31 +321,6 @@ class Run:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _add(sums: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
-    for name, value in more.items():
-        value = value.detach()
-        sums[name] = value if name not in sums else sums[name] + value
-
-
-def _router_sums(trace: Trace) -> dict[str, torch.Tensor]:
-    """Hits and misses of all auxiliary routers together."""
-    sums: dict[str, torch.Tensor] = {}
-    for statistics in trace.statistics.values():
-        if "said" in statistics:
-            _add(sums, {f"router|{key}": value for key, value in statistics.items()})
-    return sums
-
-
-def _expert_sums(trace: Trace) -> dict[str, torch.Tensor]:
-    """Rows of each expert of every block whose tokens choose."""
-    return {
-        f"expert|{name}|{key}": value
-        for name, statistics in trace.statistics.items()
-        for key, value in statistics.items()
-        if key.startswith(EXPERT)
-    }
 
 
 def _silent(text: str) -> None:
