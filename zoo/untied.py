@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from zoo.config import ConfigError, suggestion
 from zoo.context import TokenContext
@@ -106,6 +107,35 @@ class Grouping:
         return F.embedding(inverse, flat).view(*context.shape, *rows.shape[1:])
 
 
+class _GroupedLinear(torch.autograd.Function):
+    """One product a group, written where it belongs: neither the parts nor their gradients are copied together."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """rows (n, d_in) sorted by group, weight (groups, d_out, d_in) → (n, d_out)."""
+        ctx.save_for_backward(rows, weight)
+        ctx.sizes = sizes
+        y = rows.new_empty(rows.shape[0], weight.shape[1])
+        for part, w, out in zip(rows.split(sizes), weight, y.split(sizes), strict=True):
+            torch.mm(part, w.T, out=out)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight = ctx.saved_tensors
+        d_rows = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
+            for part, w, out in zip(dy.split(ctx.sizes), weight, d_rows.split(ctx.sizes), strict=True):
+                torch.mm(part, w, out=out)
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.empty_like(weight)
+            for part, x, out in zip(dy.split(ctx.sizes), rows.split(ctx.sizes), d_weight, strict=True):
+                torch.mm(part.T, x, out=out)
+        return d_rows, d_weight, None
+
+
 class ModalityLinear(nn.Module):
     """y = x W_gᵀ with W_g of the token's group; no bias.
 
@@ -127,10 +157,7 @@ class ModalityLinear(nn.Module):
         """rows (n, d_in) sorted by group, `sizes` of each → (n, d_out). Tied weights take rows of any order."""
         if self.groups == 1:
             return F.linear(rows, self.weight)
-        # unbind once: indexing the stacked weight would make each gradient a zero tensor the size of all groups
-        return torch.cat(
-            [F.linear(part, w) for part, w in zip(rows.split(list(sizes)), self.weight.unbind(0), strict=True)]
-        )
+        return _GroupedLinear.apply(rows, self.weight, tuple(sizes))
 
     def cost(self, modalities: int) -> Cost:
         """A token meets one group's weights."""
