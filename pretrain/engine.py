@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import io
 import math
 import os
 import socket
@@ -152,6 +153,7 @@ class Engine:
         # checkpoint does not change them.
         kept = self.module.optimizer.param_groups
         self._settings = [{k: copy.copy(v) for k, v in group.items() if k != "params"} for group in kept]
+        self._frozen = not all(p.requires_grad for p in model.parameters())
         self._recorder = _record_saves(self.module)
         self._accumulating = False
 
@@ -245,6 +247,8 @@ class Engine:
     def save(self, folder: Path) -> tuple[dict[str, int], list[str]]:
         """Write model and optimizer states below `folder`, every rank its own files; all ranks call it.
 
+        Frozen weights are left out: `initialise_model` gives them, at every start.
+
         Returns: checksum (CRC-32) of each file this rank wrote by its path below `folder`, and what went
         wrong, in words. It does not raise on a full disk: this rank must stay with the others through
         DeepSpeed's barriers, and the caller then agrees over the ranks.
@@ -252,7 +256,9 @@ class Engine:
         assert not self._accumulating, "a checkpoint holds no gradients: save between two steps"
         self._recorder.begin(folder)
         state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-        self.module.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        self.module.save_checkpoint(
+            str(folder), tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=self._frozen
+        )
         return dict(self._recorder.checksums), list(self._recorder.problems)
 
     def load(self, folder: Path, universal: bool = False) -> None:
@@ -264,7 +270,7 @@ class Engine:
         # DeepSpeed reads this flag at load time only; which kind it is depends on what is found on disk.
         self.module._config.load_universal_checkpoint = universal
         try:
-            path, _ = self.module.load_checkpoint(str(folder), tag=TAG)
+            path, _ = self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._frozen)
         finally:
             self.module._config.load_universal_checkpoint = False
         if path is None:
@@ -305,7 +311,8 @@ class Engine:
         """The parameter in fp32 on rank 0's CPU, an empty tensor elsewhere; collective."""
         import deepspeed.utils
 
-        value = deepspeed.utils.safe_get_full_fp32_param(parameter) if self.stage > 0 else None
+        mastered = self.stage > 0 and parameter.requires_grad
+        value = deepspeed.utils.safe_get_full_fp32_param(parameter) if mastered else None
         if value is None:  # stage 0, or a frozen parameter, which has no master copy
             with self.gather([parameter]):
                 value = parameter.detach().float().clone()
@@ -316,6 +323,31 @@ class Engine:
         """Release the model; the process group stays for another engine."""
         self.module.destroy()
         self.module = None
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Whole fp32 weights and buffers by name from what `Engine.save` wrote at any stage, without an engine; on the CPU.
+
+    Frozen weights are not among them. The files are unpickled: they must come from a run of one's own.
+    """
+    import deepspeed.utils.zero_to_fp32 as converter
+
+    path = str(folder / TAG)
+    models = converter.get_model_state_files(path)
+    if not list((folder / TAG).glob("*_optim_states.pt")):  # stage 0 keeps the optimizer beside the model
+        return torch.load(models[0], map_location="cpu", weights_only=False)["module"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        parts = converter.get_optim_files(path)
+        first = torch.load(parts[0], map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+        if "zero_stage" in first:
+            return converter.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        # stage 1 in bf16 with fp32 accumulation has an optimizer of its own, which DeepSpeed's converter does not
+        # know, though its flat groups are those of stage 2
+        states = [torch.load(part, map_location="cpu", mmap=True, weights_only=False) for part in parts]
+        groups = [state["optimizer_state_dict"]["single_partition_of_fp32_groups"] for state in states]
+        return converter._get_fp32_state_dict_from_zero2_checkpoint(
+            len(parts), groups, converter.parse_model_states(models), False
+        )
 
 
 def stop_processes() -> None:

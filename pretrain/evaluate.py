@@ -47,7 +47,8 @@ def evaluate(
         all_reduce_sum: sums a tensor over ranks. Every rank takes the same number of batches.
     Returns:
         `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; for sparse models, from the top-k pass,
-        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers, and from the causal pass
+        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and
+        `eval/auxiliary/<block>/…` of each, and from the causal pass
         `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
     """
     rows = min(rows, stream.rows_per_epoch)
@@ -75,6 +76,8 @@ def evaluate(
         statistics = _statistics(totals)
         if routing == TOPK:
             result |= {f"eval/auxiliary/{key}": value for key, value in _all_rates(statistics).items()}
+            for name, values in router_report(statistics).items():
+                result |= {f"eval/auxiliary/{name}/{key}": value for key, value in values.items()}
         elif loads(statistics):
             counts = [totals[f"tokens|{m}"] for m in range(len(model.modalities))]
             length = stream.sequence_length

@@ -17,7 +17,8 @@ AUXILIARY_SCALE = 2.0**-16
 
 Adam divides a gradient by its own size, so g and 2⁻¹⁶·g give the same update when epsilon shrinks alike; a
 power of two makes that exact. In the global gradient norm such gradients vanish (their share of the square is
-2⁻³²), so that clipping treats the main model as if the routers were not there.
+2⁻³²), so that clipping treats the main model as if the routers were not there. Routers that train alone, round a
+frozen model, are not scaled.
 """
 
 _ADAM_NAMES = re.compile(r"embed|(^|\.)(lm_head|head|unembedding)(\.|$)|router", re.IGNORECASE)
@@ -134,14 +135,22 @@ def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[di
         muon = config.type == "muon" and uses_muon(name, shape)
         members["muon" if muon else group_of(name, shape)].append(parameter)
 
-    groups = [_settings(name, config) | {"params": params} for name, params in members.items() if params]
+    alone = not any(params for name, params in members.items() if name != "auxiliary")
+    groups = [_settings(name, config, alone) | {"params": params} for name, params in members.items() if params]
     grouped = sum(_count(group["params"]) for group in groups)
     total = _count(p for _, p in trainable)
     assert grouped == total, f"the groups hold {grouped} of {total} trainable parameters"
     return groups
 
 
-def _settings(name: str, config: OptimizerConfig) -> dict[str, Any]:
+def freeze_main(model: torch.nn.Module) -> None:
+    """Leave the auxiliary routers the only parameters of `model` that train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(group_of(name, full_shape(parameter)) == "auxiliary")
+
+
+def _settings(name: str, config: OptimizerConfig, alone: bool) -> dict[str, Any]:
+    """`alone`: nothing else trains, and the loss of auxiliary routers is not scaled."""
     if name == "muon":
         momentum = 0.95 if config.momentum is None else config.momentum
         return {
@@ -156,7 +165,7 @@ def _settings(name: str, config: OptimizerConfig) -> dict[str, Any]:
         "lr": config.lr,
         "weight_decay": config.weight_decay if name == "decay" else 0.0,
         "betas": config.betas,
-        "eps": config.eps * AUXILIARY_SCALE if name == "auxiliary" else config.eps,
+        "eps": config.eps * AUXILIARY_SCALE if name == "auxiliary" and not alone else config.eps,
     }
     return settings | {"use_muon": False} if config.type == "muon" else settings
 

@@ -26,7 +26,7 @@ from zoo.objectives.autoregressive import Autoregressive
 from zoo.registry import ObjectiveSlot
 
 RESUMABLE = re.compile(
-    r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps)|(evaluate|kernels)(\..*)?"
+    r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)|(evaluate|kernels)(\..*)?"
 )
 """Keys that may change when a run is resumed."""
 
@@ -53,6 +53,11 @@ class TrainConfig(Config):
     """0: only at the end, and when the run is told to stop."""
     keep_checkpoints: int = Field(2, gt=0)
     """Newest checkpoints kept; the best by validation loss is kept besides."""
+    trainable: Literal["all", "auxiliary"] = "all"
+    """"auxiliary": only the causal routers of a trained model learn, the rest is frozen; see `tools.train_routers`."""
+    calibrate_rows: int = Field(0, ge=0)
+    """After the last step set the thresholds of the auxiliary routers on so many rows of training data; 0: leave them
+    at 0. See `zoo.calibrate`."""
     max_bad_steps: int = Field(10, gt=0)
     """Steps in a row with a non-finite loss or gradient, all skipped, that end the run."""
 
@@ -108,17 +113,18 @@ class Recipe(Config):
         return self.model_dump(mode="json")
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> Recipe:
     """Read, override, validate and cross-check a recipe.
 
     Args:
         path: of the YAML file. Its `extends: other.yaml` (relative to it) takes that recipe first and lays this one's
             keys over it; lists are replaced whole.
         overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
+        over: laid over the file's data, before the overrides.
     Raises:
         ConfigError: naming the dotted key or the file, the value, the rule and the way out.
     """
-    data = _read(Path(path), ())
+    data = _merge(_read(Path(path), ()), over or {})
     for text in overrides:
         _override(data, text)
     return resolve(data)
@@ -175,13 +181,13 @@ def launch_config(recipe: Recipe, world: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each key that differs and may not change when a run is resumed."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], only: re.Pattern[str] = re.compile(".*")) -> list[str]:
+    """One line for each key, among those that match `only`, that differs and may not change when a run is resumed."""
     flat_old, flat_new = _flatten(old), _flatten(new)
     lines = []
     for key in sorted(flat_old.keys() | flat_new.keys()):
         before, after = flat_old.get(key, "(absent)"), flat_new.get(key, "(absent)")
-        if before != after and not RESUMABLE.fullmatch(key) and key != "run_dir":
+        if before != after and only.fullmatch(key) and not RESUMABLE.fullmatch(key) and key != "run_dir":
             lines.append(f"{key}: {before!r} there, {after!r} here")
     return lines
 

@@ -16,12 +16,16 @@ from safetensors.torch import load_file, save_file
 import zoo
 from pretrain import recipe as recipes
 from pretrain.checkpoint import STATE, CheckpointStore
+from pretrain.engine import read_weights
 from pretrain.recipe import Recipe
 from zoo.config import UserError
 from zoo.model import Model
 
 RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
 INITIAL, INITIAL_POSITION = "initial.safetensors", "initial.json"
+
+Initial = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""First weights by name, and the `position` at which the data begin."""
 
 
 def claim(folder: Path) -> TextIO:
@@ -94,17 +98,38 @@ def save_model(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
     return path
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    steps = CheckpointStore(folder / CHECKPOINTS, keep=1).steps()
+    if not steps:
+        raise UserError(f"{folder / CHECKPOINTS}: holds no complete checkpoint; give the folder of a trained run")
+    return folder / CHECKPOINTS / f"step-{steps[-1]}"
+
+
+def newest_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Whole fp32 weights and buffers of a run's newest checkpoint, whether it has finished or not.
+
+    Raises:
+        UserError: there is none.
+    """
+    trained = read_weights(newest_checkpoint(folder))
+    initial = load_initial(folder)  # has the frozen ones, which a checkpoint leaves out
+    return trained if initial is None else initial[0] | trained
+
+
 def position(folder: Path) -> dict[str, Any]:
     """Where the data of a run go on: the global row after its newest checkpoint, and which data they are.
 
     Raises:
         UserError: the run has no checkpoint.
     """
-    steps = CheckpointStore(folder / CHECKPOINTS, keep=1).steps()
-    if not steps:
-        raise UserError(f"{folder / CHECKPOINTS}: holds no complete checkpoint; give the folder of a trained run")
+    checkpoint = newest_checkpoint(folder)
     recipe = recipes.load(folder / RECIPE)
-    state = json.loads((folder / CHECKPOINTS / f"step-{steps[-1]}" / STATE).read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return {"row": state["first_row"] + state["step"] * recipe.train.global_batch, "data": state["data"]}
 
 
@@ -123,7 +148,7 @@ def save_initial(folder: Path, weights: dict[str, torch.Tensor], start: dict[str
     _replace(folder / INITIAL_POSITION, json.dumps(start) + "\n")
 
 
-def load_initial(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+def load_initial(folder: Path) -> Initial | None:
     """What `save_initial` left for a run, None where it starts from its seed."""
     if not (folder / INITIAL_POSITION).exists():
         return None

@@ -13,7 +13,7 @@ import errno
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +33,15 @@ from pretrain.engine import (
     stop_processes,
 )
 from pretrain.evaluate import evaluate, validation_loss
-from pretrain.optim import AUXILIARY_SCALE, learning_rate_factor
+from pretrain.optim import AUXILIARY_SCALE, freeze_main, learning_rate_factor
 from pretrain.recipe import Recipe
+from pretrain.run_folder import Initial
 from pretrain.updates import Updates
 from zoo.config import UserError
 from zoo.context import Trace
 from zoo.flops import TRAINING_FACTOR
 from zoo.model import load_weights
+from zoo.routers import AuxiliaryRouter
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -52,17 +54,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     options = parser.parse_intermixed_args(arguments)
+    return launch(lambda: recipes.load(options.recipe, options.overrides))
+
+
+def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None] | None = None) -> int:
+    """Train as a recipe says; every rank calls it. Mistakes of the user are printed, not raised.
+
+    Args:
+        load: gives the recipe, the same on every rank.
+        begin: gives first weights and the position of the data, the same on every rank, or None to start from the
+            seed; called once nothing is wrong with the recipe and rank 0 holds the folder. Default: what the folder has.
+    Returns:
+        The exit code.
+    """
     rank, world = rank_and_world()
+    recipe = None
     try:
-        recipe = recipes.load(options.recipe, options.overrides)
+        recipe = load()
         device = choose_device(recipe.train.device)
         config = recipes.launch_config(recipe, world)
+        check_routers(recipe)
         run_folder.check_recipe(recipe.folder, recipe)
         data = open_data(recipe.data, recipe.seed, log=print if rank == 0 else _silent)
         prepare_environment(device)
         check_values(config)
         lock = run_folder.claim(recipe.folder) if rank == 0 else None  # last: until here nothing is written
-        Run(recipe, data, config, device).train()
+        initial = begin(recipe) if begin else run_folder.load_initial(recipe.folder)
+        Run(recipe, data, config, device, initial).train()
         del lock
         return 0
     except UserError as error:
@@ -72,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        where = error.filename or recipe.folder
+        where = error.filename or (recipe and recipe.folder)
         print(
             f"error: {str(where)!r} cannot be written ({error.strerror}); free space and give the same command again, it "
             "goes on from the newest checkpoint",
@@ -84,22 +102,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop_processes()
 
 
-class Run:
-    """One training run: engine, data position, checkpoints, reports."""
+def blueprint(recipe: Recipe) -> zoo.Model:
+    """The model without weights: says what it costs and what it is made of; an engine's own may be partitioned."""
+    with torch.device("meta"):
+        return zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
 
-    def __init__(self, recipe: Recipe, data: Data, config: dict[str, Any], device: str) -> None:
+
+def check_routers(recipe: Recipe) -> None:
+    """Raise `UserError` where auxiliary routers are to be trained or calibrated, and the model has none."""
+    train = recipe.train
+    wanted = {"train.trainable": train.trainable == "auxiliary", "train.calibrate_rows": train.calibrate_rows > 0}
+    for key, asked in wanted.items():
+        if asked and not auxiliary_routers(blueprint(recipe)):
+            raise UserError(
+                f"{key}: the model has no auxiliary routers; either no block of it looks ahead (dense blocks and token "
+                "choice are causal as they are), or its blocks say auxiliary: false"
+            )
+
+
+def auxiliary_routers(model: torch.nn.Module) -> dict[str, AuxiliaryRouter]:
+    """All of them, by their dotted names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryRouter)}
+
+
+class Run:
+    """One training run: engine, data position, checkpoints, reports.
+
+    Args:
+        initial: first weights and the position at which the data begin; None to start from the seed.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Data, config: dict[str, Any], device: str, initial: Initial | None
+    ) -> None:
         self.recipe, self.data = recipe, data
+        self.frozen = recipe.train.trainable == "auxiliary"
+        if self.frozen and initial is None:
+            raise UserError(
+                "train.trainable: auxiliary; there is no trained model to freeze, a run from its seed has random weights: "
+                "start from a trained run with python -m tools.train_routers RUN"
+            )
 
         def build() -> zoo.Model:
             checkpointing = recipe.train.activation_checkpointing
-            return zoo.build(
+            model = zoo.build(
                 "model", recipe.model, kernels=recipe.kernels, activation_checkpointing=checkpointing, seed=None
             )
+            if self.frozen:
+                freeze_main(model)
+            return model
 
-        with torch.device("meta"):
-            # says what the model costs and what it is made of; the engine's own may be partitioned
-            self.blueprint = build()
-        initial = run_folder.load_initial(recipe.folder)
+        self.blueprint = blueprint(recipe)
 
         def initialise(model: torch.nn.Module, seed: int, gather: Any) -> None:
             zoo.initialise(model, seed, gather)
@@ -145,7 +198,7 @@ class Run:
         self.metrics = metrics.Metrics(recipe.folder, resumed_at) if self.first else None
         if self.first:
             run_folder.write_recipe(recipe.folder, recipe, config)
-        for choice in zoo.kernels.check(recipe.kernels):
+        for choice in zoo.kernels.check(recipe.kernels, self.engine.device.type):
             self.say(f"kernels: {choice.operation} runs on {choice.backend}: {choice.reason}")
         if resumed_at:
             self.say(f"resuming {recipe.folder} at step {resumed_at} of {recipe.train.steps}")
@@ -162,7 +215,11 @@ class Run:
         progress = metrics.Progress(recipe.train.steps, state["step"])
         saved_at = state["step"] if state["step"] else -1
         values: dict[str, float] | None = None
-        self.engine.train()
+        self._training_mode()
+        if state["step"] < recipe.train.steps:
+            # routers learn the odds of being chosen; a threshold is set once they have
+            for router in auxiliary_routers(self.engine.module.module).values():
+                router.threshold = torch.zeros_like(router.threshold)
         while state["step"] < recipe.train.steps:
             step, began = state["step"], time.monotonic()
             batches = self._batches(step)
@@ -178,6 +235,8 @@ class Run:
             if report is not None or last:
                 self._log(step, report, progress)
             values = None
+            if last and recipe.train.calibrate_rows:
+                self._calibrate()
             if last or _due(step, recipe.train.evaluate_every):
                 values = self._evaluate(step)
             if last or _due(step, recipe.train.checkpoint_every):
@@ -187,9 +246,20 @@ class Run:
             self._save(values)
         weights = self.engine.full_state_dict()
         if self.first:
-            run_folder.save_model(recipe.folder, weights)
+            run_folder.save_model(recipe.folder, weights | self._frozen_weights())
         if self.metrics:
             self.metrics.close()
+
+    def _training_mode(self) -> None:
+        self.engine.train()
+        if self.frozen:  # the finished model as it will be used: no dropout, no noise, nothing that is fitted moves
+            self.engine.module.module.eval()
+
+    def _frozen_weights(self) -> dict[str, torch.Tensor]:
+        """Those that did not train, in the precision they came in; an engine in bf16 has rounded its own."""
+        initial = run_folder.load_initial(self.recipe.folder) if self.frozen else None
+        frozen = {name for name, p in self.engine.module.module.named_parameters() if not p.requires_grad}
+        return {} if initial is None else {name: value for name, value in initial[0].items() if name in frozen}
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -231,7 +301,7 @@ class Run:
                 parts["balance"] = balance
             if trace.losses:
                 auxiliary = sum(total for total, _ in trace.losses.values()) / max(sum(tokens), 1)
-                loss = loss + AUXILIARY_SCALE * auxiliary
+                loss = auxiliary if self.frozen else loss + AUXILIARY_SCALE * auxiliary
                 parts["auxiliary"] = auxiliary
             self.updates.add(trace.updates)
             engine.backward(loss * engine.world, last=i == len(batches) - 1)
@@ -242,8 +312,9 @@ class Run:
         result = engine.step(factor)
         self.updates.apply(step, result.applied)
         state["tokens"] += sum(tokens)
-        state["flops"] += TRAINING_FACTOR * sum(
-            n * sum(part[m] for part in (self.cost.flops, self.cost.router, self.cost.auxiliary))
+        cost, main = self.cost, 1.0 if self.frozen else TRAINING_FACTOR  # a frozen model runs forward alone
+        state["flops"] += sum(
+            n * (main * (cost.flops[m] + cost.router[m]) + TRAINING_FACTOR * cost.auxiliary[m])
             for m, n in enumerate(tokens)
         )
         self._count_bad(step, result.applied)
@@ -288,7 +359,8 @@ class Run:
             per_token = self.state["flops"] / max(self.state["tokens"], 1)
             report["mfu"] = per_token * report["tokens_per_second"] / peak
         self.metrics.log(step, report)
-        self.say(progress.line(step, report, self.blueprint.modalities))
+        routers = f"  routers {report['auxiliary/accuracy']:.1%} right" if self.frozen else ""
+        self.say(progress.line(step, report, self.blueprint.modalities) + routers)
 
     def _evaluate(self, step: int) -> dict[str, float] | None:
         if self.data.validation is None:
@@ -300,16 +372,41 @@ class Run:
             self.recipe.train.micro_batch, self.engine.device, self.engine.rank, self.engine.world,
             self.engine.all_reduce_sum,
         )  # fmt: skip
-        self.engine.train()
+        self._training_mode()
         # the loss of the best constant guess: what any model must beat
         values |= {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
         if self.metrics:
             self.metrics.log(step, values)
         shown = "  ".join(
-            f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items() if "flops" not in key
+            f"{key.removeprefix('eval/')} {value:.3f}"
+            for key, value in values.items()
+            if "flops" not in key and (key.count("/") < 3 or "auxiliary" not in key)
         )
         self.say(f"evaluation after step {step}: {shown}  ({time.monotonic() - began:.1f} s)")
         return values
+
+    def _calibrate(self) -> None:
+        """Set the thresholds of the auxiliary routers on training rows not seen yet; collective.
+
+        Rank 0 does it on a whole copy of the model, whatever the ZeRO stage.
+        """
+        recipe, engine = self.recipe, self.engine
+        weights, found = engine.full_state_dict(), None
+        if self.first:
+            model = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
+            model.load_state_dict(weights)
+            model.to(engine.device, engine.dtype)
+            micro = recipe.train.micro_batch
+            rows = -(-recipe.train.calibrate_rows // micro) * micro
+            first = self.state["first_row"] + recipe.train.steps * recipe.train.global_batch
+            batches = micro_batches(self.data.train, first, rows, micro, 0, 1, recipe.train.steps, recipe.seed)
+            shares = zoo.calibrate(model, [(b.tokens, b.context) for b in (b.to(engine.device) for b in batches)])
+            off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
+            self.say(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's")
+            found = {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
+        found = engine.broadcast_object(found)
+        for name, router in auxiliary_routers(engine.module.module).items():
+            router.threshold = torch.tensor(found[name])
 
     def _save(self, values: dict[str, float] | None) -> None:
         loss = validation_loss(values) if values else None

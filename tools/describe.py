@@ -1,6 +1,7 @@
 """Print the architecture a recipe assembles: parameters, FLOPs a token, memory a rank; nothing is allocated.
 
 python -m tools.describe RECIPE [key.sub=value ...] [--ranks N] [--json]
+python -m tools.describe FOLDER [--papers FILE]    a table of all recipes in it, as Markdown
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 import zoo
 from pretrain import recipe as recipes
 from pretrain.recipe import Recipe
+from tools.papers import UNITS, Papers, table
 from zoo.config import UserError
 from zoo.experts import StackedSwiGLU
 from zoo.flops import Cost
@@ -30,12 +33,19 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.describe", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", help="or a folder of recipes, for a table")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--ranks", type=int, default=1, help="for the memory a rank (default 1)")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--papers", metavar="FILE", help="YAML of what papers print, for a folder's table")
     options = parser.parse_intermixed_args(arguments)
     try:
+        if options.papers and not Path(options.recipe).is_dir():
+            raise UserError(f"--papers: {options.recipe!r} is not a folder; papers stand beside the recipes of a folder")
+        if Path(options.recipe).is_dir():
+            every = [describe(r, build(r), options.ranks) for r in folder(options.recipe, options.overrides)]
+            print(json.dumps(every, indent=1) + "\n" if options.json else table(every, Papers.read(options.papers)), end="")
+            return 0
         recipe = recipes.load(options.recipe, options.overrides)
         model = build(recipe)
         facts = describe(recipe, model, options.ranks)
@@ -62,6 +72,9 @@ def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
     modalities = recipe.model.modalities
     return {
         "name": recipe.name,
+        "layers": len(model.layers),
+        "d_model": recipe.model.d_model,
+        "tokens": recipe.data.sequence_length,
         "parameters": {"total": total, "active": round(max(cost.active)), "auxiliary": _auxiliary(model)},
         "active_parameters": dict(zip(modalities, map(round, cost.active), strict=True)),
         "flops_per_token": dict(zip(modalities, cost.flops, strict=True)),
@@ -90,6 +103,18 @@ def memory(recipe: Recipe, parameters: int, ranks: int) -> dict[str, Any]:
     }
     device = sum(result.values()) - (result["optimizer"] if offloaded else 0)
     return {"zero_stage": stage, "ranks": ranks, **result, "optimizer_offloaded": offloaded, "on_device": device}
+
+
+def folder(path: str, overrides: Sequence[str]) -> list[Recipe]:
+    """The recipes of a folder, by name.
+
+    Raises:
+        UserError: there is none, or one is wrong.
+    """
+    files = sorted(Path(path).glob("*.yaml"))
+    if not files:
+        raise UserError(f"{path}: no *.yaml in this folder; give a folder of recipes")
+    return [recipes.load(file, overrides) for file in files]
 
 
 def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
@@ -178,7 +203,7 @@ def _auxiliary(model: nn.Module) -> int:
 
 def count(value: float) -> str:
     """1,234,567 → 1.23M."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for unit, limit in UNITS.items():
         if abs(value) >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.3g}"

@@ -76,11 +76,17 @@ def compilers() -> list[tuple[str, str, str]]:
 
 
 def kernels() -> list[tuple[str, str, str]]:
-    """What `auto` takes for each operation, and what else there is."""
+    """What `auto` takes for each operation on the device that training would take, and for every other backend whether it
+    works here or why not."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for operation, backends in zoo.kernels.OPERATIONS.items():
-        choice = zoo.kernels.choose(operation)
-        rows.append((f"kernels.{operation}", choice.backend, f"{choice.reason}; known: {', '.join(backends)}"))
+        choice = zoo.kernels.choose(operation, device=device)
+        rows.append((f"kernels.{operation}", choice.backend, f"auto on {device}: {choice.reason}"))
+        for name in backends:
+            reason = zoo.kernels.missing(operation, name)
+            if name != choice.backend:
+                rows.append((f"  {name}", "no" if reason else "yes", reason or "works here"))
     return rows
 
 

@@ -12,6 +12,7 @@ from zoo import (  # noqa: F401  they register their blocks
     token_choice,
 )
 from zoo.build import build
+from zoo.calibrate import calibrate
 from zoo.config import Config, ConfigError, UserError
 from zoo.context import TokenContext, Trace
 from zoo.flops import Cost
@@ -31,6 +32,7 @@ __all__ = [
     "Trace",
     "UserError",
     "build",
+    "calibrate",
     "initialise",
     "known",
     "register",

@@ -53,7 +53,7 @@ class Attention(nn.Module):
                 )
             if "qk_norm" in self.untied and not self.qk_norm:
                 raise ConfigError(f"{path}.untied: qk_norm is off; set {path}.qk_norm to true, or leave it out here")
-            check_towers(self.towers, place.modalities, f"{path}.towers")
+            check_towers(self.towers, place.modalities, f"{path}.towers", None if self.untied else f"{path}.untied")
 
         def width(self, place: Place) -> int:
             """K."""
@@ -74,7 +74,8 @@ class Attention(nn.Module):
         self.o_proj = ModalityLinear(inner, place.d_model, groups.get("o_proj", 1), scale=out_scale)
         self.q_norm = ModalityNorm(self.head_dim, groups.get("qk_norm", 1)) if config.qk_norm else None
         self.k_norm = ModalityNorm(self.head_dim, groups.get("qk_norm", 1)) if config.qk_norm else None
-        self.kernel = kernels.choose("attention", place.kernels.get("attention", "auto")).module
+        self.asked = place.kernels.get("attention", "auto")
+        kernels.choose("attention", self.asked)
 
     def forward(self, x: Tensor, context: TokenContext, state: AttentionState | None = None) -> Tensor:
         """x (B, T, D) → branch output (B, T, D), 0 at padding."""
@@ -88,17 +89,18 @@ class Attention(nn.Module):
             query, key = self.q_norm(query, sizes), self.k_norm(key, sizes)
         if self.grouping:
             query, key, value = (self.grouping.merge(part, context) for part in (query, key, value))
+        kernel = kernels.choose("attention", self.asked, x.device.type).module
         tables = rotary_tables(context, self.head_dim, self.theta, x.dtype)
         query, key = rotate(query, tables), rotate(key, tables)
         if state is None:
-            mixed = self.kernel.packed_attention(query, key, value, context)
+            mixed = kernel.packed_attention(query, key, value, context)
         else:
             before = state.used
             key, value, document = state.append(key, value, context.document)
             slot = torch.arange(state.used, device=x.device)
             seen = slot[None, :] <= before + torch.arange(columns, device=x.device)[:, None]
             mask = seen & (context.document[:, None, :, None] == document[:, None, None, :])
-            mixed = self.kernel.masked_attention(query, key, value, mask)
+            mixed = kernel.masked_attention(query, key, value, mask)
         mixed = mixed.reshape(rows, columns, -1)
         if self.grouping:
             return self.grouping.merge(self.o_proj(self.grouping.split(mixed, context), sizes), context)

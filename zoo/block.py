@@ -36,7 +36,8 @@ class LayerConfig(Config):
     """How many layers like this follow each other."""
 
     def check(self, place: Place, path: str) -> None:
-        check_towers(self.towers, place.modalities, f"{path}.towers")
+        norms = None if self.untied_norms else f"{path}.untied_norms"
+        check_towers(self.towers, place.modalities, f"{path}.towers", norms)
         for slot in ("mixer", "feedforward", "depth"):
             part = getattr(self, slot)
             if part is not None:

@@ -27,7 +27,7 @@ class Dense(nn.Module):
         """Modalities that share their untied weights; default: none do."""
 
         def check(self, place: Place, path: str) -> None:
-            check_towers(self.towers, place.modalities, f"{path}.towers")
+            check_towers(self.towers, place.modalities, f"{path}.towers", None if self.untied else f"{path}.untied")
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()

@@ -38,9 +38,7 @@ class RecurrentConfig(BlockConfig):
     def check(self, place: Place, path: str) -> None:
         if self.dt_min > self.dt_max:
             raise ConfigError(f"{path}.dt_min: {self.dt_min} is above dt_max {self.dt_max}; swap them")
-        if self.towers is not None and not self.untied:
-            raise ConfigError(f"{path}.towers: nothing is untied; name what is in {path}.untied, or remove towers")
-        check_towers(self.towers, place.modalities, f"{path}.towers")
+        check_towers(self.towers, place.modalities, f"{path}.towers", None if self.untied else f"{path}.untied")
         for name in self.untied:
             if self.untied.count(name) > 1:
                 raise ConfigError(f"{path}.untied: {name!r} stands there twice; remove one")

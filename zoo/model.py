@@ -152,7 +152,7 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], gather: Gather | None = None) -> None:
-    """Set every parameter from whole weights by name.
+    """Set every parameter, and every buffer that `weights` has, from whole weights by name.
 
     Args:
         gather: as for `initialise`.
@@ -163,3 +163,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], gather: Gather
         with gather([parameter]) if gather else contextlib.nullcontext(), torch.no_grad():
             if parameter.numel():
                 parameter.copy_(weights[name])
+    for name, buffer in model.named_buffers():
+        if name in weights:
+            buffer.copy_(weights[name])

@@ -193,11 +193,12 @@ class LinearRouter(Router):
     def __init__(self, config: Config, place: Place, outputs: int) -> None:
         super().__init__()
         self.tanh_scale = 0.2 if config.tanh_scale is None else config.tanh_scale
-        self.activation, self.noise, self.scale = config.activation, config.noise, config.initial_scale
+        self.activation, self.noise = config.activation, config.noise
+        self.deviation = config.initial_scale * place.d_model**-0.5
         self.weight = nn.Parameter(torch.empty(outputs, place.d_model))
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        parameter.normal_(0.0, self.scale * parameter.shape[1] ** -0.5, generator=generator)
+        parameter.normal_(0.0, self.deviation, generator=generator)
 
     @classmethod
     def check_group(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
@@ -214,6 +215,10 @@ class LinearRouter(Router):
         if self.noise == "gumbel" and self.training and key is not None:
             draw = gumbel if self.activation == "softmax" else noise.logistic
             logits = logits + draw(key, salt, logits.shape[-1]).to(wide)
+        return self.activate(logits)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Logits (n, outputs) → scores."""
         if self.activation == "softmax":
             return logits.softmax(-1)
         if self.activation == "tanh":

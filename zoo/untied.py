@@ -23,12 +23,17 @@ Towers = list[list[str]]
 """Which modalities share their untied weights: `[[text, image], [speech]]`. Default: each has its own."""
 
 
-def check_towers(towers: Towers | None, modalities: Sequence[str], path: str) -> None:
+def check_towers(towers: Towers | None, modalities: Sequence[str], path: str, untied: str | None = None) -> None:
     """Every modality stands in exactly one tower.
 
+    Args:
+        path: dotted key of the towers.
+        untied: dotted key that would untie something, where nothing is.
     Raises:
-        ConfigError: an unknown, repeated or missing modality.
+        ConfigError: an unknown, repeated or missing modality, or nothing for towers to share.
     """
+    if towers is not None and untied:
+        raise ConfigError(f"{path}: nothing is untied, so there is nothing to share; set {untied}, or remove towers")
     named = [name for tower in towers or [] for name in tower]
     for name in named:
         if name not in modalities:

@@ -5,9 +5,9 @@
     tied → untied               every modality a copy of the shared weight
     block → MoD round it        the block inside is the old one
 
-What has no counterpart (routers, auxiliary routers) keeps its first values; copies of one expert part ways through
-the router's noise (`router: {noise: gumbel}`) or its random start. The optimiser starts anew: moments of one weight say
-nothing about N copies that see other tokens.
+What has no counterpart (routers of another number of experts, auxiliary routers) keeps its first values; copies of one
+expert part ways through the router's noise (`router: {noise: gumbel}`) or its random start. The optimiser starts anew:
+moments of one weight say nothing about N copies that see other tokens.
 """
 
 from __future__ import annotations
@@ -44,15 +44,13 @@ def upcycle(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Upcycled:
     """
     weights, origin = {}, {}
     for name, value in new.items():
-        if _FRESH.search(name) and name not in old:
+        found = _counterpart(name, old)
+        if _FRESH.search(name) and (found is None or old[found].shape != value.shape):
+            # also a router of one expert: N copies of its column would choose the same tokens for all N experts
             weights[name] = value
             continue
-        found = _counterpart(name, old)
-        copied = None if found is None else _spread(old[found], value, transposed=_is_dense_source(name, found))
+        copied = None if found is None else _spread(_as_stored(old[found], value, name, found), value)
         if copied is None:
-            if _FRESH.search(name):  # a router of another number of experts
-                weights[name] = value
-                continue
             raise UserError(_problem(name, value, found, old))
         weights[name], origin[name] = copied.to(value.dtype).clone(), found  # type: ignore[assignment]
     return Upcycled(weights, origin)
@@ -73,15 +71,17 @@ def _counterpart(name: str, old: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _is_dense_source(name: str, found: str) -> bool:
-    """Linear maps are stored (out, in), stacked experts (E, in, out)."""
-    return _EXPERT.fullmatch(name) is not None and found.endswith(".weight")
+def _as_stored(source: Tensor, target: Tensor, name: str, found: str) -> Tensor:
+    """The old weight `found`, laid out as the new weight `name` is."""
+    if _EXPERT.fullmatch(name) and found.endswith(".weight"):
+        return source.transpose(-1, -2)  # linear maps are stored (out, in), stacked experts (E, in, out)
+    if name.endswith(".dt_bias") and target.shape[0] % source.shape[0] == 0:
+        return source.repeat(target.shape[0] // source.shape[0])  # flat, one part a modality
+    return source
 
 
-def _spread(source: Tensor, target: Tensor, transposed: bool) -> Tensor | None:
+def _spread(source: Tensor, target: Tensor) -> Tensor | None:
     """`source` in the shape of `target`: as it is, copied along a new first axis, or along one of length 1."""
-    if transposed:
-        source = source.transpose(-1, -2)
     if source.shape == target.shape:
         return source
     if source.dim() + 1 == target.dim() and source.shape == target.shape[1:]:

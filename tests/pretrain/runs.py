@@ -136,21 +136,25 @@ def environment(**more: object) -> dict[str, str]:
     return kept | {k: str(v) for k, v in more.items()}
 
 
-def start(arguments: Sequence[str | Path], output: Path, ranks: int = 1) -> Processes:
+def start(
+    arguments: Sequence[str | Path], output: Path, ranks: int = 1, module: str = "pretrain.train"
+) -> Processes:
     """`python -m pretrain.train` on `ranks` ranks without the launcher; one rank makes its own rendezvous."""
-    command = [sys.executable, "-m", "pretrain.train", *map(str, arguments)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     if ranks == 1:
         return Processes([(command, environment())], output)
     common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return Processes([(command, environment(RANK=r, LOCAL_RANK=r, **common)) for r in range(ranks)], output)
 
 
-def launch(arguments: Sequence[str | Path], output: Path, ranks: int = 2) -> Processes:
+def launch(
+    arguments: Sequence[str | Path], output: Path, ranks: int = 2, module: str = "pretrain.train"
+) -> Processes:
     """The command of the documentation: `deepspeed --num_accelerators N --module pretrain.train …`."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    arguments = ["--module", "pretrain.train", *map(str, arguments)]
+    arguments = ["--module", module, *map(str, arguments)]
     return Processes([([sys.executable, *command, *arguments], environment(PATH=path, DS_ACCELERATOR="cpu"))], output)
 
 

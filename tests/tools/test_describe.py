@@ -85,6 +85,46 @@ def test_wrong_recipe(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("error: model.d_modl: unknown key")
 
 
+def test_a_folder_is_a_table(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file.parent / "wide.yaml").write_text(f"extends: {file.name}\nname: wide\nmodel: {{d_model: 128}}\n")
+    every: Any = {facts["name"]: facts for facts in figures(capsys, file.parent)}
+    assert list(every) == ["tiny", "wide"]
+    total = every["wide"]["parameters"]["total"]
+    papers = tmp_path / "papers" / "papers.yaml"
+    papers.parent.mkdir()
+    papers.write_text("title: Sizes\nnotes: Ours.\nrecipes:\n  wide: {printed: 1.5M, source: a paper}\n")
+    assert describe.main([str(file.parent), "--papers", str(papers)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["# Sizes", "", "Ours."]
+    wide, tiny = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[-2:])
+    assert wide[0] == "wide" and wide[1].endswith("× 128") and wide[2] == f"{total / 1e6:,.1f}M"
+    assert wide[5:] == ["1.5M total", f"{total / 1.5e6 - 1:+.1%}", "a paper"]
+    assert tiny[0] == "tiny" and tiny[5:] == ["–", "–", "–"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: T\nnotes: N\nrecipes: {tinny: {source: a paper}}", "recipes.tinny: no recipe of this name; known: tiny"),
+        ("title: T\nnotes: N\nrecipes: {tiny: {printed: 90 M, source: x}}", "recipes.tiny.printed: '90 M': "),
+        ("title: T", "notes: this key is required; add it"),
+        ("[", "--papers: "),
+    ],
+)
+def test_wrong_papers(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    papers = tmp_path / "papers.txt"
+    papers.write_text(text)
+    assert describe.main([str(file.parent), "--papers", str(papers)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert describe.main([str(file), "--papers", str(papers)]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_a_folder_without_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert describe.main([str(tmp_path)]) == 2
+    assert "no *.yaml in this folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"),
     [([0], "0"), ([0, 1], "0,1"), ([0, 1, 2], "0–2"), ([1, 3, 5, 7], "1,3…7"), ([0, 1, 3], "0,1,3")],

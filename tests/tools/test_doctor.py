@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tools import doctor
+from zoo.kernels import OPERATIONS, missing
 
 
 def test_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +22,18 @@ def test_every_state_has_a_reason() -> None:
     states = {name: state for name, state, _ in rows}
     assert states["torch"] == "yes"
     assert (states.get("cuda", "yes") == "no") is not torch.cuda.is_available()
+
+
+def test_every_backend_of_every_kernel_works_or_says_why_not() -> None:
+    rows = doctor.kernels()
+    names = [name.strip() for name, _, _ in rows]
+    for operation, backends in OPERATIONS.items():
+        at = names.index(f"kernels.{operation}")
+        group = rows[at : at + len(backends)]  # what auto takes, and the others
+        assert {group[0][1], *names[at + 1 : at + len(backends)]} == set(backends)
+        for name, state, detail in group[1:]:
+            reason = missing(operation, name.strip())
+            assert (state, detail) == (("yes", "works here") if reason is None else ("no", reason))
 
 
 def test_a_package_that_does_not_load_is_not_fine(monkeypatch: pytest.MonkeyPatch) -> None:

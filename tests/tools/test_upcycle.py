@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,11 @@ def test_a_seed_run_grows(digit_shards: Path, tmp_path: Path, capsys: pytest.Cap
 
     assert start([seed], tmp_path / "printed").wait() == [0]
     assert main([str(tmp_path / "seed"), str(grown)]) == 0
-    assert "data go on at row 16" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "data go on at row 16" in printed
+    before, after = re.search(r"^eval/topk/loss: (\S+) → (\S+)$", printed, re.MULTILINE).groups()
+    ended = [item for item in metrics.read(tmp_path / "seed" / "metrics.jsonl") if "eval/topk/loss" in item][-1]
+    assert float(before) == pytest.approx(ended["eval/topk/loss"], abs=1e-4) and before != after
     initial, position = run_folder.load_initial(tmp_path / "grown")
     old, _ = run_folder.load_model(tmp_path / "seed")
     name = "layers.0.feedforward.groups.text.experts.w_in"

@@ -7,7 +7,7 @@ import torch
 
 from tests.zoo.helpers import build_block, stream, values
 from zoo.context import TokenContext
-from zoo.kernels import OPERATIONS
+from zoo.kernels import available
 from zoo.layers import rotary_tables, rotate
 
 
@@ -55,7 +55,7 @@ def test_qk_norm_forgets_the_scale_of_queries_and_keys():
     torch.testing.assert_close(block(x, context), before, rtol=0, atol=1e-3)  # the norm's epsilon
 
 
-@pytest.mark.parametrize("kernel", OPERATIONS["attention"])
+@pytest.mark.parametrize("kernel", available("attention"))
 def test_documents_do_not_see_each_other_and_padding_is_zero(kernel):
     block = build_block("mixer", {"type": "attention", "heads": 2}, kernels={"attention": kernel})
     context = stream("..tti|it.", "tii|t....")
@@ -68,7 +68,7 @@ def test_documents_do_not_see_each_other_and_padding_is_zero(kernel):
     assert changed.nonzero().tolist() == [[0, 2], [0, 3], [0, 4]]
 
 
-@pytest.mark.parametrize("kernel", OPERATIONS["attention"])
+@pytest.mark.parametrize("kernel", available("attention"))
 def test_padding_after_a_single_document_is_zero(kernel):
     block = build_block("mixer", {"type": "attention", "heads": 2}, kernels={"attention": kernel})
     context = stream("ttiit", "tt...", ".")

@@ -6,6 +6,8 @@ operation by giving each of its functions its cases.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.zoo.helpers import assert_equal, stream
-from zoo import ConfigError, kernels
-from zoo.kernels import OPERATIONS, reference
+from tests.zoo.helpers import assert_equal, random_rows, stream
+from zoo import ConfigError, TokenContext, kernels
+from zoo.kernels import OPERATIONS, flex, reference, sdpa, xformers
 
 Inputs = dict[str, Tensor]
 BFLOAT16_TOLERANCE = 2e-2  # 2⁻⁸ a rounding, a few of them one after the other; relative to the largest entry
@@ -87,23 +89,29 @@ CASES: dict[tuple[str, str], dict[str, Callable]] = {
         "no rows": grouped_swiglu(0, 0),
     },
 }
+CUDA = ("xformers", "flex")
+"""Backends that work on CUDA alone."""
 BACKENDS = [
     pytest.param(operation, backend, function, name, id=f"{function}-{backend}-{name}")
     for (operation, function), cases in CASES.items()
     for backend in OPERATIONS[operation]
     for name in cases
-    if backend != "reference"
+    if backend not in ("reference", *CUDA)
 ]
 
 
-def run(module, function: str, inputs: Inputs, rest: tuple, real: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def run(
+    module, function: str, inputs: Inputs, rest: tuple, real: Tensor, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Output where it is specified, and the gradient of every input, in float64."""
-    leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+    leaves = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
+    rest = tuple(x.to(device) if isinstance(x, Tensor | TokenContext) else x for x in rest)
     output = call(module, function, leaves, rest)
     probe = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
-    output = output.to(torch.float64) * real
+    output = output.to("cpu", torch.float64) * real
     grads = torch.autograd.grad((output * probe).sum(), list(leaves.values()))
-    return {"output": output.detach()} | {name: g.to(torch.float64) for name, g in zip(leaves, grads, strict=True)}
+    grads = {name: g.to("cpu", torch.float64) for name, g in zip(leaves, grads, strict=True)}
+    return {"output": output.detach()} | grads
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, BFLOAT16_TOLERANCE)])
@@ -113,6 +121,122 @@ def test_backend_is_the_reference(operation, backend, function, case, dtype, tol
     inputs = {name: x.to(dtype).to(torch.float64) for name, x in inputs.items()}  # the same numbers for both
     ours = run(OPERATIONS[operation][backend], function, inputs, rest, real, dtype)
     assert_equal(ours, run(reference, function, inputs, rest, real, torch.float64), tolerance)
+
+
+WIDE: dict[str, Callable] = CASES["attention", "packed_attention"] | {  # heads as wide as the kernels on CUDA want them
+    f"wide: {name}": packed_attention(*rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    for name, rows, heads, kv_heads, head_dim in (
+        ("documents", ("tti|t|itt", "t|tiit|ti", "ttiitti"), 4, 4, 32),
+        ("padding and grouped heads", ("tti|tt..", "...tt|ti", "........", "ttiit..."), 4, 2, 64),
+        ("several blocks of odd length", tuple(random_rows(3, 389)), 4, 1, 64),
+        ("documents longer than a block", ("t" * 200 + "|" + "i" * 130, "i" * 129 + "|" + "t" * 77), 2, 2, 128),
+        ("a width that is no power of two", ("tti|t|itt", "t" * 9), 2, 1, 24),
+    )
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2 * BFLOAT16_TOLERANCE)])
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("backend", CUDA)
+def test_backend_on_cuda_is_the_reference(backend, name, dtype, tolerance):
+    assert kernels.missing("attention", backend) is None
+    torch.use_deterministic_algorithms(backend == "flex")  # the other's backward is refused under it
+    inputs, rest, real = WIDE[name]()
+    inputs = {key: x.to(dtype).to(torch.float64) for key, x in inputs.items()}
+    ours = run(OPERATIONS["attention"][backend], "packed_attention", inputs, rest, real, dtype, "cuda")
+    assert_equal(ours, run(reference, "packed_attention", inputs, rest, real, torch.float64), tolerance)
+
+
+@pytest.mark.gpu
+def test_flex_on_cuda_serves_a_sub_sequence_that_a_router_kept():
+    context = stream(*random_rows(2, 300))
+    index, valid = torch.arange(1, 300, 2).expand(2, -1), torch.arange(150) < torch.tensor([[150], [140]])
+    kept = context.select(index, valid & context.valid.gather(1, index))
+    assert kept.segments is None
+    real = kept.valid[:, :, None, None]
+    inputs = {name: random(2, 150, heads, 32).float().double() for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    ours = run(flex, "packed_attention", inputs, (kept,), real, torch.float32, "cuda")
+    assert_equal(ours, run(reference, "packed_attention", inputs, (kept,), real, torch.float64), 1e-4)
+
+
+def uneven() -> TokenContext:
+    """Rows of more than one block of flex_attention, with documents, and padding at either end."""
+    return stream("t" * 70 + "|" + "i" * 61 + "....", "..tt|iii" + "t" * 120, "." * 9)
+
+
+def test_what_flex_sees_is_the_mask():
+    context = uneven()
+    rows, columns = context.shape
+    row, query, key = torch.meshgrid(torch.arange(rows), torch.arange(columns), torch.arange(columns), indexing="ij")
+    seen = flex.sees(context)(row, torch.zeros_like(row), query, key)
+    assert torch.equal(seen.unsqueeze(1), context.mask)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_uncompiled_is_the_reference(monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    context = uneven()
+    query, key, value = (random(*context.shape, heads, 16) for heads in (4, 2, 2))
+    monkeypatch.setattr(flex, "takes", lambda query: True)
+    monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
+    ours = flex.packed_attention(query, key, value, context)
+    torch.testing.assert_close(ours, reference.packed_attention(query, key, value, context), rtol=0, atol=1e-12)
+    assert flex.block_mask(context) is flex.block_mask(context)
+
+
+def test_the_pieces_of_xformers_are_the_documents_and_the_padding():
+    context = stream("tti|tt..", "...tt|ti", ".......", "ttiit..")
+    assert xformers.runs(context) == [3, 2, 2 + 3, 2, 2, 7, 5, 2]
+    assert xformers.runs(stream("tt|i", "itt")) == [2, 1, 3]
+
+
+def test_the_mask_of_xformers_is_the_mask():
+    pytest.importorskip("xformers.ops", reason="the package xformers is not installed", exc_type=ImportError)
+    context = uneven()
+    tokens = context.modality.numel()
+    seen = xformers.bias(context).materialize((1, tokens, tokens))[0] == 0
+    expected = torch.block_diag(*context.mask[:, 0].float()).bool()
+    real = context.valid.flatten()
+    assert torch.equal(seen[real], expected[real])
+
+
+def test_what_a_kernel_on_cuda_does_not_take_goes_by_sdpa(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sdpa, "packed_attention", lambda query, *rest: calls.append(query.dtype) or query)
+    query = torch.zeros(1, 5, 2, 16)
+    for module in (flex, xformers):
+        module.packed_attention(query, query, query, stream("ttiit"))  # one document
+        module.packed_attention(query, query, query, stream("ttiit|i"))  # not on a CUDA device
+    assert len(calls) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+@pytest.mark.parametrize("backend", CUDA)
+def test_what_works_on_cuda_alone_is_refused_elsewhere(backend, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)  # an import of it fails
+    importlib.reload(OPERATIONS["attention"][backend])
+    with pytest.raises(ConfigError) as error:
+        kernels.check({"attention": backend})
+    assert str(error.value) == (
+        f"kernels.attention: {backend!r} does not load here: it needs a CUDA device; choose auto"
+    )
+    assert backend not in kernels.available("attention")
+
+
+def test_auto_on_cuda_takes_what_loads_and_says_why(monkeypatch):
+    monkeypatch.setattr(xformers, "missing", lambda: "no package")
+    monkeypatch.setattr(flex, "missing", lambda: "no triton")
+    choice = kernels.choose("attention", device="cuda")
+    assert choice.backend == "per_document" and choice.reason.endswith("no flex: no triton; no xformers: no package")
+    monkeypatch.setattr(xformers, "missing", lambda: None)
+    assert kernels.choose("attention", device="cuda").backend == "xformers"
+    monkeypatch.setattr(flex, "missing", lambda: None)
+    choice = kernels.choose("attention", device="cuda")
+    assert choice.backend == "flex" and choice.reason.startswith("one kernel for all documents")
+    assert kernels.choose("attention", device="cpu").backend == "per_document"
 
 
 def test_every_backend_has_the_functions_of_its_operation():

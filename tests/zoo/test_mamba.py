@@ -9,7 +9,6 @@ import torch
 
 from tests.zoo.helpers import (
     D_MODEL,
-    DENSE,
     MODALITIES,
     assert_derivative,
     assert_equal,
@@ -23,7 +22,7 @@ from tests.zoo.helpers import (
     stream,
     values,
 )
-from tests.zoo.test_states import CHUNKS, decode
+from tests.zoo.test_states import CHUNKS, ROWS, decode
 from zoo import ConfigError, TokenContext
 from zoo.kernels import OPERATIONS, cpu
 from zoo.states import MambaState
@@ -148,38 +147,8 @@ def test_the_future_changes_nothing(name):
 
 # ------------------------------------------------------------------------------------------------------------- decoding
 
-LAYERS = {
-    "dense": lambda mixer: [layer(mixer=mixer, feedforward=DENSE)] * 2,
-    "moma": lambda mixer: [layer(mixer=mixer)] * 2,
-    "mod and dense": lambda mixer: [layer(mixer=mixer, feedforward=DENSE), mod(mixer=mixer, feedforward=DENSE)],
-    "mod and moma": lambda mixer: [layer(mixer=mixer), mod(mixer=mixer), mod(mixer=mixer, norm="post")],
-}
-
-
-ROWS = [
-    "ttiittiit",
-    "..tiitiii",
-    "......ttt",
-    ".tiiti...",
-    "t........",
-    "tti|tti|iit",
-    "..tii|ti|..",
-    "t|i|t|i|t|i|t|i|t",
-]
-
-
-@pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("name", MIXERS)
-@torch.no_grad()
-def test_decoding_is_the_full_forward(name, layers, chunks):
-    model = build_model(*LAYERS[layers](MIXERS[name])).eval()
-    context = stream(*ROWS, routing="causal")
-    tokens = ids(context)
-    full = model(tokens, context)
-    decoded = decode(model, tokens, context, CHUNKS[chunks], model.init_state(context.shape[0], 9))
-    torch.testing.assert_close(decoded, full, rtol=0, atol=1e-10)
-    assert not decoded[~context.valid].any()
+def mod_and_moma(mixer: dict) -> torch.nn.Module:
+    return build_model(layer(mixer=mixer), mod(mixer=mixer), mod(mixer=mixer, norm="post")).eval()
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -187,8 +156,8 @@ def test_decoding_is_the_full_forward(name, layers, chunks):
 def test_decoding_in_fp32_through_the_compiled_kernels(name):
     if cpu.missing():
         pytest.skip(f"no compiled kernels: {cpu.missing()}")
-    model = build_model(*LAYERS["mod and moma"](MIXERS[name])).float().eval()
-    context = stream(*ROWS, routing="causal")
+    model = mod_and_moma(MIXERS[name]).float()
+    context = stream(*ROWS["ragged at both ends"], *ROWS["packed"], routing="causal")
     tokens = ids(context)
     full = model(tokens, context)
     decoded = decode(model, tokens, context, CHUNKS["chunks"], model.init_state(context.shape[0], 9))
@@ -198,7 +167,7 @@ def test_decoding_in_fp32_through_the_compiled_kernels(name):
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
 def test_clone_is_independent_and_reorder_moves_rows(name):
-    model = build_model(*LAYERS["mod and moma"](MIXERS[name])).eval()
+    model = mod_and_moma(MIXERS[name])
     context = stream("ttiittiit", "..tiitiii", "tititi...", routing="causal")
     tokens, order = ids(context), torch.tensor([2, 0, 0])
     full = model(tokens, context)

@@ -26,7 +26,7 @@ from tests.zoo.helpers import (
     values,
 )
 from zoo import TokenContext, Trace, noise
-from zoo.kernels import OPERATIONS
+from zoo.kernels import available
 
 EVERYTHING = [layer(), mod(), untied(), layer(feedforward=MOMA, norm="post"), mod(norm="post")]
 EXPERTS = [layer(feedforward={"type": "experts", "experts": 3, "d_ff": 12}), mod()]
@@ -78,7 +78,7 @@ def test_causal_routing_sees_nothing_that_comes_later_and_top_k_does(layers):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel", ["auto", *OPERATIONS["attention"]])
+@pytest.mark.parametrize("kernel", ["auto", *available("attention")])
 @pytest.mark.parametrize("layers", [EVERYTHING, EXPERTS], ids=["moma and mod", "experts and mod"])
 def test_packed_documents_are_the_documents_alone(layers, kernel):
     model = build_model(*layers, kernels={"attention": kernel}).eval()
@@ -94,7 +94,7 @@ def test_packed_documents_are_the_documents_alone(layers, kernel):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel", ["auto", *OPERATIONS["attention"]])
+@pytest.mark.parametrize("kernel", ["auto", *available("attention")])
 @pytest.mark.parametrize("routing", ["topk", "causal"])
 def test_padding_changes_nothing_and_gives_zero(routing, kernel):
     model = build_model(*EVERYTHING, kernels={"attention": kernel}).eval()

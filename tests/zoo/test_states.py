@@ -1,11 +1,37 @@
-"""Decoding with states is the full forward: token by token, in chunks, padded, packed, under MoD and MoMa."""
+"""Decoding with states is the full forward: every mixer, token by token, in chunks, padded, packed, under MoD and MoMa."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.zoo.helpers import DENSE, build_model, columns, ids, layer, mod, stream, untied
+from tests.zoo.helpers import (
+    ATTENTION,
+    DENSE,
+    MOMA,
+    UNTIED_ATTENTION,
+    build_model,
+    columns,
+    ids,
+    layer,
+    mod,
+    stream,
+    untied,
+)
+from zoo import Trace
+from zoo.routers import loads
+
+MAMBA = {"type": "mamba", "d_state": 3, "d_conv": 3, "dt_rank": 3}
+MAMBA2 = {"type": "mamba2", "d_state": 5, "d_conv": 3, "head_dim": 1, "groups": 2}
+MIXERS = {
+    "attention": ATTENTION,
+    "untied attention": UNTIED_ATTENTION,
+    "mamba": MAMBA,
+    "mixture of mamba": MAMBA | {"untied": ["in_proj", "x_proj", "dt_proj", "out_proj"]},
+    "mamba2": MAMBA2,
+    "mixture of mamba2": MAMBA2 | {"untied": ["in_proj", "dt_bias", "norm", "out_proj"]},
+}
+FEEDFORWARDS = {"dense": DENSE, "moma": MOMA}
 
 LAYERS = {
     "attention": [layer(feedforward=DENSE)],
@@ -45,6 +71,25 @@ def test_decoding_is_the_full_forward(layers, rows, chunks):
         decoded = decode(model, tokens, context, CHUNKS[chunks], model.init_state(context.shape[0], 9))
     torch.testing.assert_close(decoded, full, rtol=0, atol=1e-10)
     assert not decoded[~context.valid].any()
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("depth", ["all tokens", "mod"])
+@pytest.mark.parametrize("feedforward", FEEDFORWARDS)
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_every_mixer_decodes(mixer, feedforward, depth, chunks):
+    """Rows of every kind side by side; under MoD some tokens pass by the second layer."""
+    plain = {"mixer": MIXERS[mixer], "feedforward": FEEDFORWARDS[feedforward]}
+    second = mod(norm="post", **plain) if depth == "mod" else layer(norm="post", **plain)
+    model = build_model(layer(**plain), second).eval()
+    context = stream(*(row for rows in ROWS.values() for row in rows), routing="causal")
+    tokens, trace = ids(context), Trace()
+    full = model(tokens, context.replace(trace=trace))
+    decoded = decode(model, tokens, context, CHUNKS[chunks], model.init_state(*context.shape))
+    torch.testing.assert_close(decoded, full, rtol=0, atol=1e-10)
+    assert full[context.valid].any(-1).all() and not decoded[~context.valid].any()
+    assert depth != "mod" or 0 < loads(trace.statistics)["layers.1"] < 1
 
 
 @torch.no_grad()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from tests.zoo.helpers import assert_equal, gradients, stream, values
+import zoo
+from tests.zoo.helpers import ATTENTION, DENSE, assert_equal, gradients, stream, values
 from zoo import ConfigError, initialise
 from zoo.untied import Grouping, ModalityLinear, ModalityNorm, check_towers
 
@@ -133,3 +136,21 @@ def test_cost_is_that_of_one_group():
 def test_wrong_towers_are_named(towers, message):
     with pytest.raises(ConfigError, match=message):
         check_towers(towers, THREE, "p")
+
+
+SHARED = {"towers": [["text"], ["image", "speech"]]}
+TIED = {
+    "mixer": {"mixer": ATTENTION | SHARED},
+    "feedforward": {"feedforward": DENSE | SHARED},
+    "untied_norms": SHARED,
+}
+
+
+@pytest.mark.parametrize("part", TIED)
+def test_towers_of_what_is_tied_are_refused(part):
+    layer = "model.layers[0]"
+    at, key = (layer, part) if part == "untied_norms" else (f"{layer}.{part}", "untied")
+    config = {"modalities": list(THREE), "d_model": 8, "vocab_size": 9}
+    message = re.escape(f"{at}.towers: nothing is untied, so there is nothing to share; set {at}.{key}, or remove")
+    with pytest.raises(ConfigError, match="^" + message):
+        zoo.build("model", config | {"layers": [{"mixer": ATTENTION, "feedforward": DENSE} | TIED[part]]})

@@ -66,6 +66,49 @@ def test_one_to_many_experts_is_the_same_function_at_capacity_one_with_gates_sha
     torch.testing.assert_close(new(*inputs()), old(*inputs()), rtol=0, atol=1e-12)
 
 
+def test_one_to_many_experts_is_the_same_function_with_the_seeds_own_gates_shared_out():
+    """Every expert takes every token, at the weight that the seed's router gives this token over their number."""
+    old, new = model(moma(1, 1)), model(moma(4, 3, capacity=1.0), seed=1)
+    upcycled(old, new)
+    seeds = dict(old.named_modules())
+    for name, module in new.named_modules():
+        if isinstance(module, zoo.routers.LinearRouter):
+            n = module.weight.shape[0]
+            module.forward = lambda x, *noise, seed=seeds[name], n=n: seed(x).expand(-1, n) / n
+    torch.testing.assert_close(new(*inputs()), old(*inputs()), rtol=0, atol=1e-12)
+
+
+def test_at_real_capacity_it_is_another_function_and_the_experts_take_different_tokens():
+    old, new = model(moma(1, 1)), model(moma(4, 4), seed=1)
+    result = upcycled(old, new)
+    router = "layers.0.feedforward.groups.text.router.weight"
+    assert router not in result.origin and torch.unique(result.weights[router], dim=0).shape[0] == 4
+    tokens, context = inputs()
+    trace = zoo.Trace()
+    assert not torch.allclose(new(tokens, context.replace(trace=trace)), old(tokens, context))
+    route = trace.decisions["layers.0.feedforward.groups.text"]
+    taken = [set(part.tolist()) for part in route.token.split(route.counts)]
+    assert len(set(map(frozenset, taken))) > 1
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_tied_to_untied_mamba_is_the_same_function(mixer):
+    projections = ["in_proj", "out_proj", *{"mamba": ["x_proj", "dt_proj"], "mamba2": ["dt_bias", "norm"]}[mixer]]
+    tied = {"type": mixer, "d_state": 4} | ({"head_dim": 8} if mixer == "mamba2" else {})
+    old, new = model(DENSE, tied), model(DENSE, {**tied, "untied": projections}, seed=1)
+    upcycled(old, new)
+    torch.testing.assert_close(new(*inputs()), old(*inputs()), rtol=0, atol=1e-12)
+
+
+def test_dense_to_many_experts_is_the_same_function_at_capacity_one_with_gates_that_add_up_to_one():
+    old = model(DENSE)
+    for feedforward in (moma(2, 2, capacity=1.0), {"type": "experts", "experts": 2, "d_ff": 24, "capacity": 1.0}):
+        new = model(feedforward, seed=1)
+        upcycled(old, new)
+        hold_gates(new, 0.5)
+        torch.testing.assert_close(new(*inputs()), old(*inputs()), rtol=0, atol=1e-12)
+
+
 def test_a_block_moves_into_its_depth_router_and_routers_start_fresh():
     old, new = model(moma(1, 1)), model(moma(2, 2), seed=1, depth={"type": "mod", "capacity": 0.5})
     result = upcycled(old, new)

@@ -1,7 +1,7 @@
 """The choice of backend: a name asked for and missing is an error, `auto` takes the fastest that is here and says why.
 
-`reference.py` defines the operations; a backend is a file with the same function names. Scan, state-space dual (`ssd`)
-and causal convolution have a backend for each device: a block asks again where its values are.
+`reference.py` defines the operations; a backend is a file with the same function names. Attention, scan, state-space dual
+(`ssd`) and causal convolution have a backend for each device: a block asks again where its values are.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ import types
 from collections.abc import Callable, Mapping
 
 from zoo.config import ConfigError, suggestion
-from zoo.kernels import chunked, cpu, grouped, mamba_ssm, per_document, reference, sdpa
+from zoo.kernels import chunked, cpu, flex, grouped, mamba_ssm, per_document, reference, sdpa, xformers
 
-_ATTENTION: dict[str, types.ModuleType] = {"reference": reference, "sdpa": sdpa, "per_document": per_document}
+_ATTENTION: dict[str, types.ModuleType] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "per_document": per_document,
+    "xformers": xformers,
+    "flex": flex,
+}
 _EXPERTS: dict[str, types.ModuleType] = {"reference": reference, "grouped": grouped}
 _RECURRENT: dict[str, types.ModuleType] = {
     "reference": reference,
@@ -44,10 +50,16 @@ class Choice:
 
 
 def _attention(device: str) -> tuple[str, str]:
-    return (
-        "per_document",
-        "no work on pairs of tokens of different documents; plain causal where a row is one document",
-    )
+    saved = "no work on pairs of tokens of different documents; plain causal sdpa where a row is one document"
+    if device != "cuda":
+        return "per_document", saved
+    reasons = []  # on a GPU a call for each length of document waits for its launches
+    for name in ("flex", "xformers"):
+        reason = missing("attention", name)
+        if reason is None:
+            return name, f"one kernel for all documents, {saved}"
+        reasons.append(f"no {name}: {reason}")
+    return "per_document", f"{saved}; {'; '.join(reasons)}"
 
 
 def _experts(device: str) -> tuple[str, str]:
@@ -73,6 +85,17 @@ _AUTO: dict[str, Callable[[str], tuple[str, str]]] = {
 }
 
 
+def missing(operation: str, backend: str) -> str | None:
+    """Why a known backend of an operation does not work here; None where it does."""
+    own = getattr(OPERATIONS[operation][backend], "missing", None)
+    return None if own is None else own()
+
+
+def available(operation: str) -> list[str]:
+    """The backends of an operation that work here."""
+    return [name for name in OPERATIONS[operation] if missing(operation, name) is None]
+
+
 def choose(operation: str, asked: str = "auto", device: str = "cpu") -> Choice:
     """The backend of an operation.
 
@@ -89,8 +112,7 @@ def choose(operation: str, asked: str = "auto", device: str = "cpu") -> Choice:
         raise ConfigError(
             f"kernels.{operation}: {asked!r} is not known; known: {', '.join(names)}{suggestion(asked, names)}"
         )
-    missing = getattr(backends[asked], "missing", None)
-    reason = None if missing is None else missing()
+    reason = missing(operation, asked)
     if reason is not None:
         raise ConfigError(f"kernels.{operation}: {asked!r} does not load here: {reason}; choose auto")
     return Choice(operation, asked, "asked for")

@@ -1,0 +1,108 @@
+"""A LLaVA processor made on the spot, and JSON lines of questions."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+CHARACTERS = string.ascii_lowercase + "ABEINRSTU" + string.digits + " :?.,\n"
+PAD, BEGIN, END, UNKNOWN, IMAGE = 0, 60, 61, 62, 63
+"""Ids outside the characters, which begin at 1; IMAGE is that of the tiny models of `tests.zoo.adapt.families`."""
+
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""The form of LLaVA's: no end after an answer."""
+TURN_TEMPLATE = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\nthink. ' }}{% endif %}"
+)
+"""The form of Qwen's: each turn ends itself; it invites more than it later writes."""
+
+
+def tokenizer() -> Any:
+    """A token a character; 64 ids."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"<pad>": PAD, "<s>": BEGIN, "</s>": END, "<unk>": UNKNOWN, "<image>": IMAGE}
+    vocabulary = {character: number for number, character in enumerate(CHARACTERS, 1)} | special
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+
+
+def llava_processor(chat_template: str | None = None) -> Any:
+    """Images of 8 × 8 pixels, 16 tokens each."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return LlavaProcessor(
+        images, tokenizer(), patch_size=2, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )  # fmt: skip
+
+
+def other_processors() -> dict[str, Any]:
+    """One of each family that has its own way with text or images; 4 tokens an image or a tile, where the number is
+    free."""
+    import transformers as hf
+
+    def with_tokens(**names: tuple[str, int]) -> Any:
+        tokens = tokenizer()
+        tokens.add_special_tokens({"additional_special_tokens": [text for text, _ in names.values()]})
+        for name, (text, number) in names.items():
+            setattr(tokens, name, text)
+            setattr(tokens, f"{name}_id", number)
+        return tokens
+
+    sides = {"height": 8, "width": 8}
+    paligemma = hf.SiglipImageProcessor(size=sides)
+    paligemma.image_seq_length = 4
+    chameleon = tokenizer()
+    chameleon.sep_token = "</s>"
+    gemma = with_tokens(image_token=("<image>", IMAGE), boi_token=("<boi>", 64), eoi_token=("<eoi>", 65))
+    cropped = {"size": {"shortest_edge": 8}, "crop_size": sides}
+    tiled = hf.LlavaNextImageProcessor(**cropped, image_grid_pinpoints=[[8, 16], [16, 8]])
+    idefics = hf.Idefics3ImageProcessor(size={"longest_edge": 16}, max_image_size={"longest_edge": 8})
+    found = [
+        hf.PaliGemmaProcessor(paligemma, tokenizer()),
+        hf.Gemma3Processor(hf.Gemma3ImageProcessor(size=sides), gemma, image_seq_length=4),
+        hf.Idefics3Processor(idefics, tokenizer(), image_seq_len=4),
+        hf.ChameleonProcessor(hf.ChameleonImageProcessor(**cropped), chameleon, image_seq_length=4),
+        hf.LlavaNextProcessor(tiled, tokenizer(), patch_size=2, vision_feature_select_strategy="default",
+                              num_additional_image_tokens=1),
+    ]  # fmt: skip
+    return {type(processor).__name__: processor for processor in found}
+
+
+def picture(seed: int, height: int = 8, width: int = 8) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width)).astype(np.uint8))
+
+
+def write_questions(folder: Path, lines: Sequence[Mapping[str, Any] | str], split: str = "train") -> Path:
+    """JSON lines as given, and a picture for every image they name; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, line in enumerate(lines):
+        if isinstance(line, str):
+            continue
+        for name in [line["image"]] if "image" in line else line.get("images", []):
+            picture(number).save(folder / name)
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / f"{split}.jsonl").write_text("\n".join(texts) + "\n")
+    return folder

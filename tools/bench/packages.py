@@ -1,0 +1,56 @@
+"""What is measured of the Transformers package: its blocks without a GPU's kernels, and its chunk scan."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import types
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from tools.bench.benchmark import Unavailable
+
+
+def _model(name: str) -> types.ModuleType:
+    """The module of one of its models.
+
+    Raises:
+        Unavailable: the package is not here.
+    """
+    try:
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    except ImportError:
+        raise Unavailable("needs Transformers; pip install -e .[dev]") from None
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that its form without kernels is slow
+    return module
+
+
+def chunk_scan() -> Callable[..., Tensor]:
+    """Mamba-2's state-space dual."""
+    return _model("mamba2").mamba2_chunk_scan
+
+
+def mixer(kind: str, width: int, length: int, head_dim: int) -> nn.Module:
+    """The mixer of a `mamba` or `mamba2` model with expansion 2; values (B, T, D) → (B, T, D)."""
+    module = _model(kind)
+    if kind == "mamba":
+        return module.MambaMixer(module.MambaConfig(hidden_size=width, use_bias=False), 0)
+    config = module.Mamba2Config(
+        hidden_size=width, head_dim=head_dim, num_heads=2 * width // head_dim, n_groups=1, use_bias=False,
+        chunk_size=min(256, length),
+    )  # fmt: skip
+    return module.Mamba2Mixer(config, 0)
+
+
+def mixtral_block(width: int, hidden: int, experts: int) -> nn.Module:
+    """Router and experts of Mixtral, each token to its best, in the form that runs without a GPU ("eager")."""
+    module = _model("mixtral")
+    config = module.MixtralConfig(
+        hidden_size=width, intermediate_size=hidden, num_local_experts=experts, num_experts_per_tok=1
+    )
+    config._experts_implementation = "eager"
+    block = module.MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return block
