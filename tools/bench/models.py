@@ -16,7 +16,7 @@ from tools.bench.experts import moma
 from tools.bench.measure import STEP, Variant, both_modes
 from zoo import TokenContext, Trace
 
-ROWS, LENGTH, WIDTH, HIDDEN, LAYERS, VOCABULARY = 2, 1024, 512, 1344, 4, 1024
+ROWS, LENGTH, WIDTH, HIDDEN, LAYERS, VOCABULARY = 4, 1024, 512, 1344, 2, 1024
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 

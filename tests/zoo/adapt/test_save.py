@@ -1,0 +1,96 @@
+"""Saved adapters hold adapters, routers and the hash of their base; what has changed is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.zoo.adapt.families import FAMILIES
+from tests.zoo.adapt.test_conformance import METHODS, ROWS
+from zoo import UserError
+from zoo.adapt import adapt, adaptation, load_adapted, routers, save_adapted
+from zoo.adapt.save import weights_hash
+
+LLAVA = FAMILIES["llava"]
+
+
+def config(method: str = "gamma_mod", **changes: Any) -> dict[str, Any]:
+    return {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.4}, **METHODS[method], **changes}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    LLAVA.build().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def with_adapters(base: Path, method: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlavaForConditionalGeneration
+
+    model = adapt(LlavaForConditionalGeneration.from_pretrained(base), config(method))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return get_peft_model(model, lora).eval()
+
+
+@pytest.mark.parametrize("method", ["gamma_mod", "p_mod"])
+def test_adapters_and_routers(base: Path, tmp_path: Path, method: str) -> None:
+    model = with_adapters(base, method)
+    with torch.no_grad():
+        for _, router in routers(model):
+            router.weight += 1.0
+    inputs = LLAVA.inputs(model, ROWS)
+    before = model(**inputs).logits
+    save_adapted(model, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("model*.safetensors")), "the base stays where it is"
+    again = load_adapted(tmp_path / "out")
+    assert torch.equal(again(**inputs).logits, before)
+    assert adaptation(again) == adaptation(model)
+    moved = base.rename(tmp_path / "moved")
+    assert torch.equal(load_adapted(tmp_path / "out", base=moved)(**inputs).logits, before)
+
+
+def test_a_changed_base_is_refused(base: Path, tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    model = with_adapters(base, "gamma_mod")
+    save_adapted(model, tmp_path / "out")
+    other = LlavaForConditionalGeneration.from_pretrained(base)
+    other.lm_head.weight.data[3, 4] += 1e-6
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="give the unchanged base"):
+        load_adapted(tmp_path / "out", base=tmp_path / "other")
+
+
+def test_the_hash_is_of_the_base_alone(base: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    plain = LlavaForConditionalGeneration.from_pretrained(base)
+    expected = weights_hash(plain)
+    assert weights_hash(with_adapters(base, "p_mod")) == expected
+    assert weights_hash(plain.bfloat16()) != expected
+
+
+def test_what_cannot_be_saved_or_loaded(base: Path, tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    with pytest.raises(UserError, match="is not adapted"):
+        save_adapted(model, tmp_path / "out")
+    with pytest.raises(UserError, match=r"no mod_config\.json"):
+        load_adapted(base)
+    save_adapted(adapt(model, config()), tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "mod_config.json").read_text())
+    changed = about | {"adapt": about["adapt"] | {"router": about["adapt"]["router"] | {"shared": False}}}
+    (tmp_path / "out" / "mod_config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"mod_routers\.safetensors has .* shapes must agree"):
+        load_adapted(tmp_path / "out")
+    (tmp_path / "out" / "mod_config.json").write_text(json.dumps(about | {"version": 9}))
+    with pytest.raises(UserError, match="version 9"):
+        load_adapted(tmp_path / "out")

@@ -1,0 +1,236 @@
+"""AdaptContext: what every layer of an adapted model knows about the tokens of one forward.
+
+It is built where ids and pictures meet, once, and travels as one keyword argument (`mod_context`) to every decoder
+layer. Only a forward that carries pictures is looked at on the host (one copy of what the tokens are); text and decode
+steps wait for nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.adapt.config import AdaptConfig
+from zoo.adapt.family import ANSWER, IMAGE, PADDING, TEXT, VIDEO, has_pictures, lengths, may_follow
+from zoo.config import UserError
+from zoo.context import Trace
+from zoo.noise import token_keys
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptContext:
+    """B rows of T tokens; indices are flat, into B·T."""
+
+    shape: tuple[int, int]
+    """(B, T)."""
+    members: Tensor
+    """(n,) tokens that compete in groups, one group after the other."""
+    groups: tuple[int, ...]
+    """Tokens of each group."""
+    rows: tuple[int, ...]
+    """Row of each group."""
+    judged: Tensor
+    """(m,) tokens that are kept where their probability is above the threshold."""
+    always: Tensor | None
+    """(B·T,) bool: tokens always kept; None: all but `members` and `judged`."""
+    fixed: tuple[int, ...]
+    """How many tokens of each row are always kept, padding apart."""
+    kind: Tensor | None = None
+    """(B, T) int64 on the host, what each token is; None in a forward without pictures."""
+    start: int = 0
+    """Tokens of a row that came before, in a cache."""
+    whole: tuple[int, ...] = ()
+    """Kinds that may not go on where an earlier forward ended: they would be the rest of a picture."""
+    keys: Tensor | None = None
+    """(B·T,) int32, for random routers: of each token's place in its row, padding apart."""
+    training: bool = False
+    trace: Trace | None = None
+    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def routes(self) -> bool:
+        """Whether any token may be skipped."""
+        return self.members.numel() + self.judged.numel() > 0
+
+    @property
+    def candidates(self) -> Tensor:
+        """(n + m,) flat indices of the tokens that may be skipped: `members`, then `judged`."""
+        return self.shared("candidates", lambda: torch.cat((self.members, self.judged)))
+
+    @property
+    def base(self) -> Tensor:
+        """(B·T,) bool: kept before anything is chosen."""
+
+        def compute() -> Tensor:
+            if self.always is not None:
+                return self.always
+            every = torch.ones(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.members.device)
+            return every.index_fill(0, self.candidates, False)
+
+        return self.shared("base", compute)
+
+    @property
+    def weighed(self) -> Tensor:
+        """Flat indices of all tokens but padding, the candidates first."""
+
+        def compute() -> Tensor:
+            if not self.routes and self.always is None:
+                return torch.arange(self.shape[0] * self.shape[1], device=self.members.device)
+            return torch.cat((self.candidates, self.base.nonzero()[:, 0]))
+
+        return self.shared("weighed", compute)
+
+    def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
+        """A value that depends on this context alone: computed by the first layer that asks, kept for the others."""
+        if name not in self._derived:
+            self._derived[name] = compute()
+        return self._derived[name]
+
+    @classmethod
+    def text(cls, like: Tensor) -> AdaptContext:
+        """Context of rows (B, T, …) in which nothing may be skipped."""
+        none = torch.empty(0, dtype=torch.int64, device=like.device)
+        return cls(tuple(like.shape[:2]), none, (), (), none, None, (like.shape[1],) * like.shape[0])
+
+    @classmethod
+    def build(
+        cls,
+        config: AdaptConfig,
+        ids: Mapping[int, int],
+        inputs: Mapping[str, Any],
+        like: Tensor,
+        *,
+        model_config: Any,
+        training: bool = False,
+        embed: Callable[[Tensor], Tensor] | None = None,
+        answers: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> AdaptContext:
+        """Context of one forward.
+
+        Args:
+            ids: placeholder id → IMAGE or VIDEO.
+            inputs: the forward's arguments: input_ids (B, T) or inputs_embeds (B, T, D), attention_mask, pictures.
+            like: (B, T, …), for shape and device.
+            model_config: of the multimodal model.
+            embed: the model's embedding, to find placeholders among `inputs_embeds`.
+            answers: (B, T) bool, tokens with a label.
+        Raises:
+            UserError: the forward has pictures but no token stands for them.
+        """
+        rows, columns = like.shape[:2]
+        cache = inputs.get("past_key_values")
+        start = cache.get_seq_length() if cache is not None else 0
+        threshold = not training and config.inference.text == "threshold"
+        everything = torch.arange(rows * columns if threshold else 0, device=like.device)
+        options: dict[str, Any] = {"shape": (rows, columns), "start": start, "training": training, "trace": trace}
+        answers = answers if training and config.candidates == "image_and_answer" else None
+        if not has_pictures(inputs) and answers is None:
+            return dataclasses.replace(cls.text(like), judged=everything, **options)
+        kind = _kinds(ids, inputs, like, embed)
+        keys = _keys(config.router.seed, kind, inputs, training) if config.router.type == "random" else None
+        if has_pictures(inputs) and not bool(((kind == IMAGE) | (kind == VIDEO)).any()):
+            names = " or ".join(map(str, ids))
+            raise UserError(
+                f"the batch has pictures but no token of them: the id {names} never occurs in input_ids; build "
+                "the prompt with the model's own processor, which puts one id for each picture token"
+            )
+        if answers is not None:
+            kind = torch.where((kind == TEXT) & answers.cpu(), ANSWER, kind)
+        host = kind.numpy().reshape(-1)
+        members, groups = _groups(config, host, columns, inputs, model_config)
+        judged = np.empty(0, np.int64)
+        if threshold:
+            judged = np.flatnonzero((host != PADDING) & ~np.isin(np.arange(host.size), members))
+        if not training and config.inference.rule == "threshold":
+            judged, members, groups = np.sort(np.concatenate((members, judged))), members[:0], []
+        always = host != PADDING
+        always[members], always[judged] = False, False
+        frames = config.group == "frame"
+        starts = np.cumsum([0, *groups[:-1]]) if groups else np.empty(0, np.int64)
+
+        def device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(like.device, non_blocking=True)
+
+        return cls(
+            **options,
+            members=device(members),
+            groups=tuple(map(int, groups)),
+            rows=tuple((members[starts] // columns).tolist()),
+            judged=device(judged),
+            always=device(always),
+            fixed=tuple(always.reshape(rows, columns).sum(1).tolist()),
+            kind=kind,
+            whole=tuple(k for k in _pictures(config) if not may_follow(k, frames, inputs, model_config)),
+            keys=None if keys is None else device(keys),
+        )
+
+
+def _kinds(
+    ids: Mapping[int, int], inputs: Mapping[str, Any], like: Tensor, embed: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """(B, T) int64 on the host: TEXT, IMAGE, VIDEO or PADDING."""
+    kind = torch.zeros(like.shape[:2], dtype=torch.int64, device=like.device)
+    tokens, values = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    for token, what in ids.items():
+        if tokens is not None:
+            found = tokens == token
+        else:
+            found = (values == embed(torch.tensor(token, device=values.device))).all(-1)
+        kind = kind.masked_fill(found, what)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        kind = kind.masked_fill(mask[:, -like.shape[1] :] == 0, PADDING)
+    return kind.cpu()
+
+
+def _keys(seed: int, kind: Tensor, inputs: Mapping[str, Any], training: bool) -> np.ndarray:
+    """(B·T,) int32. In training each sample draws anew, by its ids; else places alone count, so that tokens generated
+    later, or given in a later forward, change nothing."""
+    real = kind.numpy() != PADDING
+    rows, columns = real.shape
+    before, mask = np.zeros((rows, 1), np.int64), inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        before = mask[:, : mask.shape[1] - columns].sum(1, keepdim=True).cpu().numpy()
+    places = (before + real.cumsum(1) - 1).clip(min=0)
+    content = np.zeros(rows, np.int64)
+    if training and inputs.get("input_ids") is not None:
+        ids = inputs["input_ids"].cpu().numpy()
+        content = np.array([zlib.crc32(row[own].tobytes()) for row, own in zip(ids, real, strict=True)])
+    keys = token_keys(seed, content, int(places.max()) + 1)
+    return np.take_along_axis(keys, places, axis=1).reshape(-1)
+
+
+def _pictures(config: AdaptConfig) -> tuple[int, ...]:
+    """Kinds of tokens that compete."""
+    return (VIDEO,) if config.candidates == "video" else (IMAGE, VIDEO)
+
+
+def _groups(
+    config: AdaptConfig, kind: np.ndarray, columns: int, inputs: Mapping[str, Any], model_config: Any
+) -> tuple[np.ndarray, Sequence[int]]:
+    """Flat indices of the tokens that compete, (n,) int64, group after group, and the groups' sizes."""
+    pictures = _pictures(config)
+    if config.group == "sample":
+        index = np.flatnonzero(np.isin(kind, (*pictures, ANSWER)))
+        return index, _runs(index // columns)
+    members, sizes = [np.empty(0, np.int64)], []
+    for what in pictures:
+        index = np.flatnonzero(kind == what)
+        if index.size:
+            sizes += lengths(what, index, columns, config.group == "frame", inputs, model_config)
+            members.append(index)
+    answers = np.flatnonzero(kind == ANSWER)
+    return np.concatenate((*members, answers)), [*sizes, *_runs(answers // columns)]
+
+
+def _runs(ids: np.ndarray) -> list[int]:
+    """Lengths of the runs of equal ids, (n,)."""
+    ends = np.flatnonzero(np.diff(ids)) + 1
+    return np.diff([0, *ends, ids.size]).tolist() if ids.size else []

@@ -1,0 +1,117 @@
+"""FLOPs of the decoder, dense and adapted: nominal, by the shares of the config, and real, by what a trace saw.
+
+Forward only, 2 a multiply-add; causal scores, n (n + 1) / 2 of them for n tokens (a family whose image tokens see each
+other both ways does up to twice that for them); routers apart, on the candidates alone. Left out: the vision tower and
+projector, embedding, language head, norms, activations, rotary embedding, softmax, top-k and gathers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from zoo.adapt.family import Parts, parts
+from zoo.adapt.layer import RoutedDecoderLayer
+from zoo.adapt.wrap import ROUTER
+from zoo.config import UserError
+from zoo.context import Trace
+from zoo.routers import capacity_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Of the decoder's layers."""
+
+    prefill: float
+    decode: float
+    """Of all generated tokens."""
+    router: float
+    """Not in the others."""
+
+    @property
+    def total(self) -> float:
+        return self.prefill + self.decode + self.router
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.prefill + other.prefill, self.decode + other.decode, self.router + other.router)
+
+
+def decoder_flops(model: nn.Module, tokens: int, groups: Sequence[int] = (), generated: int = 0) -> Flops:
+    """Of one sample, with the nominal share of each group kept.
+
+    Args:
+        model: dense or adapted.
+        tokens: of the prompt, those of pictures included.
+        groups: candidates of each group, as the config groups them; without any nothing is skipped, and the figure is
+            the dense model's.
+        generated: tokens that are fed back one by one after the prompt; they skip nothing.
+    Raises:
+        UserError: groups of more than `tokens` tokens, or a layer with weights other than those of linear maps.
+    """
+    if sum(groups) > tokens:
+        raise UserError(f"groups: {sum(groups)} candidates among {tokens} tokens; tokens counts the whole prompt")
+    found = parts(model)
+    kept = {}
+    for layer in found.layers:
+        if isinstance(layer, RoutedDecoderLayer):
+            chosen = sum(capacity_count(size, layer.routing.keep) for size in groups)
+            kept[layer.routing.layer] = tokens - sum(groups) + chosen
+    return _flops(found, tokens, kept, sum(groups), generated)
+
+
+def traced_flops(model: nn.Module, trace: Trace, tokens: Sequence[int]) -> Flops:
+    """Of one traced forward without a cache behind it, summed over its rows.
+
+    Args:
+        trace: what it was called with.
+        tokens: of each row, padding apart.
+    """
+    found = parts(model)
+    numbers = {
+        layer.routing.name: layer.routing.layer for layer in found.layers if isinstance(layer, RoutedDecoderLayer)
+    }
+    counts = {numbers[name]: decision.counts for name, decision in trace.decisions.items() if name in numbers}
+    candidates = max((decision.candidates.shape[0] for decision in trace.decisions.values()), default=0)
+    result = Flops(0.0, 0.0, 0.0)
+    for row, length in enumerate(tokens):
+        kept = {number: rows[row] for number, rows in counts.items()}
+        result += _flops(found, length, kept, candidates if row == 0 else 0, 0)  # candidates: of all rows
+    return result
+
+
+def _flops(found: Parts, tokens: int, kept: Mapping[int, int], candidates: int, generated: int) -> Flops:
+    prefill = decode = 0.0
+    for number, layer in enumerate(found.layers):
+        weights, width = _weights(layer), _attention_width(found, layer)
+        n = kept.get(number, tokens)
+        prefill += 2 * weights * n + 4 * width * n * (n + 1) / 2
+        decode += 2 * weights * generated + 4 * width * (generated * n + generated * (generated + 1) / 2)
+    scorers = [layer.router for layer in found.layers if isinstance(layer, RoutedDecoderLayer)]
+    scoring = sum(2.0 * router.weights for router in scorers if router is not None)
+    return Flops(prefill, decode, scoring * candidates)
+
+
+def _weights(layer: nn.Module) -> int:
+    """Weights of the linear maps of a decoder layer, adapters and router apart."""
+    total = 0
+    for name, module in layer.named_modules():
+        own = [part for part, p in module.named_parameters(recurse=False) if p.dim() > 1]
+        path = name.split(".")
+        if ROUTER in path or any(part.startswith("lora_") for part in path) or not own:
+            continue
+        if not isinstance(module, nn.Linear):
+            raise UserError(
+                f"{type(layer).__name__}.{name}: weights {own} of a {type(module).__name__} are not those of a linear "
+                "map that every token meets; its FLOPs are not counted here"
+            )
+        total += module.in_features * module.out_features
+    return total
+
+
+def _attention_width(found: Parts, layer: nn.Module) -> int:
+    """Heads × head width."""
+    config = found.text_config
+    head = getattr(layer.self_attn, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head

@@ -1,0 +1,244 @@
+"""RoutedDecoderLayer: what is put in front of a decoder layer's own class to make it a Mixture-of-Depths layer.
+
+The kept tokens are packed in time order with their original positions, the family's own forward runs on them, and the
+result is written back into the full stream; skipped tokens pass by and leave no key or value. Routing happens outside
+the region that gradient checkpointing recomputes, so a recomputation meets the decisions and gates of the first pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.adapt.cache import RoutedLayer, routed_layer, slot_mask
+from zoo.adapt.config import AdaptConfig
+from zoo.adapt.context import AdaptContext
+from zoo.adapt.scores import unlearned
+from zoo.adapt.select import ModRouter, Selection, select
+from zoo.config import UserError
+from zoo.routers import record_load, train_auxiliary
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How one layer routes."""
+
+    layer: int
+    keep: Fraction
+    """Share of each group."""
+    config: AdaptConfig
+    gated: str
+    """Child of the layer whose output the gate multiplies; empty where it weighs the block."""
+
+    @property
+    def name(self) -> str:
+        """What the trace calls the layer."""
+        return f"layers.{self.layer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What one layer decided in one forward, for pictures and counts; in `Trace.decisions` by the layer's name."""
+
+    keep: Tensor
+    """(B, T) bool: went through the layer. Padding did not."""
+    candidates: Tensor
+    """(n,) flat indices of the tokens that could be skipped."""
+    logits: Tensor
+    """(n,) log-odds of keeping, fp32."""
+    counts: tuple[int, ...]
+    """Tokens kept of each row."""
+
+
+class RoutedDecoderLayer:
+    """Mixin. The class it precedes is a decoder layer of Transformers: `layer(hidden, **kwargs)`, hidden (B, T, D)."""
+
+    routing: Routing
+    mod_shared: ModRouter | None
+    """The router of all layers, registered on the decoder; None where the layer has its own, `mod_router`."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        context: AdaptContext = kwargs.pop("mod_context", None) or AdaptContext.text(hidden_states)
+        checkpoint = getattr(self, "gradient_checkpointing", False) and self.training
+        if checkpoint:  # the layer's own class would drop the cache too: a recomputation must not fill it again
+            kwargs |= {name: off for name, off in (("past_key_values", None), ("use_cache", False)) if name in kwargs}
+        cache = kwargs.get("past_key_values")
+        slots = None if cache is None else routed_layer(cache, self.routing.layer)
+        outputs, gate = self._score(hidden_states, context)
+        chosen = self._choose(outputs, context, slots) if context.routes else None
+        if slots is not None:
+            slots.edge = None if context.kind is None else context.kind[:, -1]
+        if chosen is not None and not chosen.index.shape[1]:
+            if slots is not None:
+                slots.length += context.shape[1]
+            return hidden_states  # a step of generation in which every token is skipped
+        y = self._packed(hidden_states, gate, chosen, slots, checkpoint, kwargs)
+        if gate is None and outputs is not None and outputs.requires_grad:
+            # every rank uses every router, whatever its batch holds
+            y, rest = _split(y)
+            y = _join(y + 0.0 * outputs[:0].sum().to(y.dtype), rest)
+        return y
+
+    @property
+    def router(self) -> ModRouter | None:
+        """None where it has no weights."""
+        return getattr(self, "mod_router", None) if self.mod_shared is None else self.mod_shared
+
+    def _score(self, x: Tensor, context: AdaptContext) -> tuple[Tensor | None, Tensor | None]:
+        """Router outputs of the candidates and then whoever else is weighed; the gate (B, T), None where it is 1."""
+        config, flat = self.routing.config, x.reshape(-1, x.shape[-1])
+        if self.router is None:
+            return None, None
+        index = context.weighed if config.gate.tokens == "all" else context.candidates
+        read = F.embedding(index, flat)
+        outputs = self.router(self.input_layernorm(read) if config.router.input == "norm" else read)
+        if config.gate.activation == "none" or not index.shape[0]:
+            return outputs, None
+        ones = outputs.new_ones(flat.shape[0])
+        return outputs, ones.index_copy(0, index, self.router.gate(outputs)).view(context.shape)
+
+    def _choose(self, outputs: Tensor | None, context: AdaptContext, slots: RoutedLayer | None) -> Selection:
+        config = self.routing.config
+        if slots is not None and context.members.shape[0]:
+            _check_parts(config, context, slots)
+            slots.routed = True
+        if self.router is None:
+            logits = unlearned(context, config.router.type, self.routing.name)
+        else:
+            logits = self.router.logit(outputs[: context.candidates.shape[0]])
+        chosen = select(context, logits, self.routing.keep, config.inference.threshold)
+        if context.trace is not None:
+            self._report(context, logits, chosen)
+        return chosen
+
+    def _report(self, context: AdaptContext, logits: Tensor, chosen: Selection) -> None:
+        """Tell the trace what was decided, how well the router foresaw it, and its auxiliary loss."""
+        name, fixed = self.routing.name, sum(context.fixed)
+        keep = chosen.keep.view(context.shape)
+        context.trace.decisions[name] = Decision(keep, context.candidates, logits.detach(), chosen.counts)
+        learns = self.routing.config.auxiliary.type == "membership"
+        train_auxiliary(context, name, (logits if learns else logits.detach())[:, None], chosen.taken[:, None])
+        record_load(context, name, sum(chosen.counts) - fixed, context.candidates.shape[0])
+        record_load(context, f"{name}/tokens", sum(chosen.counts), fixed + context.candidates.shape[0])
+
+    def _packed(
+        self,
+        x: Tensor,
+        gate: Tensor | None,
+        chosen: Selection | None,
+        slots: RoutedLayer | None,
+        checkpoint: bool,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The layer on the kept tokens of x (B, T, D), gated, among the others as they are; as the layer returns it."""
+        (rows, tokens, width), start = x.shape, 0 if slots is None else slots.length
+        everything = chosen is None or (chosen.valid is None and chosen.index.shape[1] == tokens)
+        index, valid = (None, None) if everything else (chosen.index, chosen.valid)
+        time = torch.arange(start, start + tokens, device=x.device).expand(rows, -1)
+        packed, columns, weight = x, time, gate
+        if not everything:
+            flat_index = (index + torch.arange(rows, device=x.device)[:, None] * tokens).reshape(-1)
+            packed = F.embedding(flat_index, x.reshape(-1, width)).view(rows, -1, width)
+            columns = index + start if valid is None else (index + start).masked_fill(~valid, -1)
+            weight = None if gate is None else gate.gather(1, index)
+            kwargs = kwargs | _taken(kwargs, index)
+        held, ragged = columns, valid is not None
+        if slots is not None:
+            held = slots.announce(columns, tokens, ragged)
+            ragged = slots.ragged
+        if ragged or held.shape[1] < start + tokens:
+            kwargs = kwargs | {"attention_mask": slot_mask(kwargs.get("attention_mask"), columns, held, start, ragged)}
+        run, inner = functools.partial(self._run, kwargs), weight if self.routing.gated else None
+        y, rest = _split(self._gradient_checkpointing_func(run, packed, inner) if checkpoint else run(packed, inner))
+        if weight is not None and not self.routing.gated:
+            y = packed + weight.unsqueeze(-1).to(y.dtype) * (y - packed)
+        if everything:
+            return _join(y, rest)
+        others = x
+        if self.routing.config.gate.symmetric and gate is not None:
+            skipped = chosen.keep.view(rows, tokens).logical_not()
+            others = x * torch.where(skipped, gate, 1.0).to(x.dtype).unsqueeze(-1)
+        others = others.reshape(-1, width)
+        if valid is not None:  # the places past a row's count hold tokens that are skipped
+            y = torch.where(valid.unsqueeze(-1), y, F.embedding(flat_index, others).view_as(y))
+        return _join(others.index_copy(0, flat_index, y.reshape(-1, width)).view_as(x), rest)
+
+    def _run(self, kwargs: dict[str, Any], x: Tensor, gate: Tensor | None) -> Any:
+        """The family's own layer, its MLP branch times the gate (B, K), if there is one."""
+        if gate is None:
+            return super().forward(x, **kwargs)
+        with _weighed(getattr(self, self.routing.gated), gate):
+            return super().forward(x, **kwargs)
+
+
+def _check_parts(config: AdaptConfig, context: AdaptContext, slots: RoutedLayer) -> None:
+    """Refuse a prompt in parts whose groups are not all in one part."""
+    if slots.routed and (config.group == "sample" or config.router.type == "attention"):
+        what = "group: sample" if config.group == "sample" else "router.type: attention"
+        raise UserError(
+            f"{what} ranks all image tokens of a sample together, and some of this one were chosen in an earlier "
+            "forward; give all its images in one forward, or choose group: image or frame and another router"
+        )
+    first = context.kind[:, 0]
+    if slots.edge is None or slots.edge.shape != first.shape or config.inference.rule == "threshold":
+        return
+    for row in ((slots.edge == first) & torch.isin(first, torch.tensor(context.whole))).nonzero()[:, 0].tolist():
+        raise UserError(
+            f"row {row}: the prompt is given in parts, and one begins with image tokens right behind those of the "
+            f"part before; group: {config.group} ranks an image's (or video's) tokens together, so end a part between "
+            "two of them, or leave prefill_chunk_size out"
+        )
+
+
+@contextlib.contextmanager
+def _weighed(module: nn.Module, gate: Tensor) -> Iterator[None]:
+    """While it lasts the module's output (B, K, D) is multiplied by the gate."""
+
+    def weigh(module: nn.Module, args: Any, output: Any) -> Any:
+        y, rest = _split(output)
+        return _join(y * gate.unsqueeze(-1).to(y.dtype), rest)
+
+    handle = module.register_forward_hook(weigh)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _split(output: Any) -> tuple[Tensor, tuple | None]:
+    return (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+
+
+def _join(first: Tensor, rest: tuple | None) -> Any:
+    return first if rest is None else (first, *rest)
+
+
+def _taken(kwargs: dict[str, Any], index: Tensor) -> dict[str, Any]:
+    """What else goes by token, at the columns index (B, K): rotary tables (B or 1, T, K), positions (B or 1, T)."""
+    taken: dict[str, Any] = {}
+    tables = kwargs.get("position_embeddings")
+    if tables is not None:
+        wide = index.unsqueeze(-1)
+        taken["position_embeddings"] = tuple(
+            table.expand(index.shape[0], -1, -1).gather(1, wide.expand(-1, -1, table.shape[-1])) for table in tables
+        )
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        taken["position_ids"] = positions.expand(index.shape[0], -1).gather(1, index)
+    return taken
+
+
+@functools.cache
+def routed_class(cls: type) -> type:
+    """The class of a routed layer whose own class is `cls`: the same name and module, for whoever matches by them."""
+    routed = type(cls.__name__, (RoutedDecoderLayer, cls), {"__module__": cls.__module__})
+    routed.forward = RoutedDecoderLayer.forward  # not the checkpointing wrapper: that is called round the layer alone
+    return routed

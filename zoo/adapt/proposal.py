@@ -1,0 +1,119 @@
+"""Which layers to route, from their ARank: those below a threshold, or the lowest ones until a budget is met.
+
+Layer 0 is never proposed; the last one only when asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zoo.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Of one layer."""
+
+    chosen: bool
+    reason: str
+
+
+def by_threshold(ranks: Sequence[float], threshold: float, last_layer: bool = False) -> list[Choice]:
+    """Route every layer whose rank_over_length is below `threshold` (the published rule).
+
+    Args:
+        ranks: rank_over_length of each layer.
+        last_layer: whether the last one may be taken.
+    """
+    choices = []
+    for layer, rank in enumerate(ranks):
+        dense = _stays_dense(layer, len(ranks), last_layer)
+        below = rank < threshold
+        said = f"rank_over_length {rank:.3f} {'below' if below else 'not below'} threshold {threshold:g}"
+        choices.append(dense or Choice(below, said))
+    return choices
+
+
+def by_budget(
+    ranks: Sequence[float], savings: Sequence[float], target: float, goal: str, last_layer: bool = False
+) -> list[Choice]:
+    """Route the layers of lowest rank_over_length, as few as save `target` together.
+
+    Args:
+        ranks: rank_over_length of each layer; of equal ones the deeper layer is taken first.
+        savings: what routing each layer saves; see `skip_savings` and `flops_savings`.
+        target: the sum to reach.
+        goal: says it in words, for reasons and errors: "skip ratio 0.3 at keep 0.5".
+    Raises:
+        UserError: all layers together do not reach it.
+    """
+    depth = len(ranks)
+    allowed = [layer for layer in range(depth) if _stays_dense(layer, depth, last_layer) is None]
+    order = sorted(allowed, key=lambda layer: (ranks[layer], -layer))
+    taken, total = [], 0.0
+    for layer in order:
+        if total >= target * (1 - 1e-9):
+            break
+        taken.append(layer)
+        total += savings[layer]
+    if total < target * (1 - 1e-9):
+        raise UserError(
+            f"{goal}: needs a saving of {target:.3f}, but all {len(order)} layers that may be routed save {total:.3f}; "
+            "keep less in each, or ask for less"
+        )
+    choices = []
+    for layer, rank in enumerate(ranks):
+        dense = _stays_dense(layer, depth, last_layer)
+        place = order.index(layer) + 1 if dense is None else 0
+        if dense is not None:
+            choices.append(dense)
+        elif place <= len(taken):
+            said = f"rank_over_length {rank:.3f} is number {place} from below; {goal} takes the lowest {len(taken)}"
+            choices.append(Choice(True, said))
+        else:
+            highest = max((ranks[other] for other in taken), default=0.0)
+            said = f"rank_over_length {rank:.3f}: {goal} is met by {len(taken)} layers of up to {highest:.3f}"
+            choices.append(Choice(False, said))
+    return choices
+
+
+def skip_savings(depth: int, keep: float) -> list[float]:
+    """Share of all (image token, layer) pairs that are skipped by routing each layer.
+
+    Args:
+        keep: share of image tokens that a routed layer keeps.
+    """
+    return [(1 - keep) / depth] * depth
+
+
+def flops_savings(
+    layers: Sequence[Mapping[str, Any]], tokens: Sequence[int], image_tokens: Sequence[int], keep: float
+) -> list[float]:
+    """Share of the dense decoder's prefill FLOPs that routing each layer saves, over the measured samples.
+
+    A layer costs 2 · weights · S + 2 · width · S · (S + 1) for S tokens: 2 a multiply-add, causal scores. The language
+    head, the vision tower and routers are not counted.
+
+    Args:
+        layers: `weights` and `width` of each, as `arank.Measurement.layers` gives them.
+        tokens, image_tokens: of each sample.
+        keep: share of image tokens that a routed layer keeps.
+    """
+
+    def flops(layer: Mapping[str, Any], lengths: Sequence[float]) -> float:
+        return sum(2 * layer["weights"] * s + 2 * layer["width"] * s * (s + 1) for s in lengths)
+
+    kept = [s - (1 - keep) * images for s, images in zip(tokens, image_tokens, strict=True)]
+    dense = [flops(layer, tokens) for layer in layers]
+    total = sum(dense)
+    return [(whole - flops(layer, kept)) / total for layer, whole in zip(layers, dense, strict=True)]
+
+
+def _stays_dense(layer: int, depth: int, last_layer: bool) -> Choice | None:
+    if layer == 0:
+        return Choice(False, "kept dense: layer 0 alone holds keys and values of every token")
+    if layer == depth - 1 and not last_layer:
+        return Choice(False, "kept dense: the last layer's router gets next to no gradient; not asked for")
+    return None

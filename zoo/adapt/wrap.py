@@ -1,0 +1,246 @@
+"""adapt: give a multimodal LLM of Transformers Mixture-of-Depths layers, in place; restore: take them away again.
+
+Layers are changed by swapping their class for one of the same name with `RoutedDecoderLayer` in front, so that names of
+parameters, hooks, output capture and class lookups stay as they are. Routers are children called `mod_router`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from zoo.adapt.config import AdaptConfig
+from zoo.adapt.context import AdaptContext
+from zoo.adapt.family import VIDEO, Parts, gated, parts, picture_ids
+from zoo.adapt.layer import RoutedDecoderLayer, Routing, routed_class
+from zoo.adapt.scores import unwatch, watch
+from zoo.adapt.select import ModRouter
+from zoo.config import UserError
+from zoo.context import Trace
+
+ROUTER = "mod_router"
+"""Name of the child that a routed layer, or the decoder under `router.shared`, gets."""
+
+
+@dataclasses.dataclass
+class Adaptation:
+    """What was done to a model; its attribute `mod_adaptation`."""
+
+    config: AdaptConfig
+    handles: list[Any]
+    """Of the hooks."""
+
+
+def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int = 0) -> nn.Module:
+    """Make some of the decoder's layers Mixture-of-Depths layers, in place.
+
+    From then on the model's forward takes `mod_trace=zoo.Trace()`, which collects decisions, auxiliary losses and
+    statistics under `layers.<number>`, and, for `candidates: image_and_answer`, `mod_answers` (B, T) bool where no
+    `labels` are given. With labels, in training, the auxiliary loss is part of the model's `loss`. `generate` is used
+    as before.
+
+    Args:
+        model: a multimodal model of Transformers, or PEFT's wrapper of one.
+        config: `AdaptConfig`, or what YAML gives for one.
+        seed: of the routers' first weights, which depend on it and their names alone.
+    Returns:
+        The same model.
+    Raises:
+        UserError: a text-only or already adapted model; layers out of range, with a sliding window, or patched by
+            another library.
+    """
+    config = AdaptConfig.parse(config, "adapt")
+    found = parts(model)
+    if getattr(found.top, "mod_adaptation", None) is not None:
+        raise UserError(f"{type(found.top).__name__} is adapted already; zoo.adapt.restore(model) undoes it")
+    plan = config.plan(len(found.layers))
+    _check_layers(found, plan, config)
+    ids = picture_ids(found.top.config, type(found.top).__name__)
+    if config.candidates == "video" and VIDEO not in ids.values():
+        raise UserError(
+            f"candidates: video, but {type(found.top).__name__} has no video token (config.video_token_id): frames are "
+            "images to it; choose candidates: image"
+        )
+    width = found.text_config.hidden_size
+    shared = None
+    if config.router.type == "attention":
+        watch(found.layers[min(plan) - 1])
+    if config.router.shared:
+        shared = _router(config, width, found.layers[next(iter(plan))], f"{seed}:{ROUTER}")
+        found.decoder.add_module(ROUTER, shared)
+    for number, keep in plan.items():
+        layer = found.layers[number]
+        name = gated(layer) if config.gate.branch == "mlp" else ""
+        if shared is None and config.router.learned:
+            layer.add_module(ROUTER, _router(config, width, layer, f"{seed}:layers.{number}.{ROUTER}"))
+        object.__setattr__(layer, "mod_shared", shared)  # not registered: one copy of it is saved
+        layer.routing = Routing(number, keep, config, name)
+        layer.__class__ = routed_class(type(layer))
+    handles = [found.base.register_forward_pre_hook(ContextHook(config, ids, _names(found.base)), with_kwargs=True)]
+    if found.top is not found.base:
+        handles.append(found.top.register_forward_pre_hook(LabelHook(config), with_kwargs=True))
+        handles.append(found.top.register_forward_hook(LossHook(config), with_kwargs=True))
+    found.top.mod_adaptation = Adaptation(config, handles)
+    return model
+
+
+def adaptation(model: nn.Module) -> AdaptConfig | None:
+    """The config that `model` is adapted by; None where it is dense."""
+    top = model.get_base_model() if hasattr(model, "get_base_model") else model
+    done = getattr(top, "mod_adaptation", None)
+    return None if done is None else done.config
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `adapt`, in place: the dense model, with whatever weights it has by now; the routers are dropped."""
+    found = parts(model)
+    if adaptation(model) is None:
+        return model
+    for handle in found.top.mod_adaptation.handles:
+        handle.remove()
+    for layer in found.layers:
+        unwatch(layer)
+        if isinstance(layer, RoutedDecoderLayer):
+            layer.__class__ = type(layer).__mro__[2]
+            layer._modules.pop(ROUTER, None)
+            del layer.routing, layer.mod_shared
+    found.decoder._modules.pop(ROUTER, None)
+    del found.top.mod_adaptation
+    return model
+
+
+def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, router) of each router, by its dotted name below the decoder: `layers.3.mod_router` or `mod_router`."""
+    for name, module in parts(model).decoder.named_modules():
+        if name.rpartition(".")[2] == ROUTER:
+            yield name, module
+
+
+def routed_layers(model: nn.Module) -> list[RoutedDecoderLayer]:
+    """The routed layers, in order; `layer.routing` says how each routes."""
+    return [layer for layer in parts(model).layers if isinstance(layer, RoutedDecoderLayer)]
+
+
+def auxiliary_loss(trace: Trace, config: AdaptConfig) -> Tensor | float:
+    """weight · Σ over layers of the mean over candidates of the membership cross-entropy (γ-MoD's 0.01 · Σ).
+
+    Args:
+        trace: of one forward. 0.0 where nothing was routed or the config has no auxiliary loss.
+    """
+    if config.auxiliary.type == "none" or not trace.losses:
+        return 0.0
+    return config.auxiliary.weight * sum(total / max(1, count) for total, count in trace.losses.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextHook:
+    """Before the model in which ids and pictures meet: builds the context and hands it on by keyword."""
+
+    config: AdaptConfig
+    ids: dict[int, int]
+    names: tuple[str, ...]
+    """Of the forward's positional parameters."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        trace, answers = kwargs.get("mod_trace"), kwargs.get("mod_answers")
+        like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        if like is None:
+            return args, kwargs  # the model says itself what is missing
+        context = AdaptContext.build(
+            self.config,
+            self.ids,
+            inputs,
+            like,
+            model_config=module.config,
+            training=module.training,
+            embed=module.get_input_embeddings(),
+            answers=answers,
+            trace=trace,
+        )
+        rest = {name: value for name, value in kwargs.items() if name not in ("mod_trace", "mod_answers")}
+        return args, rest | {"mod_context": context}
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelHook:
+    """Before the model with the head: which tokens have labels, and somewhere to put the auxiliary loss."""
+
+    config: AdaptConfig
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        labels = kwargs.get("labels")
+        if labels is None or not module.training:
+            return args, kwargs
+        given = {"mod_trace": kwargs.get("mod_trace") or Trace()}
+        if self.config.candidates == "image_and_answer" and kwargs.get("mod_answers") is None:
+            given["mod_answers"] = labels != -100
+        return args, kwargs | given
+
+
+@dataclasses.dataclass(frozen=True)
+class LossHook:
+    """After the model with the head: the auxiliary loss joins the model's own."""
+
+    config: AdaptConfig
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if kwargs.get("labels") is None or not module.training or self.config.auxiliary.type == "none":
+            return output
+        loss = auxiliary_loss(kwargs["mod_trace"], self.config)
+        if isinstance(output, tuple):
+            return (output[0] + loss, *output[1:])
+        output["loss"] = output["loss"] + loss
+        return output
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+
+
+def _router(config: AdaptConfig, width: int, layer: nn.Module, name: str) -> ModRouter:
+    """A router beside the weights of `layer`, of their type; its first weights depend on `name` alone."""
+    beside = next(p for p in layer.parameters() if p.is_floating_point())
+    router = ModRouter(config, width)
+    digest = hashlib.sha256(name.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    with torch.no_grad():
+        for part, parameter in router.named_parameters():
+            router.initialise(part, parameter, generator)
+    return router.to(device=beside.device, dtype=beside.dtype)
+
+
+def _check_layers(found: Parts, plan: Mapping[int, Any], config: AdaptConfig) -> None:
+    caches = DynamicCache(config=found.top.config).layers
+    plain = [number for number, cache in enumerate(caches) if type(cache) is DynamicLayer]
+    windows = [number for number in plan if number not in plain]
+    if windows:
+        routable = ", ".join(map(str, plain[plain[:1] == [0] :])) or "none of its layers"
+        raise UserError(
+            f"layers: {', '.join(map(str, windows))} have a sliding window or no cache of their own, and a window would "
+            f"count kept tokens instead of tokens; leave them out (list layers; this model can route {routable})"
+        )
+    before = min(plan) - 1
+    if config.router.type == "attention" and before not in plain:
+        raise UserError(
+            f"router.type: attention: layer {before}, before the first routed one, has a sliding window, outside which no "
+            "image token receives attention; begin behind a layer without one"
+        )
+    for number in plan:
+        layer = found.layers[number]
+        if "forward" in vars(layer):
+            raise UserError(
+                f"layers: the forward of layer {number} was patched by another library (device maps of accelerate do "
+                "so); adapt the model first"
+            )
+
+
