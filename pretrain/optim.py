@@ -22,7 +22,7 @@ frozen model, are not scaled.
 """
 
 _ADAM_NAMES = re.compile(r"embed|(^|\.)(lm_head|head|unembedding)(\.|$)|router", re.IGNORECASE)
-_NO_DECAY_NAMES = re.compile(r"(^|[._])(A_log|D)$|embed|norm\.weight$", re.IGNORECASE)
+_NO_DECAY_NAMES = re.compile(r"(^|[._])(A_log|D)$|embed|norm\.weight$|(^|\.)mod_router\.", re.IGNORECASE)
 
 
 class OptimizerConfig(Config):
@@ -103,8 +103,9 @@ def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
 def group_of(name: str, shape: tuple[int, ...]) -> str:
     """`"auxiliary"`, `"no_decay"` or `"decay"` for the parameter with this dotted name.
 
-    Not decayed: vectors (norms, biases), norms that have a gain for each modality, Mamba's A_log and D, and embeddings,
-    whose rows a decay would shrink in proportion to how rarely a token is seen. Stacked expert weights (E, D, F) are
+    Not decayed: vectors (norms, biases), norms that have a gain for each modality, Mamba's A_log and D, the routers of
+    adapted models (beside pretrained weights a decay would flatten their few), and embeddings, whose rows a decay would
+    shrink in proportion to how rarely a token is seen. Stacked expert weights (E, D, F) are
     matrices: decayed.
     """
     if "auxiliary" in name:

@@ -11,10 +11,10 @@ import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 import zoo
 import zoo.kernels
@@ -27,12 +27,13 @@ from zoo.registry import ObjectiveSlot
 
 RESUMABLE = re.compile(
     r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)|(evaluate|kernels)(\..*)?"
+    r"|data\.workers"
 )
 """Keys that may change when a run is resumed."""
 
 
-class TrainConfig(Config):
-    """The `train:` section. A row is one packed sequence."""
+class LoopConfig(Config):
+    """What `train:` says of every run. A row is one packed sequence, or one sample of a fine-tuning."""
 
     steps: int = Field(gt=0)
     """Optimizer steps."""
@@ -53,13 +54,18 @@ class TrainConfig(Config):
     """0: only at the end, and when the run is told to stop."""
     keep_checkpoints: int = Field(2, gt=0)
     """Newest checkpoints kept; the best by validation loss is kept besides."""
+    max_bad_steps: int = Field(10, gt=0)
+    """Steps in a row with a non-finite loss or gradient, all skipped, that end the run."""
+
+
+class TrainConfig(LoopConfig):
+    """The `train:` section of a pretraining."""
+
     trainable: Literal["all", "auxiliary"] = "all"
     """"auxiliary": only the causal routers of a trained model learn, the rest is frozen; see `tools.train_routers`."""
     calibrate_rows: int = Field(0, ge=0)
     """After the last step set the thresholds of the auxiliary routers on so many rows of training data; 0: leave them
     at 0. See `zoo.calibrate`."""
-    max_bad_steps: int = Field(10, gt=0)
-    """Steps in a row with a non-finite loss or gradient, all skipped, that end the run."""
 
 
 class EvaluateConfig(Config):
@@ -69,26 +75,29 @@ class EvaluateConfig(Config):
     """Rows of the validation split, from its beginning; fewer if it has fewer."""
 
 
-class Recipe(Config):
-    """A whole recipe; the sections stand for themselves."""
+def _section_or_path(section: Any) -> Any:
+    if not isinstance(section, Mapping | str):
+        raise ValueError("must be a mapping of DeepSpeed's keys, or the path of a JSON file with them")
+    return section
+
+
+DeepSpeedSection = Annotated[dict[str, Any] | str, BeforeValidator(_section_or_path)]
+"""DeepSpeed's own config, or the path of a JSON file with it; see `pretrain.deepspeed_config`."""
+
+
+class RunRecipe(Config):
+    """What the recipe of every run has, whatever is trained."""
 
     name: str
     """Letters, digits, '.', '_' and '-'; it names the run folder."""
     run_dir: str | None = None
     """Default: runs/<name>."""
-    imports: list[str] = Field(default_factory=list)
-    """Modules to import first; they register blocks of one's own."""
     seed: int = Field(0, ge=0)
-    model: ModelConfig
-    objective: ObjectiveSlot = Field(default_factory=Autoregressive.Config)
-    data: DataConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-    kernels: dict[str, str] = Field(default_factory=dict)
-    deepspeed: dict[str, Any] | str = Field(default_factory=dict)
-    """DeepSpeed's own config, or the path of a JSON file with it; see `pretrain.deepspeed_config`."""
+    if TYPE_CHECKING:  # each kind of recipe declares them where they stand among its own sections
+        optimizer: OptimizerConfig
+        schedule: ScheduleConfig
+        train: LoopConfig
+        deepspeed: DeepSpeedSection
 
     @field_validator("name")
     @classmethod
@@ -96,13 +105,6 @@ class Recipe(Config):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError("must be letters, digits, '.', '_' and '-', and begin with a letter or digit")
         return name
-
-    @field_validator("deepspeed", mode="before")
-    @classmethod
-    def _section_or_path(cls, section: Any) -> Any:
-        if not isinstance(section, Mapping | str):
-            raise ValueError("must be a mapping of DeepSpeed's keys, or the path of a JSON file with them")
-        return section
 
     @property
     def folder(self) -> Path:
@@ -113,21 +115,48 @@ class Recipe(Config):
         return self.model_dump(mode="json")
 
 
+class Recipe(RunRecipe):
+    """The recipe of a pretraining; the sections stand for themselves."""
+
+    imports: list[str] = Field(default_factory=list)
+    """Modules to import first; they register blocks of one's own."""
+    model: ModelConfig
+    objective: ObjectiveSlot = Field(default_factory=Autoregressive.Config)
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    kernels: dict[str, str] = Field(default_factory=dict)
+    deepspeed: DeepSpeedSection = Field(default_factory=dict)
+
+
 def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> Recipe:
-    """Read, override, validate and cross-check a recipe.
+    """Read, override, validate and cross-check a recipe; arguments as for `read`.
+
+    Raises:
+        ConfigError: naming the dotted key or the file, the value, the rule and the way out.
+    """
+    return resolve(read(path, overrides, over))
+
+
+def read(
+    path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A recipe's data, as yet unchecked.
 
     Args:
         path: of the YAML file. Its `extends: other.yaml` (relative to it) takes that recipe first and lays this one's
-            keys over it; lists are replaced whole.
+            keys over it; lists are replaced whole. `extends: [one.yaml, two.yaml]` lays the second over the first.
         overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
         over: laid over the file's data, before the overrides.
     Raises:
-        ConfigError: naming the dotted key or the file, the value, the rule and the way out.
+        ConfigError: a file that cannot be read or is no YAML, or an override that does not fit.
     """
     data = _merge(_read(Path(path), ()), over or {})
     for text in overrides:
         _override(data, text)
-    return resolve(data)
+    return data
 
 
 def resolve(data: Mapping[str, Any]) -> Recipe:
@@ -158,16 +187,26 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     recipe.model.check()
     recipe.objective.check(recipe.model.place(recipe.kernels), "objective")
     zoo.kernels.check(recipe.kernels)
-    if recipe.train.global_batch % recipe.train.micro_batch:
-        raise ConfigError(
-            f"train.micro_batch: {recipe.train.micro_batch} does not divide train.global_batch {recipe.train.global_batch}; "
-            "choose a divisor, or another global_batch"
-        )
+    check_batches(recipe.train)
     return recipe
 
 
+def check_batches(train: LoopConfig) -> None:
+    """Raise ConfigError where a step cannot be cut into micro-batches."""
+    if train.global_batch % train.micro_batch:
+        raise ConfigError(
+            f"train.micro_batch: {train.micro_batch} does not divide train.global_batch {train.global_batch}; "
+            "choose a divisor, or another global_batch"
+        )
+
+
 def launch_config(recipe: Recipe, world: int) -> dict[str, Any]:
-    """The dictionary DeepSpeed gets for `world` ranks.
+    """The dictionary DeepSpeed gets for `world` ranks; see `deepspeed_for`."""
+    return deepspeed_for(recipe, world, recipe.model.d_model)
+
+
+def deepspeed_for(recipe: RunRecipe, world: int, d_model: int) -> dict[str, Any]:
+    """The dictionary DeepSpeed gets for `world` ranks and a model of width `d_model`.
 
     Raises:
         ConfigError: the `deepspeed` section has an unknown key or contradicts the recipe.
@@ -177,7 +216,7 @@ def launch_config(recipe: Recipe, world: int) -> dict[str, Any]:
     train = recipe.train
     return deepspeed_config.effective(
         recipe.deepspeed, world=world, precision=train.precision, global_batch=train.global_batch,
-        micro_batch=train.micro_batch, clip=train.clip, optimizer=recipe.optimizer, d_model=recipe.model.d_model,
+        micro_batch=train.micro_batch, clip=train.clip, optimizer=recipe.optimizer, d_model=d_model,
     )  # fmt: skip
 
 
@@ -256,12 +295,15 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
             f"{chain[-1]}: extends: {str(path)!r} does not exist; the path is relative to the file it stands in"
         )
     data = _parse(path)
-    parent = data.pop("extends", None)
-    if parent is None:
-        return data
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends: {parent!r} is not the path of a recipe file; write extends: other.yaml")
-    return _merge(_read(path.parent / parent, (*chain, path.resolve())), data)
+    parents = data.pop("extends", None) or []
+    if isinstance(parents, str):
+        parents = [parents]
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: extends: {parents!r} is not the path of a recipe file; write extends: other.yaml")
+    merged: dict[str, Any] = {}
+    for parent in parents:
+        merged = _merge(merged, _read(path.parent / parent, (*chain, path.resolve())))
+    return _merge(merged, data)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

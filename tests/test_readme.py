@@ -1,22 +1,29 @@
-"""What the README shows runs as it stands."""
+"""What the README, and the page on adapting, show runs as it stands."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import zoo
+from pretrain import recipe as recipes
+from tests.pretrain.data.processors import llava_processor, picture
+from tests.zoo.adapt.families import llava
+from zoo.adapt import AdaptConfig
 from zoo.registry import _tables
 
 README = Path(__file__).parents[1] / "README.md"
+ADAPTING = README.parent / "docs" / "adapting.md"
 
 
-def block(language: str, containing: str) -> str:
-    """The README's code block in `language` that contains a text."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def block(language: str, containing: str, page: Path = README) -> str:
+    """The page's code block in `language` that contains a text."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     return next(text for text in blocks if containing in text)
 
 
@@ -44,3 +51,25 @@ def test_yaml(own_block: dict[str, object]) -> None:
 def test_commands_name_files_that_exist() -> None:
     for path in re.findall(r"(?:tools|recipes|docs)/[\w./]+\.(?:sh|yaml|md|png)", README.read_text(encoding="utf-8")):
         assert (README.parent / path).exists(), path
+
+
+@pytest.mark.parametrize("page", [README, ADAPTING], ids=lambda page: page.stem)
+def test_adapting(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a tiny LLaVA under the name that the examples use."""
+    torch.manual_seed(0)
+    llava().save_pretrained(tmp_path / "my_llava")
+    llava_processor().save_pretrained(tmp_path / "my_llava")
+    picture(0).convert("RGB").save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block("python", "za.adapt(", page), names)
+    assert names["za"].adaptation(names["model"]).plan(4) == {1: 0.5, 2: 0.5}
+    assert names["za"].adaptation(names["za"].load_adapted("my_llava_mod")) is not None
+    if page == ADAPTING:
+        assert names["za"].cache_report(names["output"].past_key_values).saved > 0
+
+
+def test_methods_are_the_recipes() -> None:
+    for name, shown in yaml.safe_load(block("yaml", "p_mod:", ADAPTING)).items():
+        recipe = recipes.read(README.parent / "recipes" / "adapt" / f"{name}.yaml")
+        assert AdaptConfig.parse(shown, name) == AdaptConfig.parse(recipe["adapt"], name)

@@ -65,7 +65,7 @@ class TokenStream:
         self.seed = seed
         self.pieces = cut(documents.starts, documents.spans, sequence_length)
         lengths = self.pieces.lengths
-        order = np.arange(len(lengths)) if seed is None else _shuffled(len(lengths), seed, 0)
+        order = np.arange(len(lengths)) if seed is None else shuffled(len(lengths), seed, 0)
         self._row_of_piece = np.empty(len(lengths), dtype=np.int64)
         self._row_of_piece[order] = fill(lengths[order], sequence_length)
         self.rows_per_epoch = int(self._row_of_piece.max()) + 1
@@ -114,7 +114,7 @@ class TokenStream:
         order = np.arange(count)
         if self.seed is not None:
             dealt, by_row, within = (
-                _shuffled(n, self.seed, 3 * epoch + k)
+                shuffled(n, self.seed, 3 * epoch + k)
                 for n, k in ((count, 1), (self.rows_per_epoch, 2), (count, 3))
             )
             # Places and pieces of equal length, paired: both sorted by length, the pieces at random within
@@ -183,7 +183,7 @@ def fill(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
     return rows
 
 
-def _shuffled(count: int, seed: int, stream: int) -> np.ndarray:
+def shuffled(count: int, seed: int, stream: int) -> np.ndarray:
     """A permutation of range(count) that depends on (count, seed, stream) alone, on any machine and NumPy."""
     state = hash32(np.array([seed & 0xFFFFFFFF], np.uint64))
     state = hash32(state ^ hash32(np.array([seed >> 32 & 0xFFFFFFFF], np.uint64)))

@@ -204,12 +204,12 @@ def assert_tensorboard_agrees(run: Path) -> None:
 
 @contextlib.contextmanager
 def one_rendezvous() -> Iterator[None]:
-    """Let `pretrain.train.main` run several times in one process: its process group stays."""
-    import pretrain.train
+    """Let a `main` run several times in one process: its process group stays."""
+    import pretrain.loop
 
-    stop = pretrain.train.stop_processes
-    pretrain.train.stop_processes = lambda: None
+    stop = pretrain.loop.stop_processes
+    pretrain.loop.stop_processes = lambda: None
     try:
         yield
     finally:
-        pretrain.train.stop_processes = stop
+        pretrain.loop.stop_processes = stop

@@ -205,7 +205,7 @@ FILES = {
     "template": (b"name: {{ name }}\n", "line 1 a key must be a word; text with braces or brackets needs quotes"),
     "deep": (b"a: " + b"[" * 3000, "is nested too deeply to be a recipe"),
     "no such alias": (b"a: *b", "line 1 found undefined alias 'b'"),
-    "extends a list": (b"extends: [a]", "extends: ['a'] is not the path of a recipe file"),
+    "extends a number": (b"extends: [3]", "extends: [3] is not the path of a recipe file"),
     "extends nothing": (b"extends: no.yaml", "no.yaml' does not exist; the path is relative to the file it stands in"),
 }
 

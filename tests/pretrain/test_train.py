@@ -127,7 +127,7 @@ def stop_and_go(folder: Path, data: Path) -> dict[str, Any]:
     import pretrain.train
 
     run_class = pretrain.train.Run
-    taken = run_class._batches
+    taken = run_class.batches
     rank = int(os.environ["RANK"])
     codes: dict[str, list[int]] = {}
 
@@ -140,7 +140,7 @@ def stop_and_go(folder: Path, data: Path) -> dict[str, Any]:
                     os.kill(os.getpid(), number)
             return taken(self, step)
 
-        run_class._batches = batches
+        run_class.batches = batches
         path = folder / f"{name}-{rank}.yaml"
         path.write_text(yaml.safe_dump(tiny_recipe(data, folder / name, **changes)))
         codes.setdefault(name, []).append(pretrain.train.main([str(path)]))

@@ -61,17 +61,17 @@ def trained_apart(data: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]
 
     rank = int(os.environ["RANK"])
     run_class = pretrain.train.Run
-    taken = run_class._batches
+    taken = run_class.batches
 
     def batches(self: Any, step: int) -> list[Batch]:
         count = self.recipe.train.global_batch // (2 * ROWS)
         return [one_modality(rank, step, number, self.data.vocabulary) for number in range(count)]
 
     with one_rendezvous(), contextlib.redirect_stdout(io.StringIO()):
-        run_class._batches = batches
+        run_class.batches = batches
         for stage, accumulated in APART:
             train(folder, apart(data, folder, stage, accumulated))
-        run_class._batches = taken
+        run_class.batches = taken
         return trained_together(data, folder)
 
 

@@ -154,7 +154,7 @@ def test_every_benchmark_runs_at_small_shapes(monkeypatch: pytest.MonkeyPatch) -
     assert all("needs a checkout" in skipped[name] for name in ("mamba.official", "mot.official", "mod.astramind"))
     measured = {row.name.partition(": ")[0] for row in rows}
     assert measured | set(skipped) == {found.name for found in benchmark.known("cpu")}
-    assert {"moma.512", "mot.512", "mod", "model.flops", "model.optimizer", "attention.packed"} <= measured
+    assert {"moma.512", "mot.512", "mod", "model.flops", "model.optimizer", "adapt.prefill", "attention.packed"} <= measured
     assert all(row.ratio > 0 for row in rows)
 
 
@@ -251,9 +251,10 @@ def test_a_checkout_is_loaded_without_a_trace(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    names = ["cuda.moma", "cuda.mod", "cuda.mfu.dense", "cuda.mfu.moma"]
+    names = ["cuda.adapt", "cuda.moma", "cuda.mod", "cuda.mfu.dense", "cuda.mfu.moma"]
     assert bench.main([*names, "--device", "cuda", "--quick", "--rounds", "3", "--json", str(file)]) == 0
     facts = json.loads(file.read_text())
     assert "CUDA" in facts["machine"]["device"]
     measured = {row["name"].partition(": ")[0] for row in facts["rows"]}
-    assert {"cuda.moma", "cuda.mod"} <= measured and all(row["ratio"] > 0 for row in facts["rows"])
+    assert {"cuda.adapt.prefill", "cuda.adapt.decode", "cuda.moma", "cuda.mod"} <= measured
+    assert all(row["ratio"] > 0 for row in facts["rows"])

@@ -1,0 +1,274 @@
+"""The models that `pretrain.adapt` trains: opened from a folder, adapted, with adapters or frozen parts, written back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+import zoo.adapt as za
+from pretrain.adapt_recipe import AdaptRecipe, LoraConfig
+from zoo.adapt.family import parts, picture_ids
+from zoo.adapt.save import CONFIG, weights_hash
+from zoo.config import ConfigError, UserError
+
+Gather = Callable[[list[nn.Parameter]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a recipe's `base` is, without its weights."""
+
+    name: str
+    config: Any
+    """Of the model, Transformers' own."""
+    processor: Any
+    adapt: za.AdaptConfig | None
+    """How the model that is trained is adapted: as the recipe says, or as the base was before."""
+    adapted: bool
+    """Whether the base was adapted before."""
+    blueprint: nn.Module
+    """The model, adapted but without adapters, on the meta device: says what it is made of and what it costs."""
+
+    @property
+    def d_model(self) -> int:
+        return parts(self.blueprint).text_config.hidden_size
+
+    @property
+    def pictures(self) -> dict[int, int]:
+        """Placeholder id → what it stands for."""
+        return picture_ids(self.config, self.name)
+
+    @property
+    def layers(self) -> list[str]:
+        """What a trace calls the routed layers."""
+        return [layer.routing.name for layer in za.routed_layers(self.blueprint)]
+
+
+def quiet(rank: int) -> None:
+    """Let rank 0 alone say what Transformers has to say, and that in short."""
+    transformers.utils.logging.set_verbosity_error()
+    if rank or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", r".*zero-element tensors is a no-op", UserWarning)  # partitioned weights are empty
+    warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)  # 5.20 has no other name
+
+
+def open_base(recipe: AdaptRecipe) -> Base:
+    """Open everything but the weights, and check what the recipe wants of it.
+
+    Raises:
+        ConfigError: no such folder, no multimodal model, no processor, or `adapt`, `lora` or `freeze` do not fit it.
+    """
+    name = recipe.base
+    local = Path(name).is_dir()
+    if not local and (Path(name).is_absolute() or name.count("/") != 1):  # no name on the hub
+        raise ConfigError(f"base: {name!r} is no folder; give one with a model of Transformers and its processor")
+    if local and not (Path(name) / "config.json").is_file():
+        adapters = (Path(name) / "adapter_config.json").is_file()
+        what = "only adapters, not the model they belong to" if adapters else "no config.json"
+        raise ConfigError(f"base: {name!r} holds {what}; give a folder that `save_pretrained` wrote for a whole model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:  # whatever a folder holds, or a hub answers
+        raise ConfigError(f"base: {name!r} cannot be opened ({_first_line(error)})") from None
+    try:
+        picture_ids(config, type(config).__name__)
+        processor = transformers.AutoProcessor.from_pretrained(name)
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise UserError(
+                f"{name!r} holds a {type(processor).__name__}, no processor of images and text; save the model's own "
+                "beside it: processor.save_pretrained(folder)"
+            )
+        with torch.device("meta"):
+            dense = _dense(config)
+    except UserError as error:
+        raise ConfigError(f"base: {error}") from None
+    except Exception as error:  # Transformers raises anything for a model or processor it does not take
+        raise ConfigError(f"base: {name!r} cannot be opened ({_first_line(error)})") from None
+    about = Path(name) / CONFIG
+    before = za.AdaptConfig.parse(json.loads(about.read_text())["adapt"], str(about)) if about.is_file() else None
+    if before is not None and recipe.adapt not in (None, before):
+        raise ConfigError(
+            f"adapt: the base {name!r} is adapted already, in another way; leave adapt out to go on with its routers, or "
+            "start from the model it was made of"
+        )
+    adapt = recipe.adapt or before
+    if adapt is not None:
+        try:
+            za.adapt(dense, adapt)
+        except UserError as error:
+            raise ConfigError(f"adapt: {error}") from None
+    try:
+        za.decoder_flops(dense, 1)
+    except UserError as error:
+        raise ConfigError(f"base: {error}") from None
+    if recipe.lora is not None:
+        _targets(dense, recipe.lora)
+    _freeze(dense, recipe.freeze)
+    return Base(name, config, processor, adapt, before is not None, dense)
+
+
+def skeleton(recipe: AdaptRecipe, base: Base) -> nn.Module:
+    """The model as it is trained, its weights not yet set; may be called under `deepspeed.zero.Init`."""
+    model = _dense(base.config)
+    if base.adapt is not None:
+        za.adapt(model, base.adapt)
+    return _tuned(model, recipe)
+
+
+def whole(recipe: AdaptRecipe, base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model with its first weights, on the CPU: the base's own; those of routers and adapters follow from the seed."""
+    if base.adapted:
+        model = za.load_adapted(base.name, dtype=dtype)
+    else:
+        kind = transformers.AutoModelForImageTextToText
+        model, loaded = kind.from_pretrained(base.name, dtype=dtype, output_loading_info=True)
+        if loaded["missing_keys"]:
+            names = sorted(loaded["missing_keys"])
+            raise UserError(f"base: {base.name!r} has no weights {', '.join(names[:3])} ({len(names)} are missing); save it anew")
+        if base.adapt is not None:
+            za.adapt(model, base.adapt, recipe.seed)
+    return _tuned(model, recipe)
+
+
+def initialise(model: nn.Module, recipe: AdaptRecipe, base: Base, gather: Gather) -> str:
+    """Set every weight of `skeleton`'s model from `whole`.
+
+    Partitioned weights (ZeRO-3) are read by rank 0 alone.
+
+    Returns:
+        Hash of the base's weights where a part of them is frozen, on the ranks that read them; else "".
+    """
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    reads = not partitioned or torch.distributed.get_rank() == 0
+    source = whole(recipe, base) if reads else None
+    weights = dict(source.named_parameters()) if source is not None else {}
+    for name, parameter in model.named_parameters():
+        with gather([parameter]), torch.no_grad():
+            if source is not None:
+                parameter.copy_(weights[name])
+    buffers = {name: buffer.cpu() for name, buffer in source.named_buffers()} if source is not None else {}
+    if partitioned:  # zero.Init rounds those of floating point, rotary frequencies too, to the weights' type
+        box = [buffers]
+        torch.distributed.broadcast_object_list(box, src=0)
+        buffers = box[0]
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].to(buffer.device)
+    frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    return weights_hash(source) if frozen and source is not None else ""
+
+
+def save(recipe: AdaptRecipe, base: Base, weights: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write the trained model to `folder`, in the precision it was trained in; atomic.
+
+    An adapted one is what `zoo.adapt.load_adapted` opens; a dense one what `from_pretrained` opens. Under LoRA both hold
+    the adapters without the base. The processor's files stand beside it.
+
+    Args:
+        weights: whole, by name, as `Engine.full_state_dict` gives them.
+    Raises:
+        UserError: the disk is full.
+    """
+    model = whole(recipe, base, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    model.load_state_dict(weights)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    source = str(Path(base.name).resolve()) if Path(base.name).is_dir() else base.name
+    try:
+        if base.adapt is None:
+            model.save_pretrained(temporary)
+        else:
+            za.save_adapted(model, temporary, base=source)
+        base.processor.save_pretrained(temporary)
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{str(folder)!r} cannot be written ({error}); free space and give the same command again, it goes on from "
+            "the newest checkpoint"
+        ) from None
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return folder
+
+
+def decoder_trains(recipe: AdaptRecipe, base: Base) -> bool:
+    """Whether weights of the decoder's layers get gradients of their own, those of routers and adapters apart."""
+    return recipe.lora is None and any(p.requires_grad for p in parts(base.blueprint).layers[0].parameters())
+
+
+def _dense(config: Any) -> nn.Module:
+    with no_init_weights():
+        model = transformers.AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return model
+
+
+def _tuned(model: nn.Module, recipe: AdaptRecipe) -> nn.Module:
+    """Adapters round it, parts of it frozen, its layers checkpointed, as the recipe says."""
+    if recipe.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.lora is not None:
+        import peft
+
+        lora = recipe.lora
+        config = peft.LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_targets(model, lora)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            model = peft.get_peft_model(model, config)
+        for _, router in za.routers(model):
+            router.requires_grad_(True)
+    _freeze(model, recipe.freeze)
+    return model
+
+
+def _targets(model: nn.Module, lora: LoraConfig) -> str:
+    """The pattern by which PEFT finds the linear maps that get adapters.
+
+    Raises:
+        ConfigError: a target is not among them.
+    """
+    found = parts(model)
+    linear = (name for name, module in found.layers.named_modules() if isinstance(module, nn.Linear))
+    known = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    wanted = known if lora.targets is None else lora.targets
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise ConfigError(f"lora.targets: {missing[0]!r} is no linear map of a decoder layer; known: {', '.join(known)}")
+    prefix = next(name for name, module in model.named_modules() if module is found.layers)
+    return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\.(.*\.)?({'|'.join(wanted)})"
+
+
+def _freeze(model: nn.Module, names: list[str]) -> None:
+    """Leave out of the training what a name in `names` is a piece of the dotted name of.
+
+    Raises:
+        ConfigError: one is not there, or nothing is left.
+    """
+    for wanted in names:
+        found = [p for name, p in model.named_parameters() if f".{wanted}." in f".{name}."]
+        if not found:
+            kinds = dict.fromkeys(".".join(name.split(".")[:-1][:2]) for name, _ in model.named_parameters())
+            raise ConfigError(f"freeze: {wanted!r} is no part of the model; among its parts are {', '.join(kinds)}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"freeze: {names} leaves nothing to train; name fewer parts")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

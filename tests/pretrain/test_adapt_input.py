@@ -1,0 +1,216 @@
+"""Fine-tuning: every mistake a user can make ends with exit code 2, one clear message, and nothing written to the run folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import pretrain.adapt
+from pretrain import adapt_recipe
+from pretrain.data.prompts import IGNORED
+from pretrain.data.questions import read_questions
+from pretrain.data.samples import Batcher, Batches, Samples
+from tests.pretrain.data.processors import IMAGE, llava_processor
+from tests.pretrain.runs import ROOT
+from tests.pretrain.tuning import ADAPT, tuning_recipe, write_base, write_data
+from zoo.adapt import AdaptConfig
+from zoo.config import ConfigError, UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases and data, right and wrong ones."""
+    folder = tmp_path_factory.mktemp("wrong")
+    write_base(folder / "base")
+    write_data(folder / "data")
+    for name in ("no processor", "adapters", "another id", "adapted", "empty"):
+        (folder / name).mkdir()
+    shutil.copy(folder / "base" / "config.json", folder / "no processor")
+    (folder / "adapters" / "adapter_config.json").write_text("{}")
+    shutil.copytree(folder / "base", folder / "another id", dirs_exist_ok=True)
+    config = json.loads((folder / "base" / "config.json").read_text())
+    (folder / "another id" / "config.json").write_text(json.dumps(config | {"image_token_id": 62}))
+    shutil.copytree(folder / "base", folder / "adapted", dirs_exist_ok=True)
+    (folder / "adapted" / "mod_config.json").write_text(json.dumps({"version": 1, "adapt": ADAPT}))
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=1).save_pretrained(folder / "text only")
+    (folder / "no images").mkdir()
+    (folder / "no images" / "train.jsonl").write_text(json.dumps({"question": "a?", "answer": "b"}) + "\n")
+    shutil.copytree(folder / "data", folder / "lost image")
+    (folder / "lost image" / "train3.png").unlink()
+    shutil.copytree(folder / "data", folder / "no validation")
+    (folder / "no validation" / "validation.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture
+def refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs the command on a wrong recipe and returns its message."""
+
+    def launched(*arguments: Any) -> None:
+        raise AssertionError("the run was launched")
+
+    monkeypatch.setattr(pretrain.adapt, "Run", launched)
+    monkeypatch.setattr(pretrain.adapt, "prepare_environment", lambda device: None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(folder)
+
+    def run(*overrides: str, **changes: Any) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tuning_recipe("base", "data", tmp_path / "run", **changes)))
+        assert pretrain.adapt.main([str(path), *overrides]) == 2
+        error = capsys.readouterr().err
+        error = error[error.index("error: ") :]  # Transformers may have said something before
+        assert "Traceback" not in error and not (tmp_path / "run").exists()
+        return error.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+WRONG = {
+    "nmae=x": ("nmae: unknown key; known: name, run_dir,", "did you mean 'name'?"),
+    "train.rows=3": ("train.rows: unknown key",),
+    "train.micro_batch=3": ("train.micro_batch: 3 does not divide train.global_batch 4",),
+    "lora={r: 0, alpha: 1}": ("lora.r: 0: must be greater than 0",),
+    "data.maximum_length=0": ("data.maximum_length: 0: must be greater than 1",),
+    "deepspeed.zero_optimisation={}": ("deepspeed.zero_optimisation: unknown key", "did you mean 'zero_optimization'?"),
+    "deepspeed.zero_optimization.stage=4": ("deepspeed.zero_optimization.stage: 4 must be 0, 1, 2 or 3",),
+    "base=nowhere": ("base: 'nowhere' is no folder; give one with a model of Transformers and its processor",),
+    "base=empty": ("base: 'empty' holds no config.json; give a folder that `save_pretrained` wrote",),
+    "base=adapters": ("base: 'adapters' holds only adapters, not the model they belong to",),
+    "base=text only": ("base: LlamaConfig has no image token", "it is a text-only model"),
+    "base=no processor": ("base: 'no processor' ",),
+    "base=another id": ("train.jsonl:1: has an image, but the image token 62 of the model's config never occurs",),
+    "adapt.layers=[1, 4]": ("adapt: layers: 4 is out of range; the decoder has layers 0 to 3",),
+    "adapt.layers=[0, 1]": ("adapt.layers", "layer 0 stays dense"),
+    "adapt.layers=[1, 3]": ("adapt: layers: 3 is the last layer", "set last_layer: true"),
+    "adapt.capacity.keep=0": ("adapt.capacity.constant.keep: 0", "above 0"),
+    "adapt.capacity.kept=1": ("kept: unknown key",),
+    "freeze=[vision]": ("freeze: 'vision' is no part of the model; among its parts are model.vision_tower",),
+    "freeze=[model, lm_head]": ("freeze: ['model', 'lm_head'] leaves nothing to train",),
+    "lora={r: 2, alpha: 4, targets: [q_proj, query]}": (
+        "lora.targets: 'query' is no linear map of a decoder layer; known: q_proj, k_proj",
+    ),
+    "data.path=nowhere": ("data.path: 'nowhere' is no folder; give one with train.jsonl",),
+    "data.path=no images": ("data.path: none of the 1 lines of no images/train.jsonl has an image",),
+    "data.path=lost image": ("lost image/train.jsonl:4: its image 'lost image/train3.png' does not exist",),
+    "data.path=no validation": ("no validation/validation.jsonl: does not exist",),
+    "evaluate.split=tset": ("data/tset.jsonl: does not exist; data holds train.jsonl, validation.jsonl",),
+    "evaluate.samples=0": ("evaluate.samples: 0: must be greater than 0",),
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_entries(refused: Callable[..., str], override: str) -> None:
+    message = refused(override)
+    for part in WRONG[override]:
+        assert part in message, message
+
+
+def test_a_base_that_is_adapted_in_another_way(refused: Callable[..., str]) -> None:
+    message = refused("base=adapted", "adapt.capacity.keep=0.25")
+    assert message.startswith("adapt: the base 'adapted' is adapted already, in another way; leave adapt out")
+
+
+def test_batches_that_do_not_divide_over_the_ranks(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "train.global_batch: 4 is not a multiple of train.micro_batch × ranks = 2 × 3 = 6" in refused()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "adapt").glob("digits_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes(path: Path) -> None:
+    """Each loads, says what it shows and how it is run, and routes layers of a decoder of 8."""
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert "What it shows:" in head and "Command:" in head
+    recipe = adapt_recipe.load(path, ["base=elsewhere"])
+    assert recipe.base == "elsewhere" and recipe.name == path.stem
+    assert (recipe.adapt is None) == (path.stem == "digits_base")
+    assert recipe.adapt is None or recipe.adapt.plan(8)
+    assert adapt_recipe.AdaptRecipe.parse(recipe.dump()) == recipe
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def batcher(folder: Path, training: bool = True, limit: int | None = None, **adapt: Any) -> Batcher:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder / "base")
+    filler = read_questions(folder / "data")[0]
+    adapted = AdaptConfig.parse({**ADAPT, **adapt})
+    return Batcher(llava_processor(), filler, config, {IMAGE: 1}, adapted, training, limit)
+
+
+def order(folder: Path, world: int, micro: int, steps: int, since: int = 0) -> list[list[int]]:
+    """Numbers of the lines of each step, in the order of ranks and micro-batches, by their file names."""
+    asked = read_questions(folder / "data")
+    found = []
+    streams = [
+        Batches(Samples(asked, 3), batcher(folder), 8, micro, rank, world).since(since) for rank in range(world)
+    ]
+    for _ in range(steps):
+        found.append([value for s in streams for b in next(s) for value in b.inputs["pixel_values"].sum((1, 2, 3)).tolist()])
+    return found
+
+
+def test_the_order_depends_on_the_seed_alone(folder: Path) -> None:
+    """Not on ranks, micro-batches or where a run began; every epoch is another permutation."""
+    whole = order(folder, 1, 8, 6)
+    assert order(folder, 2, 2, 6) == whole and order(folder, 4, 1, 2, since=4) == whole[4:]
+    flat = [value for step in whole for value in step]
+    first, second = flat[:22], flat[22:44]
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_workers_give_the_same(folder: Path) -> None:
+    asked = read_questions(folder / "data")
+    plans = [Batches(Samples(asked, 3), batcher(folder), 4, 2, 0, 1, workers) for workers in (0, 1)]
+    plain, ahead = (plan.since(5) for plan in plans)
+    for _ in range(2):
+        for one, other in zip(next(plain), next(ahead), strict=True):
+            assert all((value == other.inputs[name]).all() for name, value in one.inputs.items())
+            assert one.first == other.first and one.groups == other.groups == ((16,), (16,))
+
+
+def test_text_only_batches_get_a_filler(tmp_path: Path, folder: Path) -> None:
+    asked = read_questions(write_data(tmp_path, texts=2))
+    texts, images = ([q for q in asked if bool(q.images) == wanted][:2] for wanted in (False, True))
+    mixed = batcher(folder).batch([texts[0], images[0]])
+    assert not mixed.filler and mixed.groups == ((), (16,)) and mixed.candidates == 16
+    alone = batcher(folder).batch(texts)
+    assert alone.filler and alone.inputs["input_ids"].shape[0] == 3 and len(alone.tokens) == 2
+    assert (alone.labels[2] == IGNORED).all() and alone.candidates == 0
+    answers = batcher(folder, candidates="image_and_answer").batch(texts)
+    assert answers.groups == ((3,),) * 2, "a space, a digit and the end"
+
+
+def test_long_samples_are_cut_or_refused(folder: Path) -> None:
+    asked = read_questions(folder / "data")[:2]
+    length = batcher(folder).batch(asked[:1]).tokens[0]
+    cut = batcher(folder, limit=length - 1).batch(asked[:1])
+    assert cut.tokens == (length - 1,) and cut.truncated == 1 and cut.answers > 0
+    with pytest.raises(UserError, match="its images do not fit into data.maximum_length: 12 tokens, of which it has 5"):
+        batcher(folder, limit=12).batch(asked)
+    with pytest.raises(UserError, match="its question does not fit into data.maximum_length: 30 tokens"):
+        batcher(folder, limit=30).batch(asked)
+
+
+def test_extends_several(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tuning_recipe("base", "data", "run", adapt=None)))
+    (tmp_path / "b.yaml").write_text("adapt: {layers: [1], capacity: {type: constant, keep: 0.25}, "
+                                     "gate: {activation: sigmoid}}\n")  # fmt: skip
+    (tmp_path / "c.yaml").write_text("extends: [a.yaml, b.yaml]\nname: c\nadapt: {layers: [2]}\n")
+    recipe = adapt_recipe.load(tmp_path / "c.yaml")
+    assert recipe.name == "c" and recipe.adapt.layers == [2] and recipe.adapt.capacity.keep == 0.25
+    (tmp_path / "d.yaml").write_text("extends: [a.yaml, e.yaml]\n")
+    with pytest.raises(ConfigError, match="e.yaml' does not exist"):
+        adapt_recipe.load(tmp_path / "d.yaml")

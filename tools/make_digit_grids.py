@@ -1,0 +1,288 @@
+"""Write grids of scikit-learn's handwritten digits with questions and answers: a real visual question answering set
+without a download.
+
+    python -m tools.make_digit_grids FOLDER [--train 8000] [--frames 4] [--rows 2 --columns 2] ...
+
+FOLDER gets `train.jsonl`, `validation.jsonl`, `test.jsonl` and the pictures they name (paths relative to FOLDER). A training
+line is one picture with several turns, `{"image": …, "turns": [{"question", "answer", "kind"}, …]}`; a held-out line
+is one question, `{"image", "question", "answer", "kind"}`. Each line has its `cells` too, -1 where blank. With `--frames F` a line has `images`, the F frames in
+order, in place of `image`.
+
+Kinds: `cell` "What is at row 2, column 3?", `count` "How many sevens?", `which` "Which row has a nine?" (asked where
+exactly one has), and `line` "What is at row 2?" (asked in training alone, of patterned grids: those whose rows,
+columns or frames hold one digit each, or all cells the same, which teach what a row is before cells need it). With
+frames a cell's address begins with its frame, counts are of one frame, and `which` asks for the frame.
+
+No digit of a training grid is in a held-out one. Test grids take the 297 digits held out by `tools.make_digits`;
+its 1,500 training digits are divided again, stratified by class, in 1,200 for training and 300 for validation. The
+split is by digit, not by writer: the collection does not say who wrote what. Only training digits are shifted. The
+same arguments give the same bytes, and line i does not depend on the number of lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tqdm
+from PIL import Image
+from pydantic import Field
+
+from tools.make_digits import NAMES, SHIFTS, load_digits_split, shift
+from zoo.config import Config, UserError
+
+PLURALS = tuple(f"{name}es" if name in ("zero", "six") else f"{name}s" for name in NAMES)
+SPLITS = ("train", "validation", "test")
+KINDS = ("cell", "count", "which")
+"""The kinds of held-out questions."""
+BLANK, NOTHING = -1, "nothing"
+CLASSES = 6
+"""Digits that a grid chooses from; fewer than ten, so that counts above one are common."""
+ABSENT = 0.2
+"""Share of `count` questions about a digit that is not there."""
+SHIFTED = 0.6
+"""Share of training digits moved by one pixel."""
+
+Turn = dict[str, str]
+
+
+class GridsConfig(Config):
+    """What is written. Sizes are in pictures, cells and display pixels."""
+
+    train: Annotated[int, Field(ge=1)] = 8000
+    validation: Annotated[int, Field(ge=1)] = 300
+    test: Annotated[int, Field(ge=1)] = 500
+    rows: Annotated[int, Field(ge=1, le=9)] = 4
+    columns: Annotated[int, Field(ge=1, le=9)] = 4
+    frames: Annotated[int, Field(ge=0, le=99)] = 0
+    scale: Annotated[int, Field(ge=1)] = 4
+    turns: Annotated[int, Field(ge=1)] = 16
+    patterned: Annotated[float, Field(ge=0, le=1)] = 0.25
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def axes(self) -> tuple[tuple[str, int], ...]:
+        """(name, length) of each direction of a grid, outermost first."""
+        frames = (("frame", self.frames),) if self.frames else ()
+        return (*frames, ("row", self.rows), ("column", self.columns))
+
+
+def load_pools() -> dict[str, tuple[np.ndarray, ...]]:
+    """The digits of each split by class: ten arrays (n, 8, 8) uint8 for each of `SPLITS`."""
+    from sklearn.model_selection import train_test_split  # slow to import
+
+    images, labels, test_images, test_labels = load_digits_split()
+    train, val = train_test_split(np.arange(len(labels)), train_size=1200, stratify=labels, random_state=0)
+    parts = {"train": (images[train], labels[train]), "validation": (images[val], labels[val])}
+    parts["test"] = (test_images, test_labels)
+    return {split: tuple(x[y == digit] for digit in range(10)) for split, (x, y) in parts.items()}
+
+
+def draw_cells(rng: np.random.Generator, axes: tuple[tuple[str, int], ...]) -> np.ndarray:
+    """Digits 0..9, or `BLANK`, of a grid whose sides are the lengths of `axes`: 45 to 80 % of the cells are filled."""
+    shape = [length for _, length in axes]
+    size = int(np.prod(shape))
+    filled = rng.permutation(size) < rng.integers(int(0.45 * size), int(0.8 * size) + 1)
+    classes = rng.choice(len(NAMES), CLASSES, replace=False)
+    return np.where(filled, rng.choice(classes, size), BLANK).reshape(shape)
+
+
+def draw_pattern(rng: np.random.Generator, axes: tuple[tuple[str, int], ...]) -> tuple[np.ndarray, int | None]:
+    """A grid that is constant but for one axis, and this axis; None where all cells hold the same digit."""
+    shape = [length for _, length in axes]
+    axis = int(rng.integers(-1, 2 * len(axes))) // 2
+    if axis < 0:
+        return np.full(shape, rng.integers(len(NAMES))), None
+    line = np.where(rng.random(shape[axis]) < 0.25, BLANK, rng.integers(len(NAMES), size=shape[axis]))
+    return np.broadcast_to(line.reshape([-1 if a == axis else 1 for a in range(len(shape))]), shape), axis
+
+
+def paint(rng: np.random.Generator, cells: np.ndarray, pool: tuple[np.ndarray, ...], scale: int, shifted: float):
+    """The picture (R·8·scale, C·8·scale) uint8 of one frame's `cells` (R, C), each digit a draw from `pool`.
+
+    Args:
+        shifted: probability that a digit is moved by one of its own pixels.
+    """
+    picture = np.zeros((cells.shape[0] * 8, cells.shape[1] * 8), np.uint8)
+    for (row, column), digit in np.ndenumerate(cells):
+        if digit != BLANK:
+            image = pool[digit][rng.integers(len(pool[digit]))]
+            if rng.random() < shifted:
+                image = shift(image, *SHIFTS[rng.integers(len(SHIFTS))])
+            picture[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = image
+    return picture.repeat(scale, 0).repeat(scale, 1)
+
+
+def ask_cell(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
+    """Of every cell; the parts of the address come in any order."""
+    for index in rng.permutation(cells.size):
+        at = np.unravel_index(index, cells.shape)
+        address = [f"{names[axis]} {at[axis] + 1}" for axis in rng.permutation(len(at))]
+        yield _turn("cell", f"What is at {', '.join(address)}?", _name(cells[at]))
+
+
+def ask_count(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
+    """Of every digit, one time in five of one that is not there; among frames, of a digit in one of them."""
+    parts = cells.reshape(-1, *cells.shape[-2:])  # frames, or the grid itself
+    counts = (parts[..., None] == np.arange(len(NAMES))).sum((1, 2))  # (frames, digits)
+    there = counts > 0
+    weight = np.where(there, (1 - ABSENT) / max(there.sum(), 1), ABSENT / max((~there).sum(), 1))
+    for flat in (rng.exponential(size=counts.shape) / weight).ravel().argsort():  # drawn by weight, without repeats
+        part, digit = np.unravel_index(flat, counts.shape)
+        where = f" at {names[0]} {part + 1}" if cells.ndim == 3 else ""
+        yield _turn("count", f"How many {PLURALS[digit]}{where}?", str(counts[part, digit]))
+
+
+def ask_which(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
+    """Along the first axis, of every digit that is there once or more in exactly one place of it."""
+    held = np.stack([np.isin(np.arange(len(NAMES)), part) for part in cells])  # (length, digits)
+    for digit in rng.permutation(np.flatnonzero(held.sum(0) == 1)):
+        article = "an" if NAMES[digit] == "eight" else "a"
+        answer = f"{names[0]} {int(held[:, digit].argmax()) + 1}"
+        yield _turn("which", f"Which {names[0]} has {article} {NAMES[digit]}?", answer)
+
+
+ASK = {"cell": ask_cell, "count": ask_count, "which": ask_which}
+"""Each gives all questions of its kind in random order, none twice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One grid, or sequence of frames, and what is asked of it."""
+
+    cells: np.ndarray
+    """Digits 0..9, or `BLANK`: (R, C), or (F, R, C) of frames."""
+    pictures: list[np.ndarray]
+    """(height, width) uint8 of each frame; without frames, one."""
+    turns: list[Turn]
+
+
+def make_line(config: GridsConfig, pool: tuple[np.ndarray, ...], split: str, index: int) -> Line:
+    """Line `index` of a split: `config.turns` turns, or all that can be asked, for training; else one of each kind."""
+    rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
+    names = [name for name, _ in config.axes]
+    if split == "train" and rng.random() < config.patterned:
+        cells, axis = draw_pattern(rng, config.axes)
+        turns = _lines(cells, axis, names) if axis is not None else []
+        turns += itertools.islice(ask_cell(rng, cells, names), max(0, config.turns - len(turns)))
+    else:
+        cells = draw_cells(rng, config.axes)
+        asked = [ask(rng, cells, names) for ask in ASK.values()]
+        turns = (
+            _mixed(rng, asked, config.turns)
+            if split == "train"
+            else [turn for ask in asked for turn in itertools.islice(ask, 1)]
+        )
+    if split == "train":
+        turns = [turns[i] for i in rng.permutation(len(turns))[: config.turns]]
+    frames = cells if config.frames else cells[None]
+    shifted = SHIFTED if split == "train" else 0
+    return Line(cells, [paint(rng, frame, pool, config.scale, shifted) for frame in frames], turns)
+
+
+def write(folder: Path, config: GridsConfig) -> dict[str, dict[str, int]]:
+    """Write all splits, showing progress; where the folder already holds them, nothing is done.
+
+    Returns:
+        pictures (or sequences of frames) and questions of each split.
+    Raises:
+        UserError: the folder holds grids made with other settings.
+    """
+    marker, settings = folder / "digit_grids.json", config.model_dump()
+    if marker.exists():
+        made = json.loads(marker.read_text())
+        other = [f"{k} {made['settings'].get(k)}" for k, v in settings.items() if made["settings"].get(k) != v]
+        if other:
+            raise UserError(f"{folder} holds grids made with {', '.join(other)}; give the same or another folder")
+        return made["written"]
+    pools = load_pools()
+    written = {}
+    for split in SPLITS:
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        count = getattr(config, split)
+        written[split] = {"pictures": count, "questions": 0}
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for index in tqdm.trange(count, desc=f"{split} grids", disable=None, leave=False):
+                for line in _save(folder, config, pools[split], split, index):
+                    file.write(json.dumps(line) + "\n")
+                    written[split]["questions"] += len(line.get("turns", [line]))
+    marker.write_text(json.dumps({"settings": settings, "written": written}))  # last: where it is, all is whole
+    return written
+
+
+def _save(folder: Path, config: GridsConfig, pool: tuple, split: str, index: int) -> Iterator[dict[str, Any]]:
+    """Save the pictures of one grid; yields its lines."""
+    made = make_line(config, pool, split, index)
+    files = [f"{split}/{index:06d}{f'-{k}' if config.frames else ''}.png" for k in range(len(made.pictures))]
+    for file, picture in zip(files, made.pictures, strict=True):
+        Image.fromarray(picture).save(folder / file)
+    shown = {"images": files} if config.frames else {"image": files[0]}
+    asked = [{"turns": made.turns}] if split == "train" else made.turns
+    yield from ({**shown, **each, "cells": made.cells.tolist()} for each in asked)
+
+
+def _mixed(rng: np.random.Generator, asked: list[Iterator[Turn]], count: int) -> list[Turn]:
+    """`count` turns, each of a random kind; fewer where all kinds are exhausted."""
+    turns = []
+    while asked and len(turns) < count:
+        kind = asked[rng.integers(len(asked))]
+        if turn := next(kind, None):
+            turns.append(turn)
+        else:
+            asked.remove(kind)
+    return turns
+
+
+def _lines(cells: np.ndarray, axis: int, names: list[str]) -> list[Turn]:
+    """What each row (column, frame) of a patterned grid holds."""
+    line = np.moveaxis(cells, axis, 0).reshape(cells.shape[axis], -1)[:, 0]
+    return [_turn("line", f"What is at {names[axis]} {i + 1}?", _name(digit)) for i, digit in enumerate(line)]
+
+
+def _name(digit: int) -> str:
+    return NOTHING if digit == BLANK else NAMES[digit]
+
+
+def _turn(kind: str, question: str, answer: str) -> Turn:
+    return {"question": question, "answer": answer, "kind": kind}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    helps = {
+        "train": "training pictures",
+        "validation": "validation pictures",
+        "test": "test pictures",
+        "rows": "rows of a grid",
+        "columns": "columns of a grid",
+        "frames": "frames of a sequence; 0 for single pictures",
+        "scale": "display pixels of a digit's pixel; a cell is 8 of those wide",
+        "turns": "questions of a training picture",
+        "patterned": "share of training grids that are patterned",
+        "seed": "of everything drawn",
+    }
+    for key, help_ in helps.items():
+        default = GridsConfig.model_fields[key].default
+        parser.add_argument(f"--{key}", type=type(default), default=default, help=f"{help_} (default: {default})")
+    options = vars(parser.parse_args(arguments))
+    folder = options.pop("folder")
+    try:
+        written = write(folder, GridsConfig.parse(options))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    counts = (f"{v['questions']:,} questions on {v['pictures']:,} {split} grids" for split, v in written.items())
+    print(f"{folder}: {', '.join(counts)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
