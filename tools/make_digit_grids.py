@@ -3,10 +3,10 @@ without a download.
 
     python -m tools.make_digit_grids FOLDER [--train 8000] [--frames 4] [--rows 2 --columns 2] ...
 
-FOLDER gets `train.jsonl`, `validation.jsonl`, `test.jsonl` and the pictures they name (paths relative to FOLDER). A training
-line is one picture with several turns, `{"image": …, "turns": [{"question", "answer", "kind"}, …]}`; a held-out line
-is one question, `{"image", "question", "answer", "kind"}`. Each line has its `cells` too, -1 where blank. With `--frames F` a line has `images`, the F frames in
-order, in place of `image`.
+FOLDER gets `train.jsonl`, `validation.jsonl`, `test.jsonl` and the pictures they name (paths relative to FOLDER). A
+training line is one picture with several turns, `{"image": …, "turns": [{"question", "answer", "kind"}, …], "cells"}`; a
+held-out line is one question, `{"image", "question", "answer", "kind", "cells"}`. `cells` are the digits of the grid, -1
+where blank. With `--frames F` a line has `images`, the F frames in order, in place of `image`.
 
 Kinds: `cell` "What is at row 2, column 3?", `count` "How many sevens?", `which` "Which row has a nine?" (asked where
 exactly one has), and `line` "What is at row 2?" (asked in training alone, of patterned grids: those whose rows,
@@ -86,10 +86,10 @@ def load_pools() -> dict[str, tuple[np.ndarray, ...]]:
 
 
 def draw_cells(rng: np.random.Generator, axes: tuple[tuple[str, int], ...]) -> np.ndarray:
-    """Digits 0..9, or `BLANK`, of a grid whose sides are the lengths of `axes`: 45 to 80 % of the cells are filled."""
+    """Digits 0..9, or `BLANK`, of a grid whose sides are the lengths of `axes`: a quarter to 80 % of the cells are filled."""
     shape = [length for _, length in axes]
     size = int(np.prod(shape))
-    filled = rng.permutation(size) < rng.integers(int(0.45 * size), int(0.8 * size) + 1)
+    filled = rng.permutation(size) < rng.integers(size // 4, int(0.8 * size) + 1)
     classes = rng.choice(len(NAMES), CLASSES, replace=False)
     return np.where(filled, rng.choice(classes, size), BLANK).reshape(shape)
 
@@ -168,20 +168,16 @@ def make_line(config: GridsConfig, pool: tuple[np.ndarray, ...], split: str, ind
     """Line `index` of a split: `config.turns` turns, or all that can be asked, for training; else one of each kind."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     names = [name for name, _ in config.axes]
+    cells, turns = draw_cells(rng, config.axes), []
     if split == "train" and rng.random() < config.patterned:
         cells, axis = draw_pattern(rng, config.axes)
-        turns = _lines(cells, axis, names) if axis is not None else []
-        turns += itertools.islice(ask_cell(rng, cells, names), max(0, config.turns - len(turns)))
-    else:
-        cells = draw_cells(rng, config.axes)
-        asked = [ask(rng, cells, names) for ask in ASK.values()]
-        turns = (
-            _mixed(rng, asked, config.turns)
-            if split == "train"
-            else [turn for ask in asked for turn in itertools.islice(ask, 1)]
-        )
+        turns = [] if axis is None else _lines(cells, axis, names)
+    asked = [ask(rng, cells, names) for ask in ASK.values()]
     if split == "train":
+        turns += _mixed(rng, asked, config.turns - len(turns))
         turns = [turns[i] for i in rng.permutation(len(turns))[: config.turns]]
+    else:
+        turns = [turn for ask in asked for turn in itertools.islice(ask, 1)]
     frames = cells if config.frames else cells[None]
     shifted = SHIFTED if split == "train" else 0
     return Line(cells, [paint(rng, frame, pool, config.scale, shifted) for frame in frames], turns)
