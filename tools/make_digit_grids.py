@@ -35,22 +35,13 @@ import tqdm
 from PIL import Image
 from pydantic import Field
 
-from tools.make_digits import NAMES, SHIFTS, load_digits_split, shift
+from tools.grid_questions import ASK, BLANK, Turn, ask_lines, draw_cells, draw_pattern
+from tools.make_digits import SHIFTS, load_digits_split, shift
 from zoo.config import Config, UserError
 
-PLURALS = tuple(f"{name}es" if name in ("zero", "six") else f"{name}s" for name in NAMES)
 SPLITS = ("train", "validation", "test")
-KINDS = ("cell", "count", "which")
-"""The kinds of held-out questions."""
-BLANK, NOTHING = -1, "nothing"
-CLASSES = 6
-"""Digits that a grid chooses from; fewer than ten, so that counts above one are common."""
-ABSENT = 0.2
-"""Share of `count` questions about a digit that is not there."""
 SHIFTED = 0.6
 """Share of training digits moved by one pixel."""
-
-Turn = dict[str, str]
 
 
 class GridsConfig(Config):
@@ -85,25 +76,6 @@ def load_pools() -> dict[str, tuple[np.ndarray, ...]]:
     return {split: tuple(x[y == digit] for digit in range(10)) for split, (x, y) in parts.items()}
 
 
-def draw_cells(rng: np.random.Generator, axes: tuple[tuple[str, int], ...]) -> np.ndarray:
-    """Digits 0..9, or `BLANK`, of a grid whose sides are the lengths of `axes`: a quarter to 80 % of the cells are filled."""
-    shape = [length for _, length in axes]
-    size = int(np.prod(shape))
-    filled = rng.permutation(size) < rng.integers(size // 4, int(0.8 * size) + 1)
-    classes = rng.choice(len(NAMES), CLASSES, replace=False)
-    return np.where(filled, rng.choice(classes, size), BLANK).reshape(shape)
-
-
-def draw_pattern(rng: np.random.Generator, axes: tuple[tuple[str, int], ...]) -> tuple[np.ndarray, int | None]:
-    """A grid that is constant but for one axis, and this axis; None where all cells hold the same digit."""
-    shape = [length for _, length in axes]
-    axis = int(rng.integers(-1, 2 * len(axes))) // 2
-    if axis < 0:
-        return np.full(shape, rng.integers(len(NAMES))), None
-    line = np.where(rng.random(shape[axis]) < 0.25, BLANK, rng.integers(len(NAMES), size=shape[axis]))
-    return np.broadcast_to(line.reshape([-1 if a == axis else 1 for a in range(len(shape))]), shape), axis
-
-
 def paint(rng: np.random.Generator, cells: np.ndarray, pool: tuple[np.ndarray, ...], scale: int, shifted: float):
     """The picture (R·8·scale, C·8·scale) uint8 of one frame's `cells` (R, C), each digit a draw from `pool`.
 
@@ -118,39 +90,6 @@ def paint(rng: np.random.Generator, cells: np.ndarray, pool: tuple[np.ndarray, .
                 image = shift(image, *SHIFTS[rng.integers(len(SHIFTS))])
             picture[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = image
     return picture.repeat(scale, 0).repeat(scale, 1)
-
-
-def ask_cell(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
-    """Of every cell; the parts of the address come in any order."""
-    for index in rng.permutation(cells.size):
-        at = np.unravel_index(index, cells.shape)
-        address = [f"{names[axis]} {at[axis] + 1}" for axis in rng.permutation(len(at))]
-        yield _turn("cell", f"What is at {', '.join(address)}?", _name(cells[at]))
-
-
-def ask_count(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
-    """Of every digit, one time in five of one that is not there; among frames, of a digit in one of them."""
-    parts = cells.reshape(-1, *cells.shape[-2:])  # frames, or the grid itself
-    counts = (parts[..., None] == np.arange(len(NAMES))).sum((1, 2))  # (frames, digits)
-    there = counts > 0
-    weight = np.where(there, (1 - ABSENT) / max(there.sum(), 1), ABSENT / max((~there).sum(), 1))
-    for flat in (rng.exponential(size=counts.shape) / weight).ravel().argsort():  # drawn by weight, without repeats
-        part, digit = np.unravel_index(flat, counts.shape)
-        where = f" at {names[0]} {part + 1}" if cells.ndim == 3 else ""
-        yield _turn("count", f"How many {PLURALS[digit]}{where}?", str(counts[part, digit]))
-
-
-def ask_which(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
-    """Along the first axis, of every digit that is there once or more in exactly one place of it."""
-    held = np.stack([np.isin(np.arange(len(NAMES)), part) for part in cells])  # (length, digits)
-    for digit in rng.permutation(np.flatnonzero(held.sum(0) == 1)):
-        article = "an" if NAMES[digit] == "eight" else "a"
-        answer = f"{names[0]} {int(held[:, digit].argmax()) + 1}"
-        yield _turn("which", f"Which {names[0]} has {article} {NAMES[digit]}?", answer)
-
-
-ASK = {"cell": ask_cell, "count": ask_count, "which": ask_which}
-"""Each gives all questions of its kind in random order, none twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +110,7 @@ def make_line(config: GridsConfig, pool: tuple[np.ndarray, ...], split: str, ind
     cells, turns = draw_cells(rng, config.axes), []
     if split == "train" and rng.random() < config.patterned:
         cells, axis = draw_pattern(rng, config.axes)
-        turns = [] if axis is None else _lines(cells, axis, names)
+        turns = [] if axis is None else ask_lines(cells, axis, names)
     asked = [ask(rng, cells, names) for ask in ASK.values()]
     if split == "train":
         turns += _mixed(rng, asked, config.turns - len(turns))
@@ -234,20 +173,6 @@ def _mixed(rng: np.random.Generator, asked: list[Iterator[Turn]], count: int) ->
         else:
             asked.remove(kind)
     return turns
-
-
-def _lines(cells: np.ndarray, axis: int, names: list[str]) -> list[Turn]:
-    """What each row (column, frame) of a patterned grid holds."""
-    line = np.moveaxis(cells, axis, 0).reshape(cells.shape[axis], -1)[:, 0]
-    return [_turn("line", f"What is at {names[axis]} {i + 1}?", _name(digit)) for i, digit in enumerate(line)]
-
-
-def _name(digit: int) -> str:
-    return NOTHING if digit == BLANK else NAMES[digit]
-
-
-def _turn(kind: str, question: str, answer: str) -> Turn:
-    return {"question": question, "answer": answer, "kind": kind}
 
 
 def main(arguments: list[str] | None = None) -> int:

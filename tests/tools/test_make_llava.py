@@ -119,7 +119,7 @@ def _mass_on_neighbours(config: LlavaFolderConfig) -> float:
     ]  # without the class token
     place = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"), -1).reshape(64, 2)
     near = (place[:, None] - place[None]).abs().amax(-1) <= 1
-    return float((seen * near).sum(-1).mean())
+    return (seen * near).sum(-1).mean().item()
 
 
 @pytest.mark.parametrize(
