@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 import zoo.adapt as za
-from pretrain.adapt_recipe import AdaptRecipe, LoraConfig
+from pretrain.adapt_recipe import AdaptRecipe
+from pretrain.adapt_tuning import freeze, lora_config, tuned
+from pretrain.model_folder import cannot_open, open_folder
 from zoo.adapt.family import parts, picture_ids
 from zoo.adapt.save import CONFIG, weights_hash
 from zoo.config import ConfigError, UserError
@@ -74,31 +76,14 @@ def open_base(recipe: AdaptRecipe) -> Base:
         ConfigError: no such folder, no multimodal model, no processor, or `adapt`, `lora` or `freeze` do not fit it.
     """
     name = recipe.base
-    local = Path(name).is_dir()
-    if not local and (Path(name).is_absolute() or name.count("/") != 1):  # no name on the hub
-        raise ConfigError(f"base: {name!r} is no folder; give one with a model of Transformers and its processor")
-    if local and not (Path(name) / "config.json").is_file():
-        adapters = (Path(name) / "adapter_config.json").is_file()
-        what = "only adapters, not the model they belong to" if adapters else "no config.json"
-        raise ConfigError(f"base: {name!r} holds {what}; give a folder that `save_pretrained` wrote for a whole model")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:  # whatever a folder holds, or a hub answers
-        raise ConfigError(f"base: {name!r} cannot be opened ({_first_line(error)})") from None
-    try:
-        picture_ids(config, type(config).__name__)
-        processor = transformers.AutoProcessor.from_pretrained(name)
-        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise UserError(
-                f"{name!r} holds a {type(processor).__name__}, no processor of images and text; save the model's own "
-                "beside it: processor.save_pretrained(folder)"
-            )
+        config, processor = open_folder(name)
         with torch.device("meta"):
             dense = _dense(config)
     except UserError as error:
         raise ConfigError(f"base: {error}") from None
-    except Exception as error:  # Transformers raises anything for a model or processor it does not take
-        raise ConfigError(f"base: {name!r} cannot be opened ({_first_line(error)})") from None
+    except Exception as error:  # Transformers raises anything for a config it does not take
+        raise ConfigError(f"base: {cannot_open(name, error)}") from None
     about = Path(name) / CONFIG
     before = za.AdaptConfig.parse(json.loads(about.read_text())["adapt"], str(about)) if about.is_file() else None
     if before is not None and recipe.adapt not in (None, before):
@@ -117,8 +102,8 @@ def open_base(recipe: AdaptRecipe) -> Base:
     except UserError as error:
         raise ConfigError(f"base: {error}") from None
     if recipe.lora is not None:
-        _targets(dense, recipe.lora)
-    _freeze(dense, recipe.freeze)
+        lora_config(dense, recipe.lora)
+    freeze(dense, recipe.freeze)
     return Base(name, config, processor, adapt, before is not None, dense)
 
 
@@ -127,7 +112,7 @@ def skeleton(recipe: AdaptRecipe, base: Base) -> nn.Module:
     model = _dense(base.config)
     if base.adapt is not None:
         za.adapt(model, base.adapt)
-    return _tuned(model, recipe)
+    return tuned(model, recipe)
 
 
 def whole(recipe: AdaptRecipe, base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -142,7 +127,7 @@ def whole(recipe: AdaptRecipe, base: Base, dtype: torch.dtype = torch.float32) -
             raise UserError(f"base: {base.name!r} has no weights {', '.join(names[:3])} ({len(names)} are missing); save it anew")
         if base.adapt is not None:
             za.adapt(model, base.adapt, recipe.seed)
-    return _tuned(model, recipe)
+    return tuned(model, recipe)
 
 
 def initialise(model: nn.Module, recipe: AdaptRecipe, base: Base, gather: Gather) -> str:
@@ -214,61 +199,3 @@ def _dense(config: Any) -> nn.Module:
     with no_init_weights():
         model = transformers.AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)
     return model
-
-
-def _tuned(model: nn.Module, recipe: AdaptRecipe) -> nn.Module:
-    """Adapters round it, parts of it frozen, its layers checkpointed, as the recipe says."""
-    if recipe.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if recipe.lora is not None:
-        import peft
-
-        lora = recipe.lora
-        config = peft.LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_targets(model, lora)
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            model = peft.get_peft_model(model, config)
-        for _, router in za.routers(model):
-            router.requires_grad_(True)
-    _freeze(model, recipe.freeze)
-    return model
-
-
-def _targets(model: nn.Module, lora: LoraConfig) -> str:
-    """The pattern by which PEFT finds the linear maps that get adapters.
-
-    Raises:
-        ConfigError: a target is not among them.
-    """
-    found = parts(model)
-    linear = (name for name, module in found.layers.named_modules() if isinstance(module, nn.Linear))
-    known = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    wanted = known if lora.targets is None else lora.targets
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        raise ConfigError(f"lora.targets: {missing[0]!r} is no linear map of a decoder layer; known: {', '.join(known)}")
-    prefix = next(name for name, module in model.named_modules() if module is found.layers)
-    return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\.(.*\.)?({'|'.join(wanted)})"
-
-
-def _freeze(model: nn.Module, names: list[str]) -> None:
-    """Leave out of the training what a name in `names` is a piece of the dotted name of.
-
-    Raises:
-        ConfigError: one is not there, or nothing is left.
-    """
-    for wanted in names:
-        found = [p for name, p in model.named_parameters() if f".{wanted}." in f".{name}."]
-        if not found:
-            kinds = dict.fromkeys(".".join(name.split(".")[:-1][:2]) for name, _ in model.named_parameters())
-            raise ConfigError(f"freeze: {wanted!r} is no part of the model; among its parts are {', '.join(kinds)}")
-        for parameter in found:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"freeze: {names} leaves nothing to train; name fewer parts")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,7 +15,8 @@ from zoo.config import Config
 
 
 class LoraConfig(Config):
-    """`lora:`, the adapters of PEFT (arXiv 2106.09685) on linear maps of the decoder; all else but the routers is frozen."""
+    """`lora:`, the adapters of PEFT (arXiv 2106.09685) on linear maps of the decoder; all else is frozen, but the routers and
+    `modules_to_save`."""
 
     r: int = Field(gt=0)
     """Rank."""
@@ -24,6 +25,9 @@ class LoraConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] | None = Field(None, min_length=1)
     """Names of the linear maps in a decoder layer, such as [q_proj, v_proj]; null: all of them."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained in full and saved beside the adapters, by their dotted names or the end of them:
+    [multi_modal_projector]."""
 
 
 class QuestionsConfig(Config):

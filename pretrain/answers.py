@@ -124,7 +124,7 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     layers = [layer.routing.name for layer in za.routed_layers(blueprint)]
-    kinds = sorted({kind for question in questions for kind in _kinds(question)})
+    kinds = sorted({kind for question in questions for kind in kinds_of(question)})
     sums: dict[str, Tensor] = {}
 
     def add(name: str, value: float | Tensor) -> None:
@@ -153,7 +153,7 @@ def evaluate(
         add("dense", sum(za.decoder_flops(blueprint, tokens).prefill for tokens in made.tokens))
         right, labels = (logits.argmax(-1) == labels).cpu(), labels.cpu()
         for row, question in enumerate(chunk):
-            for kind, answer in zip(_kinds(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True):
+            for kind, answer in zip(kinds_of(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True):
                 add(f"asked|{kind}", 1.0)
                 add(f"forced|{kind}", answer)
     if generate:
@@ -172,7 +172,7 @@ def _generate(
     asked = [
         (dataclasses.replace(question, turns=question.turns[: turn + 1]), kind)
         for question in questions
-        for turn, kind in enumerate(_kinds(question))
+        for turn, kind in enumerate(kinds_of(question))
     ]
     longest = max(len(tokenizer(question.turns[-1][1], add_special_tokens=False).input_ids) for question, _ in asked)
     for counted, chunk in _chunks(asked, batch, ranks):
@@ -203,7 +203,7 @@ def _chunks(items: Sequence[Any], size: int, ranks: Ranks) -> list[tuple[bool, S
     return mine + [(False, items[:1])] * idle
 
 
-def _kinds(question: Question) -> list[str]:
+def kinds_of(question: Question) -> list[str]:
     """Of each answer; "" where the question has none."""
     kind = question.extra.get("kind", "")
     count = len(question.turns)

@@ -110,26 +110,30 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     Raises:
         UserError: it cannot be opened, or knows no images.
     """
-    import torch
     import transformers
 
-    from zoo.adapt.family import picture_ids
+    from pretrain.model_folder import cannot_open, open_folder
 
+    _, processor = open_folder(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        picture_ids(config, f"{name} ({type(config).__name__})")
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-        processor = transformers.AutoProcessor.from_pretrained(name)
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError, KeyError) as error:  # what from_pretrained raises for a wrong folder
-        raise UserError(f"{name}: cannot be opened as a multimodal model with a processor: {error}") from None
-    if not hasattr(processor, "tokenizer"):
-        raise UserError(f"{name}: holds no processor of images and text, only {type(processor).__name__}")
+    except Exception as error:  # Transformers raises anything for a model it does not take
+        raise cannot_open(name, error) from None
+    return on_device(model, device).eval(), processor
+
+
+def on_device(model: Any, device: str) -> Any:
+    """The model, moved to what --device names.
+
+    Raises:
+        UserError: it is not there.
+    """
+    import torch
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return model.to(device).eval(), processor
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: is not to be had ({error})") from None
 

@@ -1,9 +1,8 @@
-"""First weights of a small LLaVA, with which it learns in minutes what pretrained ones know already: where a patch is, that
-near patches belong together, and what the word before says."""
+"""First weights of a small LLaVA, with which it learns in minutes what pretrained ones know already: where a patch is, and
+that near patches belong together."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,9 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo.config import Config
-
-LOCAL_PEAK, LOCAL_MARK = 10.0, 4.0
-"""Of heads that begin local: their logit at the token they look at, and the coordinate that all tokens share."""
 
 
 class TowerConfig(Config):
@@ -37,8 +33,8 @@ class DecoderConfig(Config):
     positions: int = Field(1024, gt=0)
     """Tokens of the longest sequence."""
     rope_theta: float = Field(1e6, gt=1)
-    local_heads: int = Field(2, ge=0)
-    """Heads of the first layer that begin by looking 1, 2, … tokens back."""
+    initial: float = Field(0.05, gt=0)
+    """Deviation of all its first weights."""
 
 
 @torch.no_grad()
@@ -46,22 +42,14 @@ def initialise(model: Any, vision: TowerConfig, decoder: DecoderConfig, side: in
     """Set the weights of a LlavaForConditionalGeneration with a CLIP tower of `side` × `side` patches and a Llama decoder.
     Draws from torch's generator.
 
-    * Decoder and projector: N(0, 1/fan-in), what is added to the residual stream by 1/√(2·layers) less, embeddings
-      N(0, 1), the head N(0, 0.02²).
+    * Decoder, projector and head: N(0, decoder.initial²).
     * The tower's position embedding: sines and cosines of row and column (as arXiv 2111.06377); its queries and keys read
       them alike, so that near patches see each other (the mimetic initialisation of arXiv 2305.09828).
-    * `decoder.local_heads` of the first layer look 1, 2, … tokens back by rotary position alone, for which all tokens
-      share one coordinate: among hundreds of image tokens a random head would hardly see the word before.
     """
     language, projector = model.model.language_model, model.model.multi_modal_projector
-    for name, weight in [*language.named_parameters(), *projector.named_parameters()]:
-        if name.startswith("embed_tokens"):
-            weight.normal_(std=1.0)
-        elif weight.dim() == 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            depth = 2 * decoder.layers if residual else 1
-            weight.normal_(std=(weight.shape[1] * depth) ** -0.5)
-    model.lm_head.weight.normal_(std=0.02)
+    for weight in (*language.parameters(), *projector.parameters(), *model.lm_head.parameters()):
+        if weight.dim() == 2:
+            weight.normal_(std=decoder.initial)
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
     tower.embeddings.position_embedding.weight[0] = 0  # the class token's
@@ -69,11 +57,6 @@ def initialise(model: Any, vision: TowerConfig, decoder: DecoderConfig, side: in
     if vision.local:
         for layer in tower.encoder.layers:
             _near_patches(layer.self_attn, vision)
-    if decoder.local_heads:
-        language.embed_tokens.weight[:, 0] = LOCAL_MARK
-        projector.linear_2.weight[0] = 0
-        projector.linear_2.bias[0] = LOCAL_MARK
-        _near_tokens(language.layers[0].self_attn, decoder)
 
 
 def sines(side: int, width: int, fastest: float = 2.0, span: float = 20.0) -> Tensor:
@@ -104,23 +87,3 @@ def _near_patches(attention: nn.Module, config: TowerConfig) -> None:
                 taken[head] += 1
     for projection in (attention.q_proj, attention.k_proj):
         projection.weight.mul_(0.3).add_(code)
-
-
-def _near_tokens(attention: nn.Module, config: DecoderConfig) -> None:
-    """Head j looks j + 1 tokens back and copies a share of the features found there."""
-    size = config.d_model // config.heads
-    half = size // 2
-    frequency = config.rope_theta ** (-torch.arange(half) / half)
-    fast = int((frequency > 0.1).sum())  # slower ones tell near from far too late
-    frequency = frequency[:fast]
-    mark = LOCAL_MARK / math.sqrt((config.d_model - 1 + LOCAL_MARK**2) / config.d_model)  # after the norm
-    scale = math.sqrt(LOCAL_PEAK * math.sqrt(size) / fast) / mark
-    turn = torch.linalg.qr(torch.randn(config.d_model, config.d_model))[0]
-    for head in range(config.local_heads):
-        rows = slice(head * size, (head + 1) * size)
-        query, key = torch.zeros(size, config.d_model), torch.zeros(size, config.d_model)
-        key[:fast, 0] = scale
-        query[:fast, 0] = scale * torch.cos(frequency * (head + 1))
-        query[half : half + fast, 0] = -scale * torch.sin(frequency * (head + 1))
-        attention.q_proj.weight[rows], attention.k_proj.weight[rows] = query, key
-        attention.v_proj.weight[rows], attention.o_proj.weight[:, rows] = turn[rows], turn[rows].T

@@ -8,10 +8,9 @@ training line is one picture with several turns, `{"image": …, "turns": [{"que
 held-out line is one question, `{"image", "question", "answer", "kind", "cells"}`. `cells` are the digits of the grid, -1
 where blank. With `--frames F` a line has `images`, the F frames in order, in place of `image`.
 
-Kinds: `cell` "What is at row 2, column 3?", `count` "How many sevens?", `which` "Which row has a nine?" (asked where
-exactly one has), and `line` "What is at row 2?" (asked in training alone, of patterned grids: those whose rows,
-columns or frames hold one digit each, or all cells the same, which teach what a row is before cells need it). With
-frames a cell's address begins with its frame, counts are of one frame, and `which` asks for the frame.
+Kinds: `cell` "What is at row 2, column 3?", `count` "How many sevens?", `which` "Which row has a nine?" (or column, or
+frame; asked where exactly one has). With frames a cell's address begins with its frame, and counts are of all of them.
+Training grids hold few digits more often than many: what "which row" asks is hardly learnt from crowded ones alone.
 
 No digit of a training grid is in a held-out one. Test grids take the 297 digits held out by `tools.make_digits`;
 its 1,500 training digits are divided again, stratified by class, in 1,200 for training and 300 for validation. The
@@ -35,13 +34,15 @@ import tqdm
 from PIL import Image
 from pydantic import Field
 
-from tools.grid_questions import ASK, BLANK, Turn, ask_lines, draw_cells, draw_pattern
+from tools.grid_questions import ASK, BLANK, Turn, draw_cells
 from tools.make_digits import SHIFTS, load_digits_split, shift
 from zoo.config import Config, UserError
 
 SPLITS = ("train", "validation", "test")
 SHIFTED = 0.6
 """Share of training digits moved by one pixel."""
+SHARES = {"cell": 1, "count": 1, "which": 3}
+"""How often a training turn is of each kind, while there are questions of it."""
 
 
 class GridsConfig(Config):
@@ -55,7 +56,6 @@ class GridsConfig(Config):
     frames: Annotated[int, Field(ge=0, le=99)] = 0
     scale: Annotated[int, Field(ge=1)] = 4
     turns: Annotated[int, Field(ge=1)] = 16
-    patterned: Annotated[float, Field(ge=0, le=1)] = 0.25
     seed: Annotated[int, Field(ge=0)] = 0
 
     @property
@@ -107,16 +107,12 @@ def make_line(config: GridsConfig, pool: tuple[np.ndarray, ...], split: str, ind
     """Line `index` of a split: `config.turns` turns, or all that can be asked, for training; else one of each kind."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     names = [name for name, _ in config.axes]
-    cells, turns = draw_cells(rng, config.axes), []
-    if split == "train" and rng.random() < config.patterned:
-        cells, axis = draw_pattern(rng, config.axes)
-        turns = [] if axis is None else ask_lines(cells, axis, names)
-    asked = [ask(rng, cells, names) for ask in ASK.values()]
+    cells = draw_cells(rng, config.axes, few=split == "train")
+    asked = {kind: ask(rng, cells, names) for kind, ask in ASK.items()}
     if split == "train":
-        turns += _mixed(rng, asked, config.turns - len(turns))
-        turns = [turns[i] for i in rng.permutation(len(turns))[: config.turns]]
+        turns = list(_mixed(rng, asked, config.turns))
     else:
-        turns = [turn for ask in asked for turn in itertools.islice(ask, 1)]
+        turns = [turn for each in asked.values() for turn in itertools.islice(each, 1)]
     frames = cells if config.frames else cells[None]
     shifted = SHIFTED if split == "train" else 0
     return Line(cells, [paint(rng, frame, pool, config.scale, shifted) for frame in frames], turns)
@@ -163,16 +159,17 @@ def _save(folder: Path, config: GridsConfig, pool: tuple, split: str, index: int
     yield from ({**shown, **each, "cells": made.cells.tolist()} for each in asked)
 
 
-def _mixed(rng: np.random.Generator, asked: list[Iterator[Turn]], count: int) -> list[Turn]:
-    """`count` turns, each of a random kind; fewer where all kinds are exhausted."""
-    turns = []
-    while asked and len(turns) < count:
-        kind = asked[rng.integers(len(asked))]
-        if turn := next(kind, None):
-            turns.append(turn)
+def _mixed(rng: np.random.Generator, asked: dict[str, Iterator[Turn]], count: int) -> Iterator[Turn]:
+    """`count` turns of random kinds; fewer where all kinds are exhausted."""
+    left = dict(SHARES)
+    while left and count:
+        share = np.array(list(left.values()))
+        kind = list(left)[rng.choice(len(left), p=share / share.sum())]
+        if turn := next(asked[kind], None):
+            count -= 1
+            yield turn
         else:
-            asked.remove(kind)
-    return turns
+            del left[kind]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,7 +184,6 @@ def main(arguments: list[str] | None = None) -> int:
         "frames": "frames of a sequence; 0 for single pictures",
         "scale": "display pixels of a digit's pixel; a cell is 8 of those wide",
         "turns": "questions of a training picture",
-        "patterned": "share of training grids that are patterned",
         "seed": "of everything drawn",
     }
     for key, help_ in helps.items():

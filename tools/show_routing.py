@@ -24,6 +24,7 @@ import numpy as np
 
 from pretrain.data.prompts import encode
 from pretrain.data.questions import Question, sample_questions
+from tools.arank import on_device
 from zoo.config import UserError
 
 SQUARE = ("llava", "vipllava", "paligemma", "gemma3", "internvl", "chameleon")
@@ -91,7 +92,6 @@ def open_adapted(folder: Path, base: str | None, device: str) -> tuple[Any, Any]
     Raises:
         UserError: it is none, cannot be opened, or its image tokens are no square grid.
     """
-    import torch
     import transformers
 
     import zoo.adapt as za
@@ -112,12 +112,7 @@ def open_adapted(folder: Path, base: str | None, device: str) -> tuple[Any, Any]
             f"{folder}: image tokens of {kind} are not one square grid for each image, and where a token lies is not "
             f"known here; families that can be drawn: {', '.join(SQUARE)}"
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return model.to(device), processor
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: is not to be had ({error})") from None
+    return on_device(model, device), processor
 
 
 def looked_at(model: Any, processor: Any, question: Question) -> tuple[list[Picture], np.ndarray]:
@@ -171,11 +166,13 @@ def grid_side(tokens: int, pixels: tuple[int, ...], family: str, source: str) ->
 
 
 def seen(pixels: Any, processor: Any) -> np.ndarray:
-    """Pixel values (n, 3, H, W) → images (n, H, W, 3) in [0, 1], the processor's normalisation undone."""
+    """Pixel values (n, 3, H, W) → images (n, H, W, 3) in [0, 1], the processor's normalisation and scaling undone."""
     values = pixels.float().cpu().permute(0, 2, 3, 1).numpy()
     settings = processor.image_processor
     if getattr(settings, "do_normalize", False):
         values = values * np.asarray(settings.image_std) + np.asarray(settings.image_mean)
+    if getattr(settings, "do_rescale", False):  # by 1/255, if not by Chameleon, of which 0 to 2 is left here
+        values = values / (255 * settings.rescale_factor)
     return values.clip(0, 1)
 
 

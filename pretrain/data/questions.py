@@ -102,7 +102,10 @@ def sample_questions(data: Path, split: str, count: int, seed: int = 0) -> list[
     asked = read_questions(data, split)
     questions = [question for question in asked if question.images]
     if not questions:
-        raise DataError(f"{data / split}.jsonl: none of its {len(asked)} lines has an image")
+        raise DataError(
+            f"{data / split}.jsonl: none of its {len(asked)} lines has an image; some must: "
+            '{"image": "a.png", "question": …, "answer": …}'
+        )
     random.Random(seed).shuffle(questions)
     return questions[:count]
 
@@ -162,7 +165,7 @@ def _sample_shards(folder: Path, split: str, count: int, seed: int) -> list[Ques
             questions.append(question)
     if not questions:
         why = f"; {len(broken)} are broken, such as {broken[0]}" if broken else ""
-        raise DataError(f"{folder}: none of the {total} documents of *{split}*.tar has an image that can be read{why}")
+        raise DataError(f"{folder}: none of the {total} documents of *{split}*.tar has an image that can be read{why}; some must")
     return questions
 
 

@@ -94,7 +94,8 @@ class Batcher:
             names = " or ".join(map(str, self.pictures))
             raise DataError(
                 f"{filler.source}: has an image, but the image token {names} of the model's config never occurs in what "
-                f"{type(processor).__name__} makes of it; model and processor do not belong together"
+                f"{type(processor).__name__} makes of it; model and processor do not belong together: give the model's own "
+                "processor"
             )
         self.answers = training and adapt is not None and adapt.candidates == "image_and_answer"
 
@@ -127,9 +128,9 @@ class Batcher:
         if any(map(has_pictures, samples)):
             return samples
         filler = dict(self.filler)
-        if self.answers:  # the others' answers compete; of the filler one token does, without which pictures are refused
+        if self.answers:  # the others' answers compete, and are counted: nothing of the filler may be among them
             found = torch.isin(filler["input_ids"], torch.tensor(list(self.pictures)))
-            filler["attention_mask"] = filler["attention_mask"] * ~(found & (found.cumsum(1) > 1))
+            filler["attention_mask"] = filler["attention_mask"] * ~found
         return [*samples, filler]
 
     def _cut(self, sample: dict[str, Tensor], question: Question) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from tests.pretrain.tuning import ADAPT, tuning_recipe, write_base, write_data, 
 
 EVERY = {"micro_batch": 1, "evaluate_every": 3, "checkpoint_every": 2}
 STAGE_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-LORA = {"r": 2, "alpha": 4.0, "dropout": 0.1}
+LORA = {"r": 2, "alpha": 4.0, "dropout": 0.1, "modules_to_save": ["multi_modal_projector"]}
 ANSWERS = {
     **ADAPT, "candidates": "image_and_answer", "group": "sample", "gate": {"activation": "none"},
     "router": {"shared": True, "bias": True},
@@ -216,7 +216,8 @@ def test_the_model_left_behind(two: Path) -> None:
 
 
 def test_adapters(two: Path) -> None:
-    """Of a LoRA run: adapters, routers and the hash of the base, without the base; routers have learned."""
+    """Of a LoRA run: adapters, routers and the hash of the base, without the base; routers have learned, and so has what was
+    to be trained in full."""
     left = two / "lora" / "model"
     names = {file.name for file in left.iterdir()}
     assert {"adapter_model.safetensors", "mod_routers.safetensors"} <= names and "model.safetensors" not in names
@@ -226,6 +227,9 @@ def test_adapters(two: Path) -> None:
     fresh = za.adapt(write_model(two), ADAPT)
     first = {name: router.weight for name, router in za.routers(fresh)}
     assert all(not torch.equal(router.weight, first[name]) for name, router in za.routers(model))
+    weights = model.state_dict()
+    projector = "base_model.model.model.multi_modal_projector.{}.linear_1.weight"
+    assert not torch.equal(weights[projector.format("modules_to_save.default")], weights[projector.format("original_module")])
     names = [name for name, _ in model.named_parameters() if "lora_A" in name]
     assert len(names) == 4 * 7 and all("language_model.layers" in name for name in names)
     assert (two / "lora" / "checkpoints" / "step-6").exists()
@@ -277,7 +281,7 @@ def test_a_broken_picture_ends_the_run(two: Path) -> None:
 
 def test_adapters_of_a_base_that_has_changed(one: Path) -> None:
     printed = (one / "one" / "output0").read_text()
-    assert f"base: the weights of '{one / 'other'}' are no longer those" in printed
+    assert f"base: the weights of '{one / 'other'}' are no longer those" in printed and "restore them, or choose" in printed
 
 
 # ------------------------------------------------------------------------------------------------------- longer stories

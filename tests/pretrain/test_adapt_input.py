@@ -6,12 +6,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import LlavaForConditionalGeneration
 
 import pretrain.adapt
+import zoo.adapt as za
 from pretrain import adapt_recipe
 from pretrain.data.prompts import IGNORED
 from pretrain.data.questions import read_questions
@@ -87,21 +91,34 @@ WRONG = {
     "base=nowhere": ("base: 'nowhere' is no folder; give one with a model of Transformers and its processor",),
     "base=empty": ("base: 'empty' holds no config.json; give a folder that `save_pretrained` wrote",),
     "base=adapters": ("base: 'adapters' holds only adapters, not the model they belong to",),
-    "base=text only": ("base: LlamaConfig has no image token", "it is a text-only model"),
+    "base=text only": ("base: 'text only' (LlamaConfig) has no image token", "it is a text-only model", "give a multimodal one"),
     "base=no processor": ("base: 'no processor' ",),
-    "base=another id": ("train.jsonl:1: has an image, but the image token 62 of the model's config never occurs",),
-    "adapt.layers=[1, 4]": ("adapt: layers: 4 is out of range; the decoder has layers 0 to 3",),
-    "adapt.layers=[0, 1]": ("adapt.layers", "layer 0 stays dense"),
+    "base=another id": (
+        "train.jsonl:1: has an image, but the image token 62 of the model's config never occurs",
+        "give the model's own processor",
+    ),
+    "adapt.layers=[1, 4]": ("adapt: layers: 4 is out of range; the decoder has layers 0 to 3; leave it out",),
+    "adapt.layers=[0, 1]": ("adapt.layers: [0, 1]: layer 0 stays dense", "leave it out"),
     "adapt.layers=[1, 3]": ("adapt: layers: 3 is the last layer", "set last_layer: true"),
-    "adapt.capacity.keep=0": ("adapt.capacity.constant.keep: 0", "above 0"),
+    "adapt.capacity.keep=0": ("adapt.capacity.constant.keep: 0: must be above 0 and at most 1",),
     "adapt.capacity.kept=1": ("kept: unknown key",),
     "freeze=[vision]": ("freeze: 'vision' is no part of the model; among its parts are model.vision_tower",),
     "freeze=[model, lm_head]": ("freeze: ['model', 'lm_head'] leaves nothing to train",),
     "lora={r: 2, alpha: 4, targets: [q_proj, query]}": (
         "lora.targets: 'query' is no linear map of a decoder layer; known: q_proj, k_proj",
     ),
+    "lora={r: 2, alpha: 4, modules_to_save: [projector]}": (
+        "lora.modules_to_save: 'projector' is no part of the model; among its parts are model.vision_tower",
+    ),
+    "lora={r: 2, alpha: 4, modules_to_save: [layers.0.mlp]}": (
+        "lora.modules_to_save: 'layers.0.mlp' holds model.language_model.layers.0.mlp.gate_proj, which",
+        "name smaller modules, or leave its maps out of lora.targets",
+    ),
+    "lora={r: 2, alpha: 4, modules_to_save: [mod_router]}": ("holds model.language_model.layers.1.mod_router, which",),
     "data.path=nowhere": ("data.path: 'nowhere' is no folder; give one with train.jsonl",),
-    "data.path=no images": ("data.path: none of the 1 lines of no images/train.jsonl has an image",),
+    "data.path=no images": (
+        "data.path: none of the 1 lines of no images/train.jsonl has an image; a multimodal model needs some: {\"image\"",
+    ),
     "data.path=lost image": ("lost image/train.jsonl:4: its image 'lost image/train3.png' does not exist",),
     "data.path=no validation": ("no validation/validation.jsonl: does not exist",),
     "evaluate.split=tset": ("data/tset.jsonl: does not exist; data holds train.jsonl, validation.jsonl",),
@@ -191,6 +208,42 @@ def test_text_only_batches_get_a_filler(tmp_path: Path, folder: Path) -> None:
     assert (alone.labels[2] == IGNORED).all() and alone.candidates == 0
     answers = batcher(folder, candidates="image_and_answer").batch(texts)
     assert answers.groups == ((3,),) * 2, "a space, a digit and the end"
+
+
+@pytest.mark.parametrize("group", ["image", "sample"])
+@pytest.mark.parametrize("candidates", ["image", "image_and_answer"])
+@pytest.mark.parametrize("texts", [1, 2], ids=["texts alone", "texts among images"])
+def test_micro_batches_of_any_size_are_one_step(
+    tmp_path: Path, folder: Path, candidates: str, group: str, texts: int
+) -> None:
+    """8 × 1 = 4 × 2 = 1 × 8: losses, counts, what the routers report, and the gradient of each weight."""
+    asked = read_questions(write_data(tmp_path, texts=texts))[:8]
+    adapt = {**ADAPT, "candidates": candidates, "group": group}
+    maker = batcher(folder, candidates=candidates, group=group)
+    model = za.adapt(LlavaForConditionalGeneration.from_pretrained(folder / "base"), adapt).train()
+    names = [layer.routing.name for layer in za.routed_layers(model)]
+    run = SimpleNamespace(
+        engine=SimpleNamespace(module=model, device="cpu", dtype=torch.float32), recipe=SimpleNamespace(seed=0),
+        layers=names, weight=ADAPT["auxiliary"]["weight"], base=SimpleNamespace(blueprint=model),
+    )  # fmt: skip
+    steps = []
+    for size in (8, 2, 1):
+        batches = [maker.batch(asked[first : first + size], first) for first in range(0, 8, size)]
+        totals = pretrain.adapt.Run.counts(run, batches)
+        sums: dict[str, float] = {}
+        model.zero_grad()
+        for batch in batches:
+            loss, reports = pretrain.adapt.Run.forward(run, batch, len(batches), totals, True)
+            loss.backward()
+            for name, value in (reports | {"whole": loss}).items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        steps.append((totals, sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (totals, sums, gradients), *others = steps
+    assert sums["loss"] > 0 and (candidates == "image" and texts == 1) == (totals[2] == 0 == sums["auxiliary"])
+    for counted, found, theirs in others:
+        assert counted == totals and found == pytest.approx(sums, rel=1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(theirs[name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
 def test_long_samples_are_cut_or_refused(folder: Path) -> None:

@@ -116,12 +116,12 @@ def test_bad_input(
     out.parent.mkdir()
     out.write_text("{}")
     for arguments, message in [
-        ((text, data), "is a text-only model"),
-        ((bare, data), "cannot be opened as a multimodal model"),
+        ((text, data), f"'{text}' (LlamaConfig) has no image token (config.image_token_id): it is a text-only model"),
+        ((bare, data), f"'{bare}' holds no config.json; give a folder that `save_pretrained` wrote"),
         ((model, bare), "holds neither .jsonl files nor .tar shards"),
-        ((model, no_images), "none of its 1 lines has an image"),
+        ((model, no_images), f"{no_images}/train.jsonl: none of its 1 lines has an image; some must: {{\"image\""),
         ((model, data, "--split", "test"), "test.jsonl: does not exist"),
-        ((other, data), "sample 0 has no image token: the id 59 of the model's config"),
+        ((other, data), "sample 0 has no image token: the id 59 of the model's config does not occur in its input_ids; give"),
         ((model, data, "--samples", 0), "--samples 0: must be at least 1"),
         ((model, data, "--flops", 1.5), "--flops 1.5: must be between 0 and 1"),
         ((model, data, "--threshold", 2), "--threshold 2: must be between 0 and 1"),

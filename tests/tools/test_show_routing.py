@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from PIL import Image
 
 import zoo.adapt as za
 from pretrain.data.prompts import encode
-from pretrain.data.questions import read_questions
-from tests.pretrain.data.processors import LLAVA_TEMPLATE, llava_processor, write_questions
-from tests.zoo.adapt.families import llava, qwen_vl
+from pretrain.data.questions import Question, read_questions
+from tests.pretrain.data.processors import LLAVA_TEMPLATE, llava_processor, other_processors, write_questions
+from tests.zoo.adapt.families import FAMILIES, chameleon, gemma3, llava, paligemma, qwen_vl
+from tests.zoo.adapt.pictures import IMAGE as TOKEN
 from tools import show_routing
 from tools.show_routing import main
 from zoo.adapt.family import IMAGE, picture_ids
@@ -56,8 +58,22 @@ def test_a_picture_for_each_image(model: Path, data: Path, tmp_path: Path, capsy
     assert "layer   0  dense\nlayer   1  skips  50.0%\nlayer   2  skips  75.0%\nlayer   3  dense" in printed
 
 
-def test_what_is_drawn_is_what_was_decided(model: Path, data: Path) -> None:
+OTHERS = {
+    "PaliGemmaProcessor": lambda: paligemma(vocab_size=1300),  # it adds 1152 tokens of its own
+    "Gemma3Processor": lambda: gemma3(vocab_size=66),
+    "ChameleonProcessor": chameleon,
+}
+
+
+@pytest.mark.parametrize("name", ["LlavaProcessor", *OTHERS])
+def test_what_is_drawn_is_what_was_decided(model: Path, data: Path, name: str, tmp_path: Path) -> None:
+    if name in OTHERS:
+        torch.manual_seed(0)
+        model = tmp_path / name
+        za.save_adapted(za.adapt(OTHERS[name](), ROUTED), model)
+        other_processors(tokens=16)[name].save_pretrained(model)
     adapted, processor = show_routing.open_adapted(model, None, "cpu")
+    assert type(processor).__name__ == name
     question = read_questions(data, "validation")[1]
     pictures, load = show_routing.looked_at(adapted, processor, question)
     inputs, trace = encode(question, processor, answers=False), za.Trace()
@@ -70,9 +86,51 @@ def test_what_is_drawn_is_what_was_decided(model: Path, data: Path) -> None:
         drawn = np.concatenate([picture.kept[layer].reshape(-1) for picture in pictures])
         assert drawn.tolist() == keep[places].tolist() and pictures[0].kept[layer].shape == (4, 4)
     assert load.tolist() == [[0, 0], [16, 32], [8, 32], [0, 0]]
+    side = pictures[1].image.shape[0]
     with Image.open(question.images[1]) as image:
-        values = np.asarray(image.convert("RGB")) / 255
-    assert np.abs(pictures[1].image - values).max() < 1e-5, "normalisation is undone"
+        values = np.asarray(image.convert("RGB").resize((side, side), processor.image_processor.resample)) / 255
+    assert np.abs(pictures[1].image - values).max() < 0.002, "normalisation is undone"
+
+
+def test_a_family_whose_processor_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """InternVL's wants torchvision: inputs made by hand, of a row with two images."""
+    family = FAMILIES["internvl"]
+    model = za.adapt(family.build(), ROUTED)
+    inputs, trace = family.inputs(model, [[2, 3, 4]]), za.Trace()
+    monkeypatch.setattr(show_routing, "encode", lambda *_, **__: inputs)
+    processor = SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False, do_rescale=False))
+    pictures, load = show_routing.looked_at(model, processor, Question((), (("what?", ""),), "a line"))
+    with torch.no_grad():
+        model(**inputs, mod_trace=trace)
+    keep = trace.decisions["layers.1"].keep[0, inputs["input_ids"][0] == TOKEN]
+    assert np.concatenate([picture.kept[1].reshape(-1) for picture in pictures]).tolist() == keep.tolist()
+    assert load.tolist() == [[0, 0], [16, 32], [8, 32], [0, 0]] and pictures[0].image.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3", "internvl"])
+def test_image_tokens_are_in_reading_order(name: str) -> None:
+    """In a tower whose layers let each patch be itself, a change of one patch changes the token at its place most."""
+    torch.manual_seed(0)
+    model = FAMILIES[name].build()
+    with torch.no_grad():
+        for part, parameter in model.model.vision_tower.named_parameters():
+            if any(last in part for last in ("out_proj", "projection_layer", "fc2")):
+                parameter.zero_()
+        if name == "gemma3":
+            model.model.multi_modal_projector.mm_input_projection_weight.normal_()
+    side = model.config.vision_config.image_size
+    side, cell = (side, side // 4) if isinstance(side, int) else (side[0], side[0] // 4)
+    pixels = torch.randn(1, 3, side, side)
+
+    def tokens(values: torch.Tensor) -> torch.Tensor:
+        features = model.model.get_image_features(values).pooler_output
+        return torch.cat(list(features)).reshape(16, -1)
+
+    for place in range(16):
+        row, column = (cell * each for each in divmod(place, 4))
+        changed = pixels.clone()
+        changed[..., row : row + cell, column : column + cell] += torch.randn(3, cell, cell)
+        assert int((tokens(changed) - tokens(pixels)).abs().sum(1).argmax()) == place
 
 
 def test_skipped_patches_are_dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

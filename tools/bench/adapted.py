@@ -41,7 +41,7 @@ def prefill(settings: Settings, images: int, width: int, hidden: int) -> Group:
             predicted = za.decoder_flops(model, tokens, groups=(candidates,)).total / dense
             note = f"{candidates} image and {TEXT} text tokens, cache filled; a vision tower of one thin layer included"
             pairs.append(Comparison(name, DENSE, goals=goals(Goal(1.15)), expected=predicted, note=note))
-    return Group({FORWARD: {name: _prefilling(model, inputs) for name, model in models.items()}}, pairs)
+    return Group({FORWARD: {name: prefilling(model, inputs) for name, model in models.items()}}, pairs)
 
 
 @benchmark("adapt.decode", images=1024, width=512, hidden=1344)
@@ -51,8 +51,8 @@ def decode(settings: Settings, images: int, width: int, hidden: int) -> Group:
     models, inputs = build(settings, images, width, hidden)
     za, steps, figures = _adapt_library(), {}, []
     for name, model in models.items():
-        cache = _prefilling(model, inputs)().past_key_values
-        steps[name] = _step(model, cache, inputs)
+        cache = prefilling(model, inputs)().past_key_values
+        steps[name] = step(model, cache, inputs)
         if name != DENSE:
             held = za.cache_report(cache)
             note = f"{held.bytes / 2**20:.1f} of {held.dense_bytes / 2**20:.1f} MiB, as allocated"
@@ -97,7 +97,7 @@ def llava(side: int, width: int, hidden: int) -> nn.Module:
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def _prefilling(model: nn.Module, inputs: dict[str, Tensor]) -> Task:
+def prefilling(model: nn.Module, inputs: dict[str, Tensor]) -> Task:
     @torch.no_grad()
     def task() -> Any:
         return model(**inputs, use_cache=True, logits_to_keep=1)
@@ -105,7 +105,7 @@ def _prefilling(model: nn.Module, inputs: dict[str, Tensor]) -> Task:
     return task
 
 
-def _step(model: nn.Module, cache: Any, inputs: dict[str, Tensor]) -> Task:
+def step(model: nn.Module, cache: Any, inputs: dict[str, Tensor]) -> Task:
     """One token behind `cache`, which stays as it is: its layers put longer tensors in place of theirs."""
     token = inputs["input_ids"][:, -1:]
     mask = torch.ones_like(inputs["input_ids"][:, :1]).expand(-1, inputs["input_ids"].shape[1] + 1)

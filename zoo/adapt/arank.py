@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapt.family import Parts, parts, picture_ids
+from zoo.adapt.flops import attention_width
 from zoo.config import UserError
 
 RTOL = 1e-2
@@ -73,9 +74,9 @@ class Measurement:
     image_tokens: tuple[int, ...]
     """Of them, placeholders of images and videos."""
     weights: tuple[int, ...]
-    """Of each layer, those of matrices: what a token is multiplied with."""
-    width: tuple[int, ...]
-    """Of each layer, heads · head dim."""
+    """Of each layer, those of matrices: what a token is multiplied with (all experts of a mixture counted)."""
+    width: int
+    """Heads · head dim."""
     dtype: str
     """Of the attention weights as the layers give them; their softmax is float32 in all models tried."""
 
@@ -91,7 +92,7 @@ class Measurement:
             row = {"index": index} | dict(zip(STATISTICS, means, strict=True))
             row["stderr"] = None if error is None else float(error[index])
             row["heads"] = by_head[index].tolist()
-            row["weights"], row["width"] = self.weights[index], self.width[index]
+            row["weights"], row["width"] = self.weights[index], self.width
             rows.append(row)
         return rows
 
@@ -140,8 +141,8 @@ def measure(
             image_tokens += [len(each) for each in images]
     if not values:
         raise UserError("there is no sample to measure")
-    costs = [_cost(layer, found.text_config) for layer in found.layers]
-    weights, width = zip(*costs, strict=True)
+    weights = tuple(sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in found.layers)
+    width = attention_width(found.text_config)
     return Measurement(torch.cat(values), tuple(tokens), tuple(image_tokens), weights, width, dtype)
 
 
@@ -249,12 +250,8 @@ def _moved(inputs: Mapping[str, Tensor], base: nn.Module, device: torch.device) 
     return {name: value.to(base.dtype) if value.is_floating_point() else value for name, value in moved.items()}
 
 
-def _cost(layer: nn.Module, config: Any) -> tuple[int, int]:
-    """Weights of a layer's matrices (all experts of a mixture counted), and heads · head dim."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return sum(p.numel() for p in layer.parameters() if p.dim() > 1), heads * head_dim
-
-
 def _unavailable(where: str, why: str) -> UserError:
-    return UserError(f"{where}: attention weights are not available, {why}; ARank cannot be measured on this model")
+    return UserError(
+        f"{where}: attention weights are not available, {why}; ARank cannot be measured on this model, so choose layers by a "
+        "rule, such as {first: 1, leave_last: 1, every: 2}"
+    )

@@ -6,11 +6,12 @@ in `recipes/adapt/`; any other combination that can be written works.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from zoo.config import Config, ConfigError
 from zoo.routers import Capacity
@@ -149,7 +150,10 @@ class InferenceConfig(Config):
 class AdaptConfig(Config):
     """Everything `zoo.adapt.adapt` needs to know besides the model."""
 
-    layers: list[int] | Layers
+    layers: Annotated[
+        Annotated[list[int], Tag("list")] | Annotated[Layers, Tag("rule")],
+        Discriminator(lambda value: "rule" if isinstance(value, (Mapping, Layers)) else "list"),
+    ]
     """Numbers of the routed layers from 0, ascending, as `tools.arank` proposes them; or a rule for any depth, of which
     a progressive capacity leaves some dense."""
     last_layer: bool = False
@@ -220,7 +224,10 @@ class AdaptConfig(Config):
         if isinstance(self.layers, list):
             numbers = self.layers
             if numbers[-1] >= depth:
-                raise ConfigError(f"layers: {numbers[-1]} is out of range; the decoder has layers 0 to {depth - 1}")
+                raise ConfigError(
+                    f"layers: {numbers[-1]} is out of range; the decoder has layers 0 to {depth - 1}; leave it out, or give a "
+                    "rule that fits any depth: {first: 1, leave_last: 1}"
+                )
         else:
             numbers = list(range(self.layers.first, depth - self.layers.leave_last, self.layers.every))
         if isinstance(self.capacity, Progressive):

@@ -133,9 +133,10 @@ class AdaptContext:
         answers = answers if training and config.candidates == "image_and_answer" else None
         if not has_pictures(inputs) and answers is None:
             return dataclasses.replace(cls.text(like), judged=everything, **options)
-        kind = _kinds(ids, inputs, like, embed)
+        found = _placeholders(ids, inputs, like, embed)
+        kind = _masked(found, inputs).cpu()
         keys = _keys(config.router.seed, kind, inputs, training) if config.router.type == "random" else None
-        if has_pictures(inputs) and not bool(((kind == IMAGE) | (kind == VIDEO)).any()):
+        if has_pictures(inputs) and not bool((kind > TEXT).any()) and not bool(found.any()):  # all masked is no mistake
             names = " or ".join(map(str, ids))
             raise UserError(
                 f"the batch has pictures but no token of them: the id {names} never occurs in input_ids; build "
@@ -172,10 +173,10 @@ class AdaptContext:
         )
 
 
-def _kinds(
+def _placeholders(
     ids: Mapping[int, int], inputs: Mapping[str, Any], like: Tensor, embed: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    """(B, T) int64 on the host: TEXT, IMAGE, VIDEO or PADDING."""
+    """(B, T) int64: IMAGE, VIDEO or, everywhere else, TEXT."""
     kind = torch.zeros(like.shape[:2], dtype=torch.int64, device=like.device)
     tokens, values = inputs.get("input_ids"), inputs.get("inputs_embeds")
     for token, what in ids.items():
@@ -184,10 +185,15 @@ def _kinds(
         else:
             found = (values == embed(torch.tensor(token, device=values.device))).all(-1)
         kind = kind.masked_fill(found, what)
+    return kind
+
+
+def _masked(kind: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """kind (B, T), PADDING where the attention mask says so."""
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        kind = kind.masked_fill(mask[:, -like.shape[1] :] == 0, PADDING)
-    return kind.cpu()
+        kind = kind.masked_fill(mask[:, -kind.shape[1] :] == 0, PADDING)
+    return kind
 
 
 def _keys(seed: int, kind: Tensor, inputs: Mapping[str, Any], training: bool) -> np.ndarray:

@@ -100,7 +100,8 @@ def picture_ids(config: Any, name: str) -> dict[int, int]:
     ids = {token: kind for token, kind in ((image, IMAGE), (video, VIDEO)) if token is not None}
     if not ids:
         raise UserError(
-            f"{name} has no image token (config.image_token_id): it is a text-only model, and there is nothing to skip"
+            f"{name} has no image token (config.image_token_id): it is a text-only model, and there is nothing to skip; "
+            "give a multimodal one, such as LLaVA"
         )
     return ids
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -36,6 +37,23 @@ class Flops:
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.prefill + other.prefill, self.decode + other.decode, self.router + other.router)
+
+
+def layer_flops(weights: int, width: int, tokens: float) -> float:
+    """Of one decoder layer over a prompt.
+
+    Args:
+        weights: of its linear maps.
+        width: see `attention_width`.
+        tokens: that go through it.
+    """
+    return 2 * weights * tokens + 4 * width * tokens * (tokens + 1) / 2
+
+
+def attention_width(config: Any) -> int:
+    """Heads × head width, of the decoder with this config."""
+    heads = config.num_attention_heads
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def decoder_flops(model: nn.Module, tokens: int, groups: Sequence[int] = (), generated: int = 0) -> Flops:
@@ -83,23 +101,23 @@ def traced_flops(model: nn.Module, trace: Trace, tokens: Sequence[int]) -> Flops
 
 def _flops(found: Parts, tokens: int, kept: Mapping[int, int], candidates: int, generated: int) -> Flops:
     prefill = decode = 0.0
+    width = attention_width(found.text_config)
     for number, layer in enumerate(found.layers):
-        weights, width = _weights(layer), _attention_width(found, layer)
-        n = kept.get(number, tokens)
-        prefill += 2 * weights * n + 4 * width * n * (n + 1) / 2
-        decode += 2 * weights * generated + 4 * width * (generated * n + generated * (generated + 1) / 2)
+        weights, n = _weights(layer), kept.get(number, tokens)
+        prefill += layer_flops(weights, width, n)
+        decode += layer_flops(weights, width, n + generated) - layer_flops(weights, width, n)
     scorers = [layer.router for layer in found.layers if isinstance(layer, RoutedDecoderLayer)]
     scoring = sum(2.0 * router.weights for router in scorers if router is not None)
     return Flops(prefill, decode, scoring * candidates)
 
 
 def _weights(layer: nn.Module) -> int:
-    """Weights of the linear maps of a decoder layer, adapters and router apart."""
+    """Weights of the linear maps of a decoder layer, adapters, copies of PEFT and router apart."""
     total = 0
     for name, module in layer.named_modules():
         own = [part for part, p in module.named_parameters(recurse=False) if p.dim() > 1]
         path = name.split(".")
-        if ROUTER in path or any(part.startswith("lora_") for part in path) or not own:
+        if ROUTER in path or any(part.startswith(("lora_", "modules_to_save")) for part in path) or not own:
             continue
         if not isinstance(module, nn.Linear):
             raise UserError(
@@ -108,10 +126,3 @@ def _weights(layer: nn.Module) -> int:
             )
         total += module.in_features * module.out_features
     return total
-
-
-def _attention_width(found: Parts, layer: nn.Module) -> int:
-    """Heads × head width."""
-    config = found.text_config
-    head = getattr(layer.self_attn, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * head

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from zoo.adapt.flops import layer_flops
 from zoo.config import UserError
 
 
@@ -93,8 +94,7 @@ def flops_savings(
 ) -> list[float]:
     """Share of the dense decoder's prefill FLOPs that routing each layer saves, over the measured samples.
 
-    A layer costs 2 · weights · S + 2 · width · S · (S + 1) for S tokens: 2 a multiply-add, causal scores. The language
-    head, the vision tower and routers are not counted.
+    Counted as `zoo.adapt.flops` does, routers apart.
 
     Args:
         layers: `weights` and `width` of each, as `arank.Measurement.layers` gives them.
@@ -103,7 +103,7 @@ def flops_savings(
     """
 
     def flops(layer: Mapping[str, Any], lengths: Sequence[float]) -> float:
-        return sum(2 * layer["weights"] * s + 2 * layer["width"] * s * (s + 1) for s in lengths)
+        return sum(layer_flops(layer["weights"], layer["width"], length) for length in lengths)
 
     kept = [s - (1 - keep) * images for s, images in zip(tokens, image_tokens, strict=True)]
     dense = [flops(layer, tokens) for layer in layers]

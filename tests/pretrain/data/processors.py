@@ -31,19 +31,20 @@ TURN_TEMPLATE = (
 """The form of Qwen's: each turn ends itself; it invites more than it later writes."""
 
 
-def tokenizer() -> Any:
-    """A token a character; 64 ids."""
+def tokenizer(**names: str) -> Any:
+    """A token a character; 64 ids, from which on those of `names` follow: tokens by attribute, such as boi_token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = {"<pad>": PAD, "<s>": BEGIN, "</s>": END, "<unk>": UNKNOWN, "<image>": IMAGE}
     vocabulary = {character: number for number, character in enumerate(CHARACTERS, 1)} | special
+    vocabulary |= {f"<{number}>": number for number in range(len(CHARACTERS) + 1, BEGIN)}  # saved tokenizers have no holes
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+        extra_special_tokens=names or ["<image>"],
     )  # fmt: skip
 
 
@@ -58,33 +59,24 @@ def llava_processor(chat_template: str | None = None) -> Any:
     )  # fmt: skip
 
 
-def other_processors() -> dict[str, Any]:
-    """One of each family that has its own way with text or images; 4 tokens an image or a tile, where the number is
-    free."""
+def other_processors(tokens: int = 4) -> dict[str, Any]:
+    """One of each family that has its own way with text or images; `tokens` an image where the number is free, and 4 a tile."""
     import transformers as hf
-
-    def with_tokens(**names: tuple[str, int]) -> Any:
-        tokens = tokenizer()
-        tokens.add_special_tokens({"additional_special_tokens": [text for text, _ in names.values()]})
-        for name, (text, number) in names.items():
-            setattr(tokens, name, text)
-            setattr(tokens, f"{name}_id", number)
-        return tokens
 
     sides = {"height": 8, "width": 8}
     paligemma = hf.SiglipImageProcessor(size=sides)
-    paligemma.image_seq_length = 4
+    paligemma.image_seq_length = tokens
     chameleon = tokenizer()
     chameleon.sep_token = "</s>"
-    gemma = with_tokens(image_token=("<image>", IMAGE), boi_token=("<boi>", 64), eoi_token=("<eoi>", 65))
+    gemma = tokenizer(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
     cropped = {"size": {"shortest_edge": 8}, "crop_size": sides}
     tiled = hf.LlavaNextImageProcessor(**cropped, image_grid_pinpoints=[[8, 16], [16, 8]])
     idefics = hf.Idefics3ImageProcessor(size={"longest_edge": 16}, max_image_size={"longest_edge": 8})
     found = [
         hf.PaliGemmaProcessor(paligemma, tokenizer()),
-        hf.Gemma3Processor(hf.Gemma3ImageProcessor(size=sides), gemma, image_seq_length=4),
+        hf.Gemma3Processor(hf.Gemma3ImageProcessor(size={"height": 16, "width": 16}), gemma, image_seq_length=tokens),
         hf.Idefics3Processor(idefics, tokenizer(), image_seq_len=4),
-        hf.ChameleonProcessor(hf.ChameleonImageProcessor(**cropped), chameleon, image_seq_length=4),
+        hf.ChameleonProcessor(hf.ChameleonImageProcessor(**cropped), chameleon, image_seq_length=tokens),
         hf.LlavaNextProcessor(tiled, tokenizer(), patch_size=2, vision_feature_select_strategy="default",
                               num_additional_image_tokens=1),
     ]  # fmt: skip

@@ -101,11 +101,14 @@ def kept(family: Family, counts: list[int], keep: float) -> int:
     return sum(math.ceil(size * keep) for picture in family.inputs.of(counts) for size in picture.groups)
 
 
-def gradients(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss on the words that follow, and the gradient of each parameter; routers' names apart."""
-    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
-    predicted = real & torch.nn.functional.pad(real, (1, -1))  # padding predicts nothing
-    labels = ids.masked_fill(placeholders(ids) | ~predicted, -100)
+def gradients(
+    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor | None = None, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss on the labels, or on the words that follow, and the gradient of each parameter; routers' names apart."""
+    if labels is None:
+        ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+        predicted = real & torch.nn.functional.pad(real, (1, -1))  # padding predicts nothing
+        labels = ids.masked_fill(placeholders(ids) | ~predicted, -100)
     model.zero_grad()
     loss = model(**inputs, labels=labels, **options).loss
     loss.backward()
@@ -370,6 +373,27 @@ def test_a_batch_without_images_uses_every_router(case: tuple[Family, nn.Module]
     _, grads = gradients(model, family.inputs(model, [[6], [4]]))
     names = [name for name, _ in model.named_parameters() if "mod_router" in name]
     assert names and all(grads[name].abs().max() == 0 for name in names)
+
+
+def test_a_picture_that_is_masked_whole_is_not_there(case: tuple[Family, nn.Module]) -> None:
+    """Beside a row of text whose words compete: what the row and the routers learn is what they learn without it."""
+    family, model = case
+    adapt(model.float().train(), config(family, candidates="image_and_answer"))  # the families' own loss is fp32
+    found = []
+    for rows in ([[9]], [[9], [5, 3]]):
+        inputs = family.inputs(model, rows)
+        ids = inputs["input_ids"]
+        inputs["attention_mask"] = inputs["attention_mask"] * ~placeholders(ids)
+        labels = torch.full_like(ids, -100)
+        labels[0, -8:] = ids[0, -8:]  # the first of nine words would be predicted from padding
+        trace = Trace()
+        loss, grads = gradients(model, inputs, labels=labels, mod_trace=trace)
+        found.append((loss, grads, {name: count for name, (_, count) in trace.losses.items()}))
+    (alone, expected, counts), (loss, grads, counted) = found
+    close(loss, alone)
+    assert counted == counts and set(counts.values()) == {8}
+    same_gradients({name: grads[name] for name in expected}, expected, 10 * rounding(loss))
+    assert all(not grad.any() for name, grad in grads.items() if name not in expected)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llava"])

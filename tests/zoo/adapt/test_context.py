@@ -113,6 +113,11 @@ def test_keys_of_random_draws_count_tokens_not_columns() -> None:
     assert not torch.equal(trained[0], trained[1])
 
 
+def test_pictures_may_be_masked_whole() -> None:
+    built = context(["tiit", "tttt"], attention_mask=torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]]))
+    assert not built.routes and built.groups == () and built.fixed == (2, 4) and built.base.tolist().count(False) == 2
+
+
 def test_pictures_without_a_place_are_refused() -> None:
     with pytest.raises(UserError, match="63 or 62 never occurs in input_ids"):
         context(["tttt"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def test_a_changed_base_is_refused(base: Path, tmp_path: Path) -> None:
     other = LlavaForConditionalGeneration.from_pretrained(base)
     other.lm_head.weight.data[3, 4] += 1e-6
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="give the unchanged base"):
+    found, expected = weights_hash(other)[:12], weights_hash(model)[:12]
+    out, changed = (re.escape(str(tmp_path / name)) for name in ("out", "other"))
+    said = f"^{out}: made for .* weights {expected}…, but {changed} .* has {found}…; give the unchanged base with base=$"
+    with pytest.raises(UserError, match=said):
         load_adapted(tmp_path / "out", base=tmp_path / "other")
 
 

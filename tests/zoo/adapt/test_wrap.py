@@ -23,7 +23,7 @@ def config(**changes: Any) -> dict[str, Any]:
 def test_a_text_only_model() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with pytest.raises(UserError, match="LlamaForCausalLM has no image token .* text-only"):
+    with pytest.raises(UserError, match="LlamaForCausalLM has no image token .* text-only .* give a multimodal one"):
         adapt(LlamaForCausalLM(LlamaConfig(**small_text())), config())
     with pytest.raises(UserError, match="Linear is no model of Transformers"):
         adapt(torch.nn.Linear(2, 2), config())
@@ -32,9 +32,9 @@ def test_a_text_only_model() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"layers": [1, 4]}, "4 is out of range; the decoder has layers 0 to 3"),
+        ({"layers": [1, 4]}, "layers: 4 is out of range; the decoder has layers 0 to 3; leave it out"),
         ({"layers": [3]}, "3 is the last layer"),
-        ({"layers": [0]}, "layer 0 stays dense"),
+        ({"layers": [0]}, "adapt.layers: [0]: layer 0 stays dense"),
     ],
 )
 def test_layers(changes: dict[str, Any], message: str) -> None:
@@ -81,5 +81,5 @@ def test_patched_and_adapted_models() -> None:
 def test_images_of_another_id() -> None:
     model = adapt(LLAVA.build(), config())
     inputs = LLAVA.inputs(model, ROWS)
-    with pytest.raises(UserError, match="63 never occurs in input_ids"):
+    with pytest.raises(UserError, match="has pictures .* id 63 never occurs in input_ids; .* the model's own processor"):
         model(**inputs | {"input_ids": inputs["input_ids"].clamp(max=62)})
