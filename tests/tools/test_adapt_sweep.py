@@ -1,0 +1,325 @@
+"""`python -m tools.adapt_sweep`: arms of equal FLOPs, restartable runs, and a report that says what the results say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.pretrain.runs import Processes, environment
+from tests.pretrain.tuning import write_base, write_data
+from tests.zoo.adapt.families import llava
+from tools.adapt_sweep import __main__ as command
+from tools.adapt_sweep import report, settings
+from tools.adapt_sweep.plan import Planner, Point, layer_sets, solve
+from zoo.config import ConfigError
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "adapt"
+RANKS = [0.9, 0.3, 0.1, 0.2, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("rule", "sets"),
+    [
+        ("all", [[1, 2, 3, 4]]),
+        ("every_second", [[1, 3], [1, 2, 3, 4]]),
+        ("alternate", [[1], [1, 3], [1, 2, 3], [1, 2, 3, 4]]),
+        ("arank", [[2], [2, 3], [1, 2, 3], [1, 2, 3, 4]]),
+        ("arank_high", [[4], [1, 4], [1, 3, 4], [1, 2, 3, 4]]),
+    ],
+)
+def test_rules_of_layers(rule: str, sets: list[list[int]]) -> None:
+    assert layer_sets(rule, [1, 2, 3, 4], RANKS, 0) == sets
+
+
+def test_alternate_is_every_other_layer() -> None:
+    assert layer_sets("alternate", [1, 2, 3, 4, 5, 6], [], 0)[2] == [1, 3, 5]
+
+
+def test_random_layers_are_of_the_seed() -> None:
+    drawn = [layer_sets("random", range(1, 8), RANKS, seed) for seed in range(20)]
+    assert drawn[3] == layer_sets("random", range(1, 8), RANKS, 3)
+    assert len({tuple(sets[2]) for sets in drawn}) > 8
+    for sets in drawn:
+        assert all(set(few) < set(more) and sorted(few) == few for few, more in zip(sets, sets[1:], strict=False))
+
+
+def test_solve_finds_the_nearest_step() -> None:
+    def ratio(x: float) -> float:
+        return 0.2 + 0.05 * int(16 * x)
+
+    assert ratio(solve(ratio, 0.52, 0, 1)) == pytest.approx(0.5) and ratio(solve(ratio, 0.53, 0, 1)) == pytest.approx(0.55)
+    assert solve(lambda x: x, 0.3333, 0, 1) == pytest.approx(0.3333, abs=1e-4)
+    assert solve(lambda x: x, 2.0, 0, 1) == 1 and solve(lambda x: x, -1.0, 0.25, 1) == 0.25
+
+
+# ---------------------------------------------------------------------------------------------------------------- plans
+
+
+def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "base": str(tmp_path), "data": str(tmp_path), "recipe": str(RECIPES / "digits_base.yaml"), "targets": [0.7],
+        "arms": {"dense": {}, "arank": {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": "arank"}},
+    } | changes  # fmt: skip
+
+
+def planned(tmp_path: Path, **changes: Any) -> tuple[Planner, list[Point]]:
+    """Points for a decoder of four layers and prompts of 264 or 268 tokens, 256 of them an image's."""
+    sweep = settings.SweepConfig.parse(config(tmp_path, **changes))
+    shapes = Counter({(264, (256,)): 2, (268, (256,)): 1})
+    with torch.device("meta"):
+        model = llava(num_hidden_layers=8)
+    planner = Planner(sweep, model, lambda adapt: shapes, [0.9, 0.3, 0.1, 0.2, 0.5, 0.6, 0.05, 0.01])
+    return planner, planner.points()
+
+
+ARMS = {
+    "dense": {},
+    **{rule: {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": rule} for rule in ("arank", "random", "alternate")},
+    "p_mod": {"recipe": str(RECIPES / "p_mod.yaml"), "solve": "centre"},
+    "fastv": {"adapt": {"layers": {"first": 2}, "group": "sample"}, "tokens": "attention", "train": False},
+    "blind": {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": "arank", "tokens": "random", "train": False},
+}
+
+
+def test_points_meet_their_targets(tmp_path: Path) -> None:
+    planner, points = planned(tmp_path, arms=ARMS, targets=[0.7, 0.5, 0.3], seeds=[0, 1], last_layer=True)
+    assert len(points) == 2 + 2 * 3 * 6
+    for point in points:
+        assert not point.problem, point
+        assert point.flops == pytest.approx(point.target, rel=0.02)
+        if point.adapt is not None:
+            assert planner.ratio(point.adapt) == point.flops
+    by = {(p.arm, p.target, p.seed): p for p in points}
+    few = by["arank", 0.7, 0]
+    assert list(few.keep) == [2, 6, 7] and min(few.keep.values()) >= 0.1 and not few.void, "lowest ARank, fewest layers"
+    assert few.adapt["last_layer"] and few.adapt["inference"] == {"rule": "topk", "text": "keep"}
+    all_of_them = [by[arm, 0.3, 0] for arm in ("arank", "random", "alternate")]
+    assert all(p.void and list(p.keep) == [1, 2, 3, 4, 5, 6, 7] for p in all_of_them)
+    assert [p.same_as for p in all_of_them] == ["", "arank-0.3-0", "arank-0.3-0"]
+    assert by["random", 0.7, 0].keep.keys() != by["random", 0.7, 1].keep.keys()
+    assert list(by["fastv", 0.5, 0].keep) == [2, 3, 4, 5, 6, 7] and by["fastv", 0.5, 1].same_as == "fastv-0.5-0"
+    assert by["blind", 0.5, 1].adapt["router"] == {"type": "random", "seed": 1} and not by["blind", 0.5, 1].same_as
+    falling = list(by["p_mod", 0.5, 0].keep.values())
+    assert falling == sorted(falling, reverse=True) and falling[0] > falling[-1]
+    assert Point.read(json.loads(json.dumps(dataclasses.asdict(few)))) == few
+
+
+def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
+    _, points = planned(tmp_path, arms={"arank": ARMS["arank"]}, targets=[0.3, 0.25], seeds=[0])
+    assert points[0].flops == pytest.approx(0.3, rel=0.02) and min(points[0].keep.values()) < 0.1, "less than min_keep"
+    assert re.match(r"6 layers give 0\.26\d of dense FLOPs, not 0\.25 within 2%", points[1].problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": [1.5]}, r"targets\[0\]: 1.5: must be less than 1"),
+        ({"base": "/nowhere"}, "base: '/nowhere' is no folder"),
+        ({"arms": {"x": {"tokens": "learned", "train": False, "adapt": {"layers": [1]}}}}, r"arms.x: .*learned routers"),
+        ({"arms": {"x": {"train": False}}}, r"arms.x: .*dense control"),
+        ({"arms": {"x": {"recipe": "a.yaml", "layers": "all", "solve": "centre"}}}, r"arms.x: .*goes with layers: recipe"),
+        ({"arms": {"a/b": {}}}, "arms: .*'a/b'"),
+        ({"arms": {"a": {}, "b": {}}}, "one dense control is enough"),
+        ({"arms": {"x": {"layer": "arank"}}}, "arms.x.layer: unknown key"),
+    ],
+)
+def test_bad_sweeps(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(config(tmp_path, **changes)))
+    with pytest.raises(ConfigError, match=message):
+        settings.load(path, [])
+
+
+def test_bad_arms_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"arms.x: .*layers"):
+        planned(tmp_path, arms={"x": {"adapt": {"group": "image"}}})
+    with pytest.raises(ConfigError, match=r"arms.x: adapt.grou: unknown key"):
+        planned(tmp_path, arms={"x": {"adapt": {"grou": "image", "layers": [1]}}})
+    bad = settings.SweepConfig.parse(config(tmp_path, train={"stepps": 3}))
+    with pytest.raises(ConfigError, match="train.stepps: unknown key"):
+        command.base_recipe(bad)
+
+
+@pytest.mark.parametrize("name", ["sweep_digits", "sweep_digit_frames"])
+def test_the_recipes(tmp_path: Path, name: str) -> None:
+    sweep = settings.load(RECIPES / f"{name}.yaml", [f"base={tmp_path}", f"data={tmp_path}"])
+    assert command.base_recipe(sweep)["data"]["path"] == str(tmp_path)
+    with torch.device("meta"):
+        model = llava(num_hidden_layers=8)
+    groups = (256,) if name == "sweep_digits" else (64,) * 4
+    shapes = Counter({(266, groups): 1})
+    for point in Planner(sweep, model, lambda adapt: shapes, [0.1 * n for n in range(8)]).points():
+        assert not point.problem and point.flops == pytest.approx(point.target, rel=0.02)
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def judged(accuracy: float, flops: float) -> dict[str, Any]:
+    return {
+        "accuracy": accuracy, "kinds": {"cell": accuracy}, "questions": 10, "flops": flops, "keys_and_values": flops,
+        "skip": {"layers.1": 0.5}, "routers": {"accuracy": 0.875},
+    }  # fmt: skip
+
+
+def write_results(out: Path, accuracies: dict[str, list[float]]) -> list[Point]:
+    points = []
+    for arm, each in accuracies.items():
+        target = 1.0 if arm == "dense" else 0.7
+        for seed, accuracy in enumerate(each):
+            adapt = {"auxiliary": {"type": "membership"}} if target < 1 else None
+            point = Point(arm, target, seed, adapt, True, {1 if arm == "arank" else 2: 0.25} if adapt else {}, target)
+            folder = out / "runs" / point.name
+            folder.mkdir(parents=True)
+            result = {"before": judged(0.1, target), "after": judged(accuracy, target), "training_seconds": 10 * target}
+            if arm == "arank":
+                result["threshold"] = {**judged(0.5, 0.68), "validation": {"reached": seed > 0}}
+            (folder / "result.json").write_text(json.dumps(result))
+            points.append(point)
+    return points
+
+
+@pytest.mark.parametrize(
+    ("rival", "said"),
+    [
+        ([0.4, 0.5, 0.45], r"ARank's choice answers more questions \(\+35\.0 points, standard error 2\.9 over 3 seeds\)"),
+        ([0.9, 0.6, 0.85], r"not shown \(\+1\.7 points, standard error 9\.3 over 3 seeds\)"),
+        ([0.8, 0.8, 0.8], r"no difference at all"),
+    ],
+)
+def test_the_report_says_what_the_results_say(tmp_path: Path, rival: list[float], said: str) -> None:
+    arms = {name: ARMS[name] for name in ("dense", "arank", "random")}
+    sweep = settings.SweepConfig.parse(config(tmp_path, arms=arms))
+    accuracies = {"dense": [0.95, 0.97, 0.96], "arank": [0.8, 0.8, 0.8], "random": rival}
+    written = report.write(sweep, write_results(tmp_path, accuracies), tmp_path)
+    assert [path.name for path in written] == ["results.md", "accuracy.png", "skip.png"]
+    assert all(path.stat().st_size > 500 for path in written)
+    text = written[0].read_text()
+    assert re.search(said, text)
+    dense = next(line for line in text.splitlines() if line.startswith("| dense |"))
+    assert "| 96.0 ± 1.0 % |" in dense and "| 10.0 ± 0.0 % |" in dense and "10 s = 1.00" in dense
+    assert "| arank | 0.7 | 1 | 0.250 | 0.700 | 10.0 ± 0.0 % | 80.0 ± 0.0 % |" in text
+    assert "| 50.0 ± 0.0 % | 0.680 (1 off target) |" in text and "7 s = 0.70" in text
+    assert "| arank-0.7-0 | 1 | 0.50 | 87.5% |  |" in text
+
+
+# ---------------------------------------------------------------------------------------------------------- whole sweeps
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    write_base(folder / "base")
+    write_data(folder / "data", validation=12)
+    return folder
+
+
+def write_sweep(folders: Path, name: str, **changes: Any) -> Path:
+    sweep = config(
+        folders, base=str(folders / "base"), data=str(folders / "data"), tolerance=0.05, seeds=[0], targets=[0.85],
+        test={"split": "validation", "samples": 8, "batch": 3}, threshold={"samples": 4, "rounds": 4},
+        arank={"samples": 2, "batch": 2}, timing={"batch": 2, "rounds": 5}, schedule={"warmup_steps": 0},
+        evaluate={"samples": 2, "generate": False},
+        train={"steps": 3, "global_batch": 2, "micro_batch": 2, "device": "cpu", "evaluate_every": 0,
+               "checkpoint_every": 1, "log_every": 1},
+    )  # fmt: skip
+    path = folders / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(sweep | changes))
+    return path
+
+
+def test_a_threshold_meets_the_target(folders: Path) -> None:
+    """Judged as it was tuned, with the weights it had."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import zoo.adapt as za
+    from pretrain.data.questions import read_questions
+    from tools.adapt_sweep import judge
+
+    asked = read_questions(folders / "data", "validation")
+    assert [q.images for q in judge.one_an_image([*asked[:2], *asked], 3)] == [q.images for q in asked[:3]]
+    prompts = judge.Prompts.encode(asked, AutoProcessor.from_pretrained(folders / "base"), 5)
+    model = AutoModelForImageTextToText.from_pretrained(folders / "base")
+    assert judge.judge(model, prompts)["flops"] == 1
+    za.adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.5}})
+    weights = {name: router.weight.clone() for name, router in za.routers(model)}
+    topk = judge.judge(model, prompts)
+    assert topk["skip"] == {"layers.1": 0.5, "layers.2": 0.5} and topk["logits"].numel() == 2 * 12 * 16
+    found = judge.tune_threshold(model, prompts, topk["flops"], 0.02, 10)
+    assert found["reached"] and found["flops"] == pytest.approx(topk["flops"], rel=0.02)
+    assert za.adaptation(model).inference.threshold == found["threshold"]
+    assert judge.judge(model, prompts)["flops"] == found["flops"]
+    assert all(torch.equal(router.weight, weights[name]) for name, router in za.routers(model))
+    assert not judge.tune_threshold(model, prompts, 0.1, 0.02, 4)["reached"]
+
+
+def test_a_sweep_without_training(folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """One real run; then nothing is left to do, and another sweep is refused the folder."""
+    path, out = write_sweep(folders, "blind", arms={"blind": ARMS["blind"]}), folders / "blind"
+    arguments = [str(path), str(out), "--no-timing"]
+    assert command.main(arguments) == 0
+    result = json.loads((out / "runs" / "blind-0.85-0" / "result.json").read_text())
+    assert result["after"]["flops"] == pytest.approx(0.85, rel=0.05)
+    assert result["after"]["flops"] == pytest.approx(result["point"]["flops"], rel=1e-9), "measured is nominal under top-k"
+    assert result["after"]["keys_and_values"] < 1 and result["after"]["questions"] == 8
+    text = (out / "results.md").read_text()
+    assert f"{100 * result['after']['accuracy']:.1f} % (not tuned)" in text and f"{result['after']['flops']:.3f}" in text
+    assert [layer["index"] for layer in json.loads((out / "arank.json").read_text())["layers"]] == [0, 1, 2, 3]
+    monkeypatch.setattr(command, "_start", None)  # a run that is launched fails
+    assert command.main(arguments) == 0 and command.main([*arguments, "--report"]) == 0
+    assert command.main([*arguments, "tolerance=0.1"]) == 2
+    assert "belongs to another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_sweep_goes_on(folders: Path) -> None:
+    import sys
+
+    arms = {name: ARMS[name] for name in ("dense", "arank", "random", "fastv")}
+    train = {"steps": 40, "global_batch": 2, "micro_batch": 2, "device": "cpu", "evaluate_every": 0,
+             "checkpoint_every": 1, "log_every": 1}  # fmt: skip
+    path, out = write_sweep(folders, "killed", arms=arms, train=train, jobs=2), folders / "killed"
+    arguments = [sys.executable, "-m", "tools.adapt_sweep", str(path), str(out)]
+    first = Processes([(arguments, environment())], folders / "first")
+    checkpoint = out / "runs" / "dense-1-0" / "run" / "checkpoints" / "step-2"
+    assert first.wait_until(checkpoint.exists), first.printed()
+    os.kill(first.members[0].pid, signal.SIGKILL)
+    first.members[0].wait()
+    again = Processes([(arguments, environment())], folders / "again")
+    assert again.wait(500) == [0], again.printed()
+    results = {file.parent.name: json.loads(file.read_text()) for file in out.glob("runs/*/result.json")}
+    assert {"dense-1-0", "arank-0.85-0", "fastv-0.85-0"} <= set(results)
+    steps = [json.loads(line) for line in (out / "runs" / "dense-1-0" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 41))
+    for name, result in results.items():
+        assert result["after"]["flops"] == pytest.approx(result["point"]["target"], rel=0.05), name
+        assert not (out / "runs" / name / "run").exists()
+        assert ("threshold" in result) == name.startswith(("arank", "random"))
+    times = json.loads((out / "timing.json").read_text())
+    assert times["arank-0.85"]["prefill"]["rounds"] >= 3 and times["arank-0.85"]["decode"]["ms"] > 0
+    text = (out / "results.md").read_text()
+    assert f"{100 * results['dense-1-0']['after']['accuracy']:.1f} %" in text and "Not finished yet" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_failed_run_leaves_the_others_alone(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {"arank": ARMS["arank"], "blind": ARMS["blind"]}
+    path, out = write_sweep(folders, "failed", arms=arms), folders / "failed"
+    assert command.main([str(path), str(out), "--report"]) == 0
+    (out / "runs" / "arank-0.85-0" / "run").write_text("in the way of the run's folder")
+    assert command.main([str(path), str(out)]) == 1
+    assert "arank-0.85-0 failed:" in capsys.readouterr().err
+    assert (out / "runs" / "blind-0.85-0" / "result.json").exists()
+    assert "Not finished yet: arank-0.85-0." in (out / "results.md").read_text()

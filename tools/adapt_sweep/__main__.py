@@ -1,0 +1,247 @@
+"""Adapt one dense multimodal LLM in many ways of equal decoder FLOPs, tune all alike, and compare what they answer.
+
+    python -m tools.adapt_sweep SWEEP.yaml OUT [key.sub=value ...]
+
+The same command goes on where it stopped. OUT gets `arank.json`, `runs/<arm>-<target>-<seed>/result.json`,
+`timing.json`, `results.md`, `accuracy.png` and `skip.png`. A run is `python -m pretrain.adapt`, resumed by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from pretrain import adapt_recipe
+from pretrain import recipe as recipes
+from tools.adapt_sweep import settings
+from tools.adapt_sweep.plan import Planner, Point
+from tools.adapt_sweep.point import POINT, RESULT, RUN
+from tools.adapt_sweep.settings import SweepConfig
+from zoo.config import ConfigError, UserError
+
+PLAN, SWEEP, ARANK, RUNS, LOG = "plan.json", "sweep.json", "arank.json", "runs", "log"
+TAIL = 12
+"""Lines of a failed run's log that are shown."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools.adapt_sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", type=Path, help="YAML file")
+    parser.add_argument("out", type=Path, help="folder")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--report", action="store_true", help="only write the report of what has been run")
+    parser.add_argument("--no-timing", action="store_true", help="leave prefill and decode times out")
+    options = parser.parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return sweep(settings.load(options.sweep, options.overrides), options.out, options.report, options.no_timing)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def sweep(config: SweepConfig, out: Path, only_report: bool = False, no_timing: bool = False) -> int:
+    """Everything that is not done yet; returns the exit code, 1 where a run failed.
+
+    Raises:
+        UserError: a mistake of the user's; it is found before any run is launched.
+    """
+    from tools.adapt_sweep import report
+
+    recipe = base_recipe(config)
+    check_folder(config, out)
+    points = planned(config, recipe, out)
+    prepared = [prepare(config, recipe, point, out) for point in points if not point.problem and not point.same_as]
+    for point in points:
+        if point.problem:
+            print(f"{point.name}: not run, {point.problem}")
+    failed = []
+    if not only_report:
+        failed = launch([folder for folder in prepared if not (folder / RESULT).exists()], config.jobs)
+        if not no_timing and not failed:
+            from tools.adapt_sweep import timing
+
+            timing.measure(config, recipe, points, out / "timing.json")
+    written = report.write(config, points, out)
+    print(f"{', '.join(path.name for path in written)} are in {out}")
+    return 1 if failed else 0
+
+
+def base_recipe(config: SweepConfig) -> dict[str, Any]:
+    """The fine-tuning that all runs share, as a recipe's data.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    sections = ("optimizer", "schedule", "train", "evaluate")
+    data = recipes.read(config.recipe, over={section: getattr(config, section) for section in sections})
+    data.pop("adapt", None)
+    data |= {"base": config.base, "data": {**(data.get("data") or {}), "path": config.data}}
+    recipe = adapt_recipe.AdaptRecipe.parse(data)
+    recipes.check_batches(recipe.train)
+    return recipe.dump()
+
+
+def check_folder(config: SweepConfig, out: Path) -> None:
+    """`out` is new, or of a sweep that shares what finished runs depend on.
+
+    Raises:
+        UserError: it belongs to another.
+    """
+    ours = config.model_dump(mode="json", exclude=settings.FREE)
+    if (out / SWEEP).exists():
+        theirs = json.loads((out / SWEEP).read_text())
+        changed = [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]]
+        if changed:
+            raise UserError(f"{out} belongs to another sweep; give another folder. Different are\n  " + "\n  ".join(changed))
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / SWEEP, ours)
+
+
+def planned(config: SweepConfig, recipe: dict[str, Any], out: Path) -> list[Point]:
+    """The points of the sweep; kept in `out`, with ARank, until the sweep changes."""
+    key = {"sweep": config.model_dump(mode="json", exclude={"jobs", "keep_models", "timing"}), "recipe": recipe}
+    path = out / PLAN
+    if path.exists() and (kept := json.loads(path.read_text()))["of"] == key:
+        return [Point.read(point) for point in kept["points"]]
+    from pretrain import adapt_model
+    from pretrain.data.questions import read_questions
+    from tools.adapt_sweep.judge import Prompts
+    from zoo.adapt import AdaptConfig
+
+    adapt_model.quiet(0)
+    base = adapt_model.open_base(adapt_recipe.AdaptRecipe.parse(recipe))
+    if base.adapted:
+        raise ConfigError(f"base: {config.base!r} is adapted already; give the dense model it was made of")
+    for split in {"train", config.threshold.split}:
+        read_questions(Path(config.data), split)
+    questions = read_questions(Path(config.data), config.test.split)[: config.test.samples]
+    prompts = Prompts.encode(questions, base.processor, config.test.batch)
+    shapes: dict[tuple[str, str], Any] = {}
+
+    def shapes_of(adapt: AdaptConfig) -> Any:
+        kind = (adapt.group, adapt.candidates)
+        if kind not in shapes:
+            shapes[kind] = prompts.shapes(adapt, base.config)
+        return shapes[kind]
+
+    ranks = [layer["rank_over_length"] for layer in ranked(config, out / ARANK)["layers"]]
+    points = Planner(config, base.blueprint, shapes_of, ranks).points()
+    _write(path, {"of": key, "points": [dataclasses.asdict(point) for point in points]})
+    return points
+
+
+def ranked(config: SweepConfig, path: Path) -> dict[str, Any]:
+    """ARank of the base, from `path`, or measured and written there with its picture."""
+    from tools import arank
+
+    if path.exists():
+        return arank.read(path)
+    asked = {**arank.MEASURING, **config.arank.model_dump()}
+    result = arank.measured(config.base, Path(config.data), asked)
+    arank.propose(result, None, None, None, 0.5, config.last_layer)
+    arank.draw(result, path.with_suffix(".png"))
+    _write(path, result)
+    return result
+
+
+def prepare(config: SweepConfig, recipe: dict[str, Any], point: Point, out: Path) -> Path:
+    """The run's folder, with what it is to do.
+
+    Raises:
+        UserError: it has another run of this name.
+    """
+    folder = out / RUNS / point.name
+    made = {"name": point.name, "seed": point.seed, "run_dir": str(folder / RUN), "adapt": point.adapt}
+    tuned = adapt_recipe.AdaptRecipe.parse({**recipe, **made}).dump()
+    wanted = {
+        "point": dataclasses.asdict(point), "recipe": tuned, "test": config.test.model_dump(),
+        "threshold": config.threshold.model_dump(), "tolerance": config.tolerance, "keep_models": config.keep_models,
+    }  # fmt: skip
+    wanted = json.loads(json.dumps(wanted))
+    path = folder / POINT
+    if path.exists():
+        there = json.loads(path.read_text())
+        changed = [key for key in wanted if key != "keep_models" and wanted[key] != there.get(key)]
+        if changed and (folder / RESULT).exists():
+            raise UserError(
+                f"{folder} holds a run of that name with another {' and '.join(changed)}; name the arm anew, or remove the "
+                "folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, wanted)
+    return folder
+
+
+def launch(folders: Sequence[Path], jobs: int) -> list[Path]:
+    """Do runs, `jobs` at a time, showing progress and time left; returns those that failed."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if jobs > 1 else dict(os.environ)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # each run is the only rank of its own
+        environment.pop(name, None)
+    waiting, running, failed = list(folders), {}, []
+    with tqdm.tqdm(total=len(folders), desc="runs", unit="run", smoothing=0, disable=not folders or None) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    folder = waiting.pop(0)
+                    running[_start(folder, environment)] = folder
+                done = [process for process in running if process.poll() is not None]
+                for process in done:
+                    folder = running.pop(process)
+                    bar.update()
+                    if process.returncode or not (folder / RESULT).exists():
+                        failed.append(folder)
+                        lines = (folder / LOG).read_text(errors="replace").splitlines()[-TAIL:]
+                        bar.write(f"{folder.name} failed:\n  " + "\n  ".join(lines), sys.stderr)
+                    else:
+                        bar.write(f"{folder.name}: {_said(folder)}")
+                bar.set_postfix_str(", ".join(folder.name for folder in running.values()))
+                if not done:
+                    time.sleep(0.2)
+        finally:
+            for process in running:
+                os.killpg(process.pid, signal.SIGTERM)
+            for process in running:
+                process.wait()
+    return failed
+
+
+def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tools.adapt_sweep.point", str(folder)], env=environment, stdout=log, stderr=log,
+            process_group=0,
+        )  # fmt: skip
+
+
+def _said(folder: Path) -> str:
+    result = json.loads((folder / RESULT).read_text())
+    after = result["after"]
+    return f"accuracy {result['before']['accuracy']:.1%} → {after['accuracy']:.1%} at {after['flops']:.3f} of dense FLOPs"
+
+
+def _write(path: Path, data: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""One run of a sweep, in a process of its own: judge, tune by the real command, judge again.
+
+    python -m tools.adapt_sweep.point FOLDER
+
+FOLDER holds `point.json`, written by the sweep; it gets `result.json`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tools.adapt_sweep.plan import Point
+from zoo.config import UserError
+
+POINT, RESULT, BEFORE, METRICS, RUN = "point.json", "result.json", "before.json", "metrics.jsonl", "run"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    (folder,) = map(Path, sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the training is waited for
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one that a killed sweep has left behind ends soon
+        if not (folder / RESULT).exists():
+            try:
+                work(folder, json.loads((folder / POINT).read_text()))
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print("stopped", file=sys.stderr)
+                return 130
+    return 0
+
+
+def work(folder: Path, settings: dict[str, Any]) -> None:
+    """Do what is left of a run.
+
+    Args:
+        settings: `point`, `recipe` (of the fine-tuning, resolved), `test`, `threshold`, `tolerance`, `keep_models`.
+    Raises:
+        UserError: the training failed, or something cannot be opened.
+    """
+    import torch
+
+    from pretrain import adapt_model
+    from pretrain.adapt_recipe import AdaptRecipe
+    from pretrain.data.questions import read_questions
+    from pretrain.engine import choose_device
+    from tools.adapt_sweep import judge
+    from zoo.adapt import load_adapted
+
+    point, test = Point.read(settings["point"]), settings["test"]
+    recipe = AdaptRecipe.parse(settings["recipe"])
+    device, data = choose_device(recipe.train.device), Path(recipe.data.path)
+    adapt_model.quiet(0)
+    base = adapt_model.open_base(recipe)
+    questions = read_questions(data, test["split"])[: test["samples"]]
+    prompts = judge.Prompts.encode(questions, base.processor, test["batch"])
+    first = prompts if not point.train else judge.Prompts.encode(questions[: test["before"]], base.processor, test["batch"])
+
+    def judged(model: Any, prompts: judge.Prompts = prompts) -> dict[str, Any]:
+        return {key: value for key, value in judge.judge(model, prompts).items() if key != "logits"}
+
+    before = _kept(folder / BEFORE, lambda: judged(adapt_model.whole(recipe, base).to(device).eval(), first))
+    result: dict[str, Any] = {"point": settings["point"], "before": before, "after": before}
+    if point.train:
+        seconds = train(folder, settings["recipe"])
+        model = load_adapted(recipe.folder / "model") if point.adapt is not None else _dense(recipe.folder / "model")
+        model = model.to(device, torch.float32).eval()
+        result |= {"after": judged(model), "training_seconds": seconds}
+        if point.learned:
+            tuning = settings["threshold"]
+            held_out = judge.one_an_image(read_questions(data, tuning["split"]), tuning["samples"])
+            prompts_of = judge.Prompts.encode(held_out, base.processor, test["batch"])
+            found = judge.tune_threshold(model, prompts_of, point.target, settings["tolerance"], tuning["rounds"])
+            result["threshold"] = {"validation": found, **judged(model)}
+    temporary = folder / (RESULT + ".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    if point.train:
+        shutil.copyfile(recipe.folder / METRICS, folder / METRICS)
+        if settings["keep_models"]:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            shutil.move(recipe.folder / "model", folder / "model")
+    os.replace(temporary, folder / RESULT)
+    shutil.rmtree(recipe.folder, ignore_errors=True)  # with its checkpoints
+
+
+def train(folder: Path, recipe: dict[str, Any]) -> float:
+    """Tune, or go on with it; returns the seconds of its steps.
+
+    Raises:
+        UserError: it ended before its last step.
+    """
+    path, run = folder / "recipe.yaml", Path(recipe["run_dir"])
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    command = [sys.executable, "-m", "pretrain.adapt", str(path)]
+    sweep = os.getppid()
+    training = subprocess.Popen(command)
+    try:
+        while training.poll() is None:
+            if os.getppid() != sweep:  # the sweep was killed: its next call goes on from a checkpoint
+                raise UserError("the sweep is gone")
+            time.sleep(0.2)
+    finally:
+        if training.poll() is None:
+            training.send_signal(signal.SIGTERM)
+            training.wait()
+    if training.returncode or not (run / "model").exists():
+        raise UserError(f"the training ended with exit code {training.returncode} before its last step")
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return max(line["seconds"] for line in lines if "seconds" in line)
+
+
+def _dense(folder: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `path` holds, made and written if it is not there."""
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(make(), indent=1) + "\n")
+        os.replace(temporary, path)
+    return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
