@@ -34,11 +34,14 @@ SPECIAL = {
 }
 """Roles → tokens; their ids are 0, 1, …"""
 TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for message in messages %}"
+    "{% set frames = message['content'] | selectattr('type', 'equalto', 'image') | list | length %}"
+    "{% set seen = namespace(frames=0) %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{% set seen.frames = seen.frames + 1 %}"
+    "{% if frames > 1 %}frame {{ seen.frames }} {% endif %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% if message['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
 )
-"""`<image>question answer</s>question answer</s>…`"""
+"""`<image>question answer</s>question answer</s>…`; of several images each is announced: `frame 1 <image>frame 2 <image>…`"""
 
 
 class LlavaFolderConfig(Config):

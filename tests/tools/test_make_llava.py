@@ -79,6 +79,13 @@ def test_the_trainer_encodes_it(folder: Path, data: Path) -> None:
     torch.testing.assert_close(sample["pixel_values"], grey.expand(1, 3, 32, 32))
 
 
+def test_several_images_are_frames(folder: Path) -> None:
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "How many sixes?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    assert text == "frame 1 <image>frame 2 <image>How many sixes? "
+
+
 def test_same_seed_same_weights() -> None:
     config = LlavaFolderConfig.parse(SIZES)
     state = torch.get_rng_state()
