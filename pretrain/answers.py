@@ -180,7 +180,7 @@ def _generate(
         inputs = moved(inputs, device, dtype)
         ids = model.generate(
             **inputs, max_new_tokens=longest + SLACK, do_sample=False, num_beams=1, synced_gpus=ranks.together,
-            eos_token_id=_ends(model, tokenizer), pad_token_id=batcher.padding,
+            eos_token_id=ends(model, tokenizer), pad_token_id=batcher.padding,
         )  # fmt: skip
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for (question, kind), text in zip(chunk, texts, strict=False):  # a filler's is left
@@ -188,7 +188,7 @@ def _generate(
                 add(f"said|{kind}", 1.0)
 
 
-def _ends(model: nn.Module, tokenizer: Any) -> list[int]:
+def ends(model: nn.Module, tokenizer: Any) -> list[int]:
     """Ids after which an answer is over."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]

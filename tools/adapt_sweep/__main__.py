@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from pretrain import adapt_recipe
 from pretrain import recipe as recipes
 from tools.adapt_sweep import settings
 from tools.adapt_sweep.plan import Planner, Point
-from tools.adapt_sweep.point import POINT, RESULT, RUN
+from tools.adapt_sweep.point import BEFORE, POINT, RESULT, RUN
 from tools.adapt_sweep.settings import SweepConfig
 from zoo.config import ConfigError, UserError
 
@@ -104,7 +105,7 @@ def check_folder(config: SweepConfig, out: Path) -> None:
     Raises:
         UserError: it belongs to another.
     """
-    ours = config.model_dump(mode="json", exclude=settings.FREE)
+    ours = config.model_dump(mode="json", exclude=settings.FREE) | {"weights": digest(Path(config.base))}
     if (out / SWEEP).exists():
         theirs = json.loads((out / SWEEP).read_text())
         changed = [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]]
@@ -112,6 +113,15 @@ def check_folder(config: SweepConfig, out: Path) -> None:
             raise UserError(f"{out} belongs to another sweep; give another folder. Different are\n  " + "\n  ".join(changed))
     out.mkdir(parents=True, exist_ok=True)
     _write(out / SWEEP, ours)
+
+
+def digest(base: Path) -> str:
+    """sha256 of a model's weights as its folder holds them."""
+    found = hashlib.sha256()
+    for path in sorted((*base.glob("*.safetensors"), *base.glob("*.bin"))):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def planned(config: SweepConfig, recipe: dict[str, Any], out: Path) -> list[Point]:
@@ -184,6 +194,8 @@ def prepare(config: SweepConfig, recipe: dict[str, Any], point: Point, out: Path
                 f"{folder} holds a run of that name with another {' and '.join(changed)}; name the arm anew, or remove the "
                 "folder"
             )
+        if changed:
+            (folder / BEFORE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, wanted)
     return folder

@@ -79,20 +79,21 @@ def judge(model: nn.Module, prompts: Prompts, new_tokens: int | None = None) -> 
         model: in evaluation, dense or adapted.
         new_tokens: to generate at most; None: those of the longest answer, and its end.
     Returns:
-        `accuracy`, share of answers that are the right text exactly; `kinds`, of each kind of question; `questions`;
+        `accuracy`, share of answers that are the right text exactly; `kinds`, of each kind of question; `questions`; `marks`,
+        1 for each that was right, in order;
         `flops`, of the decoder's prefill with its routers, measured, over dense; `keys_and_values`, bytes over dense;
         `skip`, share of candidates skipped in each routed layer, by its name; `routers`, how well they foresee who is
         kept; `logits`, (n,) of all candidates.
     """
     tokenizer = prompts.processor.tokenizer
     layers = [layer.routing.name for layer in za.routed_layers(model)]
-    ends = {model.generation_config.eos_token_id, tokenizer.eos_token_id} - {None}
     longest = max(
         len(tokenizer(q.turns[-1][1], add_special_tokens=False).input_ids) for _, asked in prompts.batches for q in asked
     )
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     sums: Counter[str] = Counter()
+    marks: list[int] = []
     logits = []
     for inputs, asked in prompts.batches:
         trace = Trace()
@@ -100,7 +101,7 @@ def judge(model: nn.Module, prompts: Prompts, new_tokens: int | None = None) -> 
         try:
             made = model.generate(
                 **moved(inputs, model.device, model.dtype), max_new_tokens=new_tokens or longest + 1, do_sample=False,
-                num_beams=1, eos_token_id=sorted(ends), pad_token_id=padding_id(prompts.processor),
+                num_beams=1, eos_token_id=answers.ends(model, tokenizer), pad_token_id=padding_id(prompts.processor),
                 return_dict_in_generate=True,
             )  # fmt: skip
         finally:
@@ -110,7 +111,8 @@ def judge(model: nn.Module, prompts: Prompts, new_tokens: int | None = None) -> 
         for question, text in zip(asked, texts, strict=True):
             kind = question.extra["kind"]
             total[kind] += 1
-            right[kind] += text.strip() == question.turns[-1][1].strip()
+            marks.append(int(text.strip() == question.turns[-1][1].strip()))
+            right[kind] += marks[-1]
         lengths = _lengths(inputs)
         cache = za.cache_report(made.past_key_values)
         sums["flops"] += za.traced_flops(model, trace, lengths).total
@@ -124,6 +126,7 @@ def judge(model: nn.Module, prompts: Prompts, new_tokens: int | None = None) -> 
         "accuracy": sum(right.values()) / sum(total.values()),
         "kinds": {kind: right[kind] / total[kind] for kind in sorted(total) if kind},
         "questions": sum(total.values()),
+        "marks": marks,
         "flops": sums["flops"] / sums["dense"],
         "keys_and_values": sums["bytes"] / sums["dense bytes"],
         "skip": {layer: values[f"skip/{layer}"] for layer in layers},

@@ -74,7 +74,8 @@ def layer_sets(rule: str, candidates: Sequence[int], ranks: Sequence[float], see
     if rule == "every_second":
         return [list(candidates[::2]), list(candidates)]
     if rule == "alternate":
-        return [[candidates[i * count // n] for i in range(n)] for n in range(1, count + 1)]
+        spread = [[round(i * (count - 1) / (n - 1)) for i in range(n)] for n in range(2, count + 1)]
+        return [[candidates[i] for i in places] for places in ([count // 2], *spread)]
     if rule == "random":
         order = random.Random(seed).sample(list(candidates), count)
     else:
@@ -157,22 +158,27 @@ class Planner:
                 break
         reached, adapt = best
         keep = self._measured(adapt)[1]
-        void = config.layers not in ("recipe", "all") and len(keep) == len(self.candidates(config, sets[-1]))
+        void = config.layers not in ("recipe", "all") and len(keep) == len(self.candidates(config))
         if abs(reached / target - 1) > self.sweep.tolerance:
             problem = f"{len(keep)} layers give {reached:.3f} of dense FLOPs, not {target:g} within {self.sweep.tolerance:.0%}"
             return Point(arm, target, seed, None, config.train, keep, reached, void, problem)
         return Point(arm, target, seed, adapt, config.train, keep, reached, void)
 
-    def candidates(self, config: ArmConfig, adapt: Mapping[str, Any]) -> list[int]:
-        """Layers that the arm may route."""
-        supervised = adapt.get("auxiliary", {}).get("type", "none") != "none"
-        last = self.sweep.last_layer and (supervised or config.tokens != "learned")
+    def candidates(self, config: ArmConfig) -> list[int]:
+        """Layers that the arm may route; those of a control in which a draw replaces the routers are the recipe's."""
+        supervised = self._read(config).get("auxiliary", {}).get("type", "none") != "none"
+        unlearned = config.recipe is None and config.tokens != "learned"
+        last = self.sweep.last_layer and (supervised or unlearned)
         return list(range(1, self.depth if last else self.depth - 1))
+
+    def _read(self, config: ArmConfig) -> dict[str, Any]:
+        """The arm's `adapt` section as it is written."""
+        read = {} if config.recipe is None else recipes.read(config.recipe, over={"adapt": config.adapt})
+        return dict(read.get("adapt") or config.adapt)
 
     def _adaptations(self, config: ArmConfig, seed: int) -> Iterator[dict[str, Any]]:
         """The arm's `adapt` sections, its capacity not yet set, in the order in which they are tried."""
-        read = {} if config.recipe is None else recipes.read(config.recipe, over={"adapt": config.adapt})
-        adapt = dict(read.get("adapt") or config.adapt)
+        adapt = self._read(config)
         adapt["inference"] = {"rule": "topk", "text": "keep"}
         if config.tokens != "learned":
             adapt |= {"router": {"type": config.tokens}, "gate": {"activation": "none"}, "auxiliary": {"type": "none"}}
@@ -183,7 +189,7 @@ class Planner:
                 raise ConfigError("adapt.layers: layers is recipe, and the recipe names none; add them, or choose a rule")
             yield adapt
             return
-        candidates = self.candidates(config, adapt)
+        candidates = self.candidates(config)
         if not candidates:
             raise ConfigError(f"layers: none of the decoder's {self.depth} may be routed; set last_layer: true")
         for layers in layer_sets(config.layers, candidates, self.ranks, seed):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.questions import read_questions
 from tools.adapt_sweep import pictures
+from tools.adapt_sweep.chance import LEVEL, Difference, blind, compare
 from tools.adapt_sweep.plan import Point
 from tools.adapt_sweep.rows import Result, Row, deviation, gather
 from tools.adapt_sweep.settings import SweepConfig
@@ -40,27 +42,40 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
     seconds = statistics.mean(found) if dense and (found := dense[0].each(_seconds)) else None
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        lines.append("| " + " | ".join(_cells(row, kinds, times.get(f"{row.arm}-{row.target:g}"), seconds)) + " |")
+        cells = _cells(row, kinds, times.get(f"{row.arm}-{row.target:g}"), seconds, config.tolerance)
+        lines.append("| " + " | ".join(cells) + " |")
     problems = [f"- {p.name}: not run, {p.problem}." for row in rows for p in row.points if p.problem]
     missing = [p.name for row in rows for p in row.points if not p.problem and p.name not in {q.name for q, _ in row.results}]
-    tested = {result["after"]["questions"] for row in rows for _, result in row.results}
+    tested, first = (
+        "/".join(map(str, sorted({result[when]["questions"] for row in rows for _, result in row.results}))) or "no"
+        for when in ("after", "before")
+    )
+    known = Path(config.data) / f"{config.test.split}.jsonl"
+    guess = ""
+    if known.exists():
+        share = blind(read_questions(Path(config.data), config.test.split)[: config.test.samples])
+        guess = f"The commonest answer to each form of question is right {share:.1%} of the time. "
     notes = [
         f"# {Path(config.base).name} made cheaper",
-        f"Accuracy: share of generated answers that are exactly right, on {'/'.join(map(str, sorted(tested))) or 'no'} "
-        f"{config.test.split} questions; mean ± standard deviation over seeds {', '.join(map(str, config.seeds))}. "
+        f"Accuracy: share of generated answers that are exactly right, on {tested} {config.test.split} questions; mean ± "
+        f"standard deviation over seeds {', '.join(map(str, config.seeds))}, of tuning; the base is one. {guess}"
+        f"Before: adapted, not yet tuned, on the first {first}. "
         "FLOPs: the decoder's prefill with its routers, measured, over dense; K/V: bytes of keys and values over dense. "
-        "Before: adapted, not yet tuned. By threshold: one threshold, tuned on validation, in place of top-k (off target: none "
-        "reaches the FLOPs within the tolerance there). Prefill: "
-        "milliseconds over dense (smallest to largest ratio of a round); decoder's: without the vision tower, and that "
-        "over the FLOPs. Decode: time of a step over dense. Training: seconds of the steps over the dense control's, "
-        f"{config.jobs} runs side by side. (void): the rule had no choice of layers.",
+        "By threshold: one threshold, tuned on validation, in place of top-k (off target: there or here it misses the "
+        "FLOPs by more than the tolerance). Prefill: milliseconds over dense (smallest to largest ratio of a round); "
+        "decoder's: without the vision tower, and that over the FLOPs. Decode: time of a step over dense. Training: "
+        f"seconds of the steps over the dense control's, {config.jobs} runs side by side. (void): the rule had no choice "
+        "of layers. A random draw of tokens depends on their place alone when a model is judged: all images keep the same "
+        "places.",
     ]
     if missing:
         notes.append(f"Not finished yet: {', '.join(missing)}.")
     return "\n\n".join([*notes, "\n".join(lines), *(["\n".join(problems)] if problems else [])])
 
 
-def _cells(row: Row, kinds: Sequence[str], times: dict[str, Any] | None, seconds: float | None) -> list[str]:
+def _cells(
+    row: Row, kinds: Sequence[str], times: dict[str, Any] | None, seconds: float | None, tolerance: float
+) -> list[str]:
     counts = sorted({len(p.keep) for p in row.points})
     shares = [share for p in row.points for share in p.keep.values()]
     keep = "" if not shares else f"{min(shares):.3f}" if min(shares) == max(shares) else f"{min(shares):.2f}–{max(shares):.2f}"
@@ -68,12 +83,12 @@ def _cells(row: Row, kinds: Sequence[str], times: dict[str, Any] | None, seconds
     flops = row.each(lambda r: r["after"]["flops"])
     untrained = "" if any(p.train for p in row.points) or not flops else " (not tuned)"
     cells = [row.arm, f"{row.target:g}", "–".join(map(str, counts)) + void, keep, _mean(flops, "{:.3f}")]
-    cells.append(_percent(row.each(lambda r: r["before"]["accuracy"])))
-    cells.append(_percent(row.each(lambda r: r["after"]["accuracy"])) + untrained)
-    cells += [_percent(row.each(lambda r, kind=kind: r["after"]["kinds"].get(kind))) for kind in kinds]
+    cells.append(_percent(row.each(lambda r: r["before"]["accuracy"]), row.runs if row.target < 1 else 1))
+    cells.append(_percent(row.each(lambda r: r["after"]["accuracy"]), row.runs) + untrained)
+    cells += [_percent(row.each(lambda r, kind=kind: r["after"]["kinds"].get(kind)), row.runs) for kind in kinds]
     judged = [result["threshold"] for _, result in row.results if "threshold" in result]
-    off = sum(not each["validation"]["reached"] for each in judged)
-    cells.append(_percent([each["accuracy"] for each in judged]))
+    off = sum(not each["validation"]["reached"] or abs(each["flops"] / row.target - 1) > tolerance for each in judged)
+    cells.append(_percent([each["accuracy"] for each in judged], row.runs))
     cells.append(_mean([each["flops"] for each in judged], "{:.3f}") + (f" ({off} off target)" if off else ""))
     cells.append(_mean(row.each(lambda r: r["after"]["keys_and_values"]), "{:.3f}"))
     if times is None or not flops:
@@ -90,63 +105,58 @@ def _cells(row: Row, kinds: Sequence[str], times: dict[str, Any] | None, seconds
     return cells
 
 
-def differences(ours: Row, theirs: Row) -> list[float]:
-    """Accuracy of ours minus theirs, for each seed that both have."""
-    other = {point.seed: result for point, result in theirs.results}
-    return [
-        result["after"]["accuracy"] - other[point.seed]["after"]["accuracy"]
-        for point, result in ours.results
-        if point.seed in other
-    ]
-
-
-def verdict(values: Sequence[float], name: str) -> str:
-    """What differences between two arms, a seed each, show: a sentence."""
-    if len(values) < 2:
-        return f"Against {name}: {len(values)} seed{'s' * (len(values) != 1)} show nothing about chance."
-    mean, error = statistics.mean(values), _error(values)
-    said = f"{100 * mean:+.1f} points, standard error {100 * error:.1f} over {len(values)} seeds"
-    if not any(values):
-        return f"Against {name}: no difference at all ({said})."
-    if abs(mean) < 2 * error:
-        return f"Against {name}: not shown ({said})."
-    better = "answers more questions" if mean > 0 else "answers fewer questions"
-    return f"Against {name}: ARank's choice {better} ({said})."
-
-
 def comparison(config: SweepConfig, rows: Sequence[Row]) -> str:
     """Whether layers chosen by ARank lose less than others at the same FLOPs."""
     by = {(row.arm, row.target): row for row in rows}
     arms = config.arms
-    ours = [name for name, arm in arms.items() if arm.layers == "arank" and arm.train]
     lines, sentences = [], []
-    for name in ours:
+    for name in (name for name, arm in arms.items() if arm.layers == "arank" and arm.train):
         for rival, arm in arms.items():
-            twin = arm.layers in RIVALS and arm.model_copy(update={"layers": "arank"}) == arms[name]
-            if not twin:
+            if arm.layers not in RIVALS or arm.model_copy(update={"layers": "arank"}) != arms[name]:
                 continue
-            pooled: list[float] = []
+            pooled: defaultdict[int, list[tuple[Result, Result]]] = defaultdict(list)
             for target in config.targets:
-                mine, other = by[name, target], by[rival, target]
-                values = differences(mine, other)
-                sets = {p.seed: set(p.keep) for p in other.points}
-                same = sum(set(p.keep) == sets.get(p.seed) for p in mine.points)
-                void = same == len(mine.points)
-                pooled += [] if void else values
-                mean = f"{100 * statistics.mean(values):+.1f}" if values else ""
-                error = f"{100 * _error(values):.1f}" if len(values) > 1 else ""
-                lines.append(f"| {name} − {rival} | {target:g} | {mean} | {error} | {len(values)} | {same} |")
-                if values and not void:
-                    sentences.append(f"- At {target:g} of dense FLOPs. {verdict(values, rival)}")
-                elif void:
-                    said = f"Against {rival}: both route the same layers, no comparison."
-                    sentences.append(f"- At {target:g} of dense FLOPs. {said}")
+                pairs, same = paired(by[name, target], by[rival, target])
+                void = same == len(pairs)
+                found = compare(pairs) if pairs else None
+                cells = [f"{name} − {rival}", f"{target:g}", *_difference(found), f"{len(pairs)}", f"{same}"]
+                lines.append("| " + " | ".join(cells) + " |")
+                if not void:
+                    sentences.append(f"- At {target:g} of dense FLOPs against {rival}: {_verdict(found)}")
+                    for seed, each in pairs.items():
+                        pooled[seed] += each
             if len(config.targets) > 1 and pooled:
-                sentences.append(f"- Over all targets with a choice. {verdict(pooled, rival)}")
+                sentences.append(f"- Over all targets with a choice against {rival}: {_verdict(compare(pooled))}")
     if not lines:
         return "## Does ARank choose better layers?\n\nNo arm of this sweep differs from another in the rule of its layers alone."
-    heads = "| accuracy of | target | mean difference, points | standard error | seeds | of them the same layers |"
-    return "\n".join(["## Does ARank choose better layers?", "", heads, "|---|---|---|---|---|---|", *lines, "", *sentences])
+    text = (
+        f"Differences of runs that share the seed, with {LEVEL:.0%} intervals over seeds (Student's) and over questions; what "
+        "lies within either is not shown. Runs that route the same layers are one run, and count as no difference."
+    )
+    heads = "| accuracy of | target | difference, points | over seeds | over questions | seeds | of them the same layers |"
+    head = "## Does ARank choose better layers?"
+    return "\n".join([head, "", text, "", heads, "|---|---|---|---|---|---|---|", *lines, "", *sentences])
+
+
+def paired(ours: Row, theirs: Row) -> tuple[dict[int, list[tuple[Result, Result]]], int]:
+    """Results of the seeds that both have, and how many of these route the same layers."""
+    other = {point.seed: (point, result) for point, result in theirs.results}
+    both = [(point, result, *other[point.seed]) for point, result in ours.results if point.seed in other]
+    same = sum(mine.keep.keys() == his.keep.keys() for mine, _, his, _ in both)
+    return {point.seed: [(result, rival)] for point, result, _, rival in both}, same
+
+
+def _difference(found: Difference | None) -> list[str]:
+    if found is None:
+        return ["", "", ""]
+    by_seed = f"± {100 * found.by_seed:.1f}" if found.seeds > 1 else ""
+    return [f"{100 * found.mean:+.1f}", by_seed, f"± {100 * found.by_question:.1f}"]
+
+
+def _verdict(found: Difference) -> str:
+    if not found.shown:
+        return f"not shown ({found})."
+    return f"ARank's choice answers {'more' if found.mean > 0 else 'fewer'} questions ({found})."
 
 
 def layers_of(rows: Sequence[Row]) -> str:
@@ -171,18 +181,14 @@ def _seconds(result: Result) -> float | None:
     return result.get("training_seconds")
 
 
-def _error(values: Sequence[float]) -> float:
-    return deviation(values) / math.sqrt(len(values))
-
-
 def _mean(values: Sequence[float], form: str) -> str:
     return form.format(statistics.mean(values)) if values else ""
 
 
-def _percent(values: Sequence[float]) -> str:
+def _percent(values: Sequence[float], runs: int) -> str:
     if not values:
         return ""
-    spread = f" ± {100 * deviation(values):.1f}" if len(values) > 1 else ""
+    spread = f" ± {100 * deviation(values):.1f}" if runs > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{spread} %"
 
 

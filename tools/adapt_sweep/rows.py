@@ -23,6 +23,11 @@ class Row:
     points: list[Point]
     results: list[tuple[Point, Result]]
 
+    @property
+    def runs(self) -> int:
+        """How many different runs the results are of."""
+        return len({point.same_as or point.name for point, _ in self.results})
+
     def each(self, get: Callable[[Result], float | None]) -> list[float]:
         return [value for _, result in self.results if (value := get(result)) is not None]
 
