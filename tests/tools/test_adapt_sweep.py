@@ -67,7 +67,7 @@ def test_solve_finds_the_nearest_step() -> None:
 
 def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "base": str(tmp_path), "data": str(tmp_path), "recipe": str(RECIPES / "digits_base.yaml"), "targets": [0.7],
+        "base": str(tmp_path), "data": str(tmp_path), "recipe": str(RECIPES / "digits_tuning.yaml"), "targets": [0.7],
         "arms": {"dense": {}, "arank": {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": "arank"}},
     } | changes  # fmt: skip
 
