@@ -27,7 +27,7 @@ from pretrain.data.samples import Batcher, Batches, QuestionBatch, Samples, fing
 from pretrain.engine import Engine, check_values, choose_device, leave, prepare_environment, rank_and_world
 from pretrain.loop import Loop, command
 from zoo.adapt.family import parts
-from zoo.config import UserError
+from zoo.config import ConfigError, UserError
 from zoo.flops import TRAINING_FACTOR
 
 MODEL = "model"
@@ -58,6 +58,11 @@ def work(recipe: AdaptRecipe) -> None:
 
     quiet(rank)
     base = open_base(recipe)
+    if base.adapt is not None and base.adapt.router.type == "attention":
+        raise ConfigError(
+            "adapt.router.type: 'attention' ranks tokens by what the end of a sequence attends to, in training the end of "
+            "its answer; it is judged without training (zoo.adapt.adapt, tools.adapt_sweep), or choose linear"
+        )
     config = recipes.deepspeed_for(recipe, world, base.d_model)
     check_values(config)
     run_folder.check_recipe(recipe.folder, recipe)

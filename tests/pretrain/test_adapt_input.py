@@ -138,6 +138,13 @@ def test_a_base_that_is_adapted_in_another_way(refused: Callable[..., str]) -> N
     assert message.startswith("adapt: the base 'adapted' is adapted already, in another way; leave adapt out")
 
 
+def test_an_attention_router_in_training(refused: Callable[..., str]) -> None:
+    adapt = {**ADAPT, "group": "sample", "router": {"type": "attention"}, "gate": {"activation": "none"}}
+    message = refused(adapt=adapt | {"auxiliary": {"type": "none"}})
+    for part in ("adapt.router.type: 'attention'", "the end of its answer", "choose linear"):
+        assert part in message, message
+
+
 def test_batches_that_do_not_divide_over_the_ranks(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "train.global_batch: 4 is not a multiple of train.micro_batch × ranks = 2 × 3 = 6" in refused()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -281,6 +282,15 @@ def test_a_sweep_without_training(folders: Path, capsys: pytest.CaptureFixture[s
     assert command.main(arguments) == 0 and command.main([*arguments, "--report"]) == 0
     assert command.main([*arguments, "tolerance=0.1"]) == 2
     assert "belongs to another sweep" in capsys.readouterr().err
+
+
+def test_data_without_images_are_refused_before_a_run(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folders / "blind_data"
+    shutil.copytree(folders / "data", data)
+    (data / "validation.jsonl").write_text(json.dumps({"question": "How many sixes?", "answer": "0"}) + "\n")
+    path = write_sweep(folders, "no_images", data=str(data), arms={"blind": ARMS["blind"]})
+    assert command.main([str(path), str(folders / "no_images"), "--no-timing"]) == 2
+    assert re.search(r"(test|threshold): no question of '.*blind_data' taken for it has an image", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -139,9 +139,12 @@ def planned(config: SweepConfig, recipe: dict[str, Any], out: Path) -> list[Poin
     base = adapt_model.open_base(adapt_recipe.AdaptRecipe.parse(recipe))
     if base.adapted:
         raise ConfigError(f"base: {config.base!r} is adapted already; give the dense model it was made of")
-    for split in {"train", config.threshold.split}:
-        read_questions(Path(config.data), split)
     questions = read_questions(Path(config.data), config.test.split)[: config.test.samples]
+    asked = {"train": read_questions(Path(config.data), "train"), "test": questions}
+    asked["threshold"] = read_questions(Path(config.data), config.threshold.split)
+    for section, found in asked.items():
+        if not any(question.images for question in found):
+            raise ConfigError(f"{section}: no question of {config.data!r} taken for it has an image; give data that have")
     prompts = Prompts.encode(questions, base.processor, config.test.batch)
     shapes: dict[tuple[str, str], Any] = {}
 
