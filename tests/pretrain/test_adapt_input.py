@@ -157,7 +157,7 @@ def test_shipped_recipes(path: Path) -> None:
     assert "What it shows:" in head and "Command:" in head
     recipe = adapt_recipe.load(path, ["base=elsewhere"])
     assert recipe.base == "elsewhere" and recipe.name == path.stem
-    assert (recipe.adapt is None) == (path.stem in ("digits_tuning", "digits_base", "digits_base_more"))
+    assert (recipe.adapt is None) == (path.stem in ("digits_tuning", "digits_base", "digits_base_more", "digits_frames_base"))
     assert recipe.adapt is None or recipe.adapt.plan(8)
     assert adapt_recipe.AdaptRecipe.parse(recipe.dump()) == recipe
 

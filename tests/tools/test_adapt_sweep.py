@@ -42,8 +42,11 @@ def test_rules_of_layers(rule: str, sets: list[list[int]]) -> None:
     assert layer_sets(rule, [1, 2, 3, 4], RANKS, 0) == sets
 
 
-def test_alternate_is_every_other_layer() -> None:
-    assert layer_sets("alternate", [1, 2, 3, 4, 5, 6], [], 0)[2] == [1, 3, 5]
+def test_alternate_is_spread_from_the_first_to_the_last() -> None:
+    """Every other layer at half of them; the last one, which costs least to lose, is there as ARank may have it."""
+    sets = layer_sets("alternate", range(1, 8), [], 0)
+    assert sets[3] == [1, 3, 5, 7] and sets[2] == [1, 4, 7]
+    assert all(len(set(layers)) == number + 1 for number, layers in enumerate(sets))
 
 
 def test_random_layers_are_of_the_seed() -> None:
