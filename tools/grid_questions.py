@@ -66,7 +66,22 @@ def ask_which(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> 
     yield from (asked[i] for i in rng.permutation(len(asked)))
 
 
-ASK = {"cell": ask_cell, "count": ask_count, "which": ask_which}
+def ask_beside(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
+    """Along each axis, of every digit that is there exactly once, where its place of the axis holds one other digit: two
+    steps, from the digit to its place, from there to the other."""
+    asked = []
+    for axis, name in enumerate(names):
+        for part in np.moveaxis(cells, axis, 0):
+            found = part[part != BLANK]
+            if len(found) != 2:
+                continue
+            for digit, other in (found, found[::-1]):
+                if (cells == digit).sum() == 1:
+                    asked.append(_turn("beside", f"What shares a {name} with the {NAMES[digit]}?", NAMES[other]))
+    yield from (asked[i] for i in rng.permutation(len(asked)))
+
+
+ASK = {"cell": ask_cell, "count": ask_count, "which": ask_which, "beside": ask_beside}
 """Each gives all questions of its kind in random order, none twice."""
 
 

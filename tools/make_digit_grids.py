@@ -10,6 +10,8 @@ where blank. With `--frames F` a line has `images`, the F frames in order, in pl
 
 Kinds: `cell` "What is at row 2, column 3?", `count` "How many sevens?", `which` "Which row has a nine?" (or column, or
 frame; asked where exactly one has). With frames a cell's address begins with its frame, and counts are of all of them.
+With `--beside N` also `beside` "What shares a row with the nine?" (the one other digit there), N times as often as cells:
+it takes two steps, from the digit to its row and from the row to the other digit.
 Training grids hold few digits more often than many: what "which row" asks is hardly learnt from crowded ones alone.
 
 No digit of a training grid is in a held-out one. Test grids take the 297 digits held out by `tools.make_digits`;
@@ -42,7 +44,7 @@ SPLITS = ("train", "validation", "test")
 SHIFTED = 0.6
 """Share of training digits moved by one pixel."""
 SHARES = {"cell": 1, "count": 1, "which": 3}
-"""How often a training turn is of each kind, while there are questions of it."""
+"""How often a training turn is of each kind, while there are questions of it; `beside` as its option says."""
 
 
 class GridsConfig(Config):
@@ -56,6 +58,7 @@ class GridsConfig(Config):
     frames: Annotated[int, Field(ge=0, le=99)] = 0
     scale: Annotated[int, Field(ge=1)] = 4
     turns: Annotated[int, Field(ge=1)] = 16
+    beside: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
 
     @property
@@ -63,6 +66,11 @@ class GridsConfig(Config):
         """(name, length) of each direction of a grid, outermost first."""
         frames = (("frame", self.frames),) if self.frames else ()
         return (*frames, ("row", self.rows), ("column", self.columns))
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Kinds that are asked, and how often in training."""
+        return SHARES | ({"beside": self.beside} if self.beside else {})
 
 
 def load_pools() -> dict[str, tuple[np.ndarray, ...]]:
@@ -108,9 +116,9 @@ def make_line(config: GridsConfig, pool: tuple[np.ndarray, ...], split: str, ind
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     names = [name for name, _ in config.axes]
     cells = draw_cells(rng, config.axes, few=split == "train")
-    asked = {kind: ask(rng, cells, names) for kind, ask in ASK.items()}
+    asked = {kind: ASK[kind](rng, cells, names) for kind in config.shares}
     if split == "train":
-        turns = list(_mixed(rng, asked, config.turns))
+        turns = list(_mixed(rng, asked, config.shares, config.turns))
     else:
         turns = [turn for each in asked.values() for turn in itertools.islice(each, 1)]
     frames = cells if config.frames else cells[None]
@@ -129,7 +137,8 @@ def write(folder: Path, config: GridsConfig) -> dict[str, dict[str, int]]:
     marker, settings = folder / "digit_grids.json", config.model_dump()
     if marker.exists():
         made = json.loads(marker.read_text())
-        other = [f"{k} {made['settings'].get(k)}" for k, v in settings.items() if made["settings"].get(k) != v]
+        before = GridsConfig.parse(made["settings"]).model_dump()
+        other = [f"{key} {before[key]}" for key, value in settings.items() if before[key] != value]
         if other:
             raise UserError(f"{folder} holds grids made with {', '.join(other)}; give the same or another folder")
         return made["written"]
@@ -159,9 +168,11 @@ def _save(folder: Path, config: GridsConfig, pool: tuple, split: str, index: int
     yield from ({**shown, **each, "cells": made.cells.tolist()} for each in asked)
 
 
-def _mixed(rng: np.random.Generator, asked: dict[str, Iterator[Turn]], count: int) -> Iterator[Turn]:
+def _mixed(
+    rng: np.random.Generator, asked: dict[str, Iterator[Turn]], shares: dict[str, int], count: int
+) -> Iterator[Turn]:
     """`count` turns of random kinds; fewer where all kinds are exhausted."""
-    left = dict(SHARES)
+    left = dict(shares)
     while left and count:
         share = np.array(list(left.values()))
         kind = list(left)[rng.choice(len(left), p=share / share.sum())]
@@ -184,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         "frames": "frames of a sequence; 0 for single pictures",
         "scale": "display pixels of a digit's pixel; a cell is 8 of those wide",
         "turns": "questions of a training picture",
+        "beside": "how often what shares a row or column with a digit is asked, beside cells' once; 0: never",
         "seed": "of everything drawn",
     }
     for key, help_ in helps.items():

@@ -37,6 +37,13 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def relations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("relations")
+    assert grids.main([str(path), *SMALL, "--beside", "3"]) == 0
+    return path
+
+
 def lines(folder: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
 
@@ -63,6 +70,12 @@ def see(folder: Path, line: dict[str, Any], known: dict[bytes, int]) -> np.ndarr
 
 def answer(cells: np.ndarray, question: str) -> str:
     """The right answer, worked out from the words of the question; cells (F, R, C)."""
+    if question.startswith("What shares"):
+        unit, digit = re.fullmatch(r"What shares a (\w+) with the (\w+)\?", question).groups()
+        parts = np.moveaxis(cells, ("frame", "row", "column").index(unit), 0)
+        (part,) = (part for part in parts if NAMES.index(digit) in part)
+        first, second = (NAMES[value] for value in np.ravel(part) if value >= 0)
+        return second if first == digit else first
     at = {name: int(number) - 1 for name, number in re.findall(r"(frame|row|column) (\d)", question)}
     seen = cells[at.get("frame", slice(None)), ..., at.get("row", slice(None)), at.get("column", slice(None))]
     if question.startswith("What"):
@@ -78,7 +91,7 @@ def answer(cells: np.ndarray, question: str) -> str:
     return f"{unit} {place + 1}"
 
 
-@pytest.mark.parametrize("kind", ["folder", "frames"])
+@pytest.mark.parametrize("kind", ["folder", "frames", "relations"])
 @pytest.mark.parametrize("split", grids.SPLITS)
 def test_answers_are_what_the_pictures_show(kind: str, split: str, pools: Any, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
@@ -118,8 +131,14 @@ def test_training_grids_hold_few_digits_more_often_than_many(pools: dict[str, tu
 
 def test_held_out_lines_are_single_questions_of_every_kind(folder: Path) -> None:
     for split in ("validation", "test"):
-        assert {line["kind"] for line in lines(folder, split)} == set(grids.ASK)
+        assert {line["kind"] for line in lines(folder, split)} == set(grids.SHARES)
         assert all({"image", "question", "answer", "kind", "cells"} == set(line) for line in lines(folder, split))
+
+
+def test_questions_of_two_steps_come_when_asked_for(relations: Path) -> None:
+    for split in grids.SPLITS:
+        kinds = {turn["kind"] for line in lines(relations, split) for turn in line.get("turns", [line])}
+        assert kinds == {"cell", "count", "which", "beside"}
 
 
 def test_counts_are_zero_one_time_in_five(pools: dict[str, tuple[np.ndarray, ...]]) -> None:
@@ -150,6 +169,12 @@ def test_same_arguments_same_bytes(folder: Path, tmp_path: Path, capsys: pytest.
 def test_a_folder_of_other_grids_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert grids.main([str(folder), *SMALL]) == 0
     assert grids.main([str(folder), *SMALL, "--rows", "2"]) == 2
+    marker = folder / "digit_grids.json"
+    made = json.loads(marker.read_text())
+    del made["settings"]["beside"]  # made before there was such an option
+    marker.write_text(json.dumps(made))
+    assert grids.main([str(folder), *SMALL]) == 0
+    assert grids.main([str(folder), *SMALL, "--beside", "1"]) == 2
     assert "holds grids made with rows 3" in capsys.readouterr().err
 
 
