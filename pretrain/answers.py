@@ -14,9 +14,10 @@ import zoo.adapt as za
 from pretrain.data.prompts import IGNORED
 from pretrain.data.questions import Question
 from pretrain.data.samples import Batcher, QuestionBatch, moved
-from zoo.routers import rates
+from zoo.routing_statistics import rates
 
 Reduce = Callable[[Tensor], Tensor]
+Progress = Callable[[int], Any]
 HITS = ("total", "chosen", "said", "both")
 LOADS = ("taken", "offered")
 SLACK = 4
@@ -98,6 +99,7 @@ def evaluate(
     ranks: Ranks | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    progress: Progress = lambda samples: None,
 ) -> dict[str, float]:
     """Loss and answers of a model in evaluation; collective over ranks.
 
@@ -114,6 +116,7 @@ def evaluate(
         generate: also generate each answer greedily, in batches, with the cache.
         ranks: who evaluates; default: this process alone.
         device, dtype: of the model's weights.
+        progress: is called with the size of each batch of this rank: first of questions, then, under `generate`, of answers.
     Returns:
         `eval/loss`, nats a token of the answers. `eval/accuracy[/<kind>]`, share of generated answers that are the right
         text exactly, spaces at the ends apart; absent without `generate`. `eval/forced_accuracy[/<kind>]`, share of answers
@@ -156,8 +159,9 @@ def evaluate(
             for kind, answer in zip(kinds_of(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True):
                 add(f"asked|{kind}", 1.0)
                 add(f"forced|{kind}", answer)
+        progress(len(chunk))
     if generate:
-        _generate(model, batcher, questions, batch, ranks, device, dtype, add)
+        _generate(model, batcher, questions, batch, ranks, device, dtype, add, progress)
     names = sorted(sums)
     totals = dict(zip(names, ranks.reduce(torch.stack([sums[name] for name in names])).tolist(), strict=True))
     return _values(totals, kinds, layers, generate)
@@ -166,6 +170,7 @@ def evaluate(
 def _generate(
     model: nn.Module, batcher: Batcher, questions: Sequence[Question], batch: int, ranks: Ranks,
     device: torch.device | str, dtype: torch.dtype, add: Callable[[str, float], None],
+    progress: Progress,
 ) -> None:  # fmt: skip
     """Count generated answers that are right, as `said|<kind>`."""
     tokenizer = batcher.processor.tokenizer
@@ -186,6 +191,7 @@ def _generate(
         for (question, kind), text in zip(chunk, texts, strict=False):  # a filler's is left
             if counted and text.strip() == question.turns[-1][1].strip():
                 add(f"said|{kind}", 1.0)
+        progress(counted * len(chunk))
 
 
 def ends(model: nn.Module, tokenizer: Any) -> list[int]:

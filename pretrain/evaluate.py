@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from pretrain.data import TokenStream, micro_batches
+from zoo.auxiliary import AuxiliaryRouter
 from zoo.context import CAUSAL, TOPK, Trace
 from zoo.model import Model
-from zoo.routers import AuxiliaryRouter, loads, rates
+from zoo.routing_statistics import loads, rates
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from zoo.context import Trace
-from zoo.routers import EXPERT, balance, rates
+from zoo.routing_statistics import EXPERT, balance, rates
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 """Dense bf16 peak of one device, by a part of its name; model FLOPs utilisation is reported where it is known."""

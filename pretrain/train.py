@@ -32,11 +32,11 @@ from pretrain.optim import AUXILIARY_SCALE, freeze_main
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
 from pretrain.updates import Updates
+from zoo.auxiliary import AuxiliaryRouter
 from zoo.config import UserError
 from zoo.context import Trace
 from zoo.flops import TRAINING_FACTOR
 from zoo.model import load_weights
-from zoo.routers import AuxiliaryRouter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,10 +22,11 @@ import zoo
 from pretrain import recipe as recipes
 from pretrain.recipe import Recipe
 from tools.papers import UNITS, Papers, table
+from zoo.auxiliary import AuxiliaryRouter
 from zoo.config import UserError
 from zoo.experts import StackedSwiGLU
 from zoo.flops import Cost
-from zoo.routers import AuxiliaryRouter, LinearRouter
+from zoo.routers import LinearRouter
 from zoo.untied import ModalityLinear
 
 BYTES = {"fp32": 4, "bf16": 2}

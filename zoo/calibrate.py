@@ -15,9 +15,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from zoo.auxiliary import AuxiliaryRouter
 from zoo.config import UserError
 from zoo.context import CAUSAL, TOPK, TokenContext, Trace
-from zoo.routers import AuxiliaryRouter
 
 Batches = Sequence[tuple[Tensor, TokenContext]]
 """(token ids (B, T), their context); gone through several times."""

@@ -25,23 +25,13 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from zoo import noise
+from zoo.auxiliary import AuxiliaryRouter, train_auxiliary
 from zoo.config import ConfigError
 from zoo.context import CAUSAL, TokenContext
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
-from zoo.routers import (
-    AuxiliaryRouter,
-    Capacity,
-    LinearRouter,
-    Router,
-    Scope,
-    capacity_count,
-    decide,
-    expert_choice,
-    membership,
-    record_load,
-    train_auxiliary,
-)
+from zoo.routers import Capacity, LinearRouter, Router, Scope, capacity_count, decide, expert_choice, membership
+from zoo.routing_statistics import record_load
 from zoo.schedules import OverLayers, WarmDown, number
 from zoo.states import State
 

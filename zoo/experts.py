@@ -18,23 +18,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo import kernels, noise
+from zoo.auxiliary import AuxiliaryRouter, train_auxiliary
 from zoo.config import ConfigError
 from zoo.context import CAUSAL, TokenContext
 from zoo.feedforward import Dense
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
-from zoo.routers import (
-    AuxiliaryRouter,
-    Candidates,
-    Capacity,
-    LinearRouter,
-    Route,
-    Scope,
-    decide,
-    membership,
-    record_load,
-    train_auxiliary,
-)
+from zoo.routers import Candidates, Capacity, LinearRouter, Route, Scope, decide, membership
+from zoo.routing_statistics import record_load
 from zoo.states import State
 from zoo.untied import BlockNorm
 

@@ -1,15 +1,15 @@
-"""Scoring, selection and the causal stand-in: how tokens are sent to experts and through layers.
+"""Scoring and selection: how tokens are sent to experts and through layers.
 
-A router scores every token in fp32. Expert choice takes the top-k of a *scope*, which looks at the future; an auxiliary
-router, trained beside it on detached inputs, learns to predict that decision token by token, for causal use.
-Sources: MoMa (arXiv 2407.21770 §2.2–2.4), Mixture-of-Depths (arXiv 2404.02258 §3).
+A router scores every token in fp32. Expert choice takes the top-k of a *scope*, which looks at the future; the causal
+stand-in for it is `zoo.auxiliary`.
+Sources: MoMa (arXiv 2407.21770 §2.2–2.3), Mixture-of-Depths (arXiv 2404.02258 §3).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -26,9 +26,6 @@ from zoo.states import State
 
 Scope = Literal["microbatch", "row"]
 """The set of tokens that compete: the whole micro-batch, or each row for itself."""
-
-EXPERT = "expert "
-"""Begins the name of an expert's rows in the load statistics."""
 
 
 def _capacity(value: float | str) -> float | str:
@@ -231,64 +228,6 @@ def gumbel(key: Tensor, salt: int, width: int) -> Tensor:
     return -(-noise.uniform(key, salt, width).log()).log()
 
 
-class AuxiliaryRouter(nn.Module):
-    """SiLU(x W₁) W₂ with W₁ (D, D/2): predicts, from one token alone, what the top-k of the scope decides (MoMa §2.4).
-
-    Its input is detached: training it never moves the main model. Its logits are relative to a threshold, 0 at first,
-    which no gradient moves and `zoo.calibrate` sets: it decides how many tokens the router lets pass, not which.
-
-    Args:
-        place: `<block>.auxiliary`.
-        names: of the groups of tokens with a threshold of their own, as the block calls them in the trace; default:
-            `<block>` alone.
-    """
-
-    def __init__(self, place: Place, outputs: int, names: Sequence[str] | None = None) -> None:
-        super().__init__()
-        self.names = (place.name.rpartition(".")[0],) if names is None else tuple(names)
-        # bits of fp32 numbers: an engine's cast to bf16 leaves integers alone
-        self.register_buffer("threshold_bits", torch.zeros(len(self.names), outputs, dtype=torch.int32))
-        self.w_in = nn.Parameter(torch.empty(max(1, place.d_model // 2), place.d_model))
-        self.w_out = nn.Parameter(torch.empty(outputs, max(1, place.d_model // 2)))
-
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-
-    def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-        """x (…, D) → logits (…, outputs), fp32 (float64 for a float64 model), above the threshold; above 0 means yes.
-
-        Args:
-            sizes: rows of each group of `names`, one group after the other, x being (n, D); default: there is one.
-        """
-        logits = self.logits(x)
-        if sizes is None:
-            return logits - self.threshold[0]
-        parts = zip(logits.split(list(sizes)), self.threshold.unbind(0), strict=True)
-        return torch.cat([part - threshold for part, threshold in parts])
-
-    def logits(self, x: Tensor) -> Tensor:
-        """x (…, D) → (…, outputs): what the threshold is compared with.
-
-        Wide, so that a decision near it does not hang on how many tokens share a product.
-        """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        hidden = F.silu(F.linear(x.detach().to(wide), self.w_in.to(wide)))
-        return F.linear(hidden, self.w_out.to(wide))
-
-    @property
-    def threshold(self) -> Tensor:
-        """(groups, outputs) fp32: the logit above which the answer is yes. Assign to change it."""
-        return self.threshold_bits.view(torch.float32)
-
-    @threshold.setter
-    def threshold(self, value: Tensor) -> None:
-        self.threshold_bits.copy_(value.to(torch.float32).view(torch.int32))
-
-    @property
-    def weights(self) -> int:
-        return self.w_in.numel() + self.w_out.numel()
-
-
 def expert_choice(scores: Tensor, counts: tuple[int, ...], capacity: Fraction, context: TokenContext) -> Tensor:
     """Each expert's top-k of every scope.
 
@@ -324,74 +263,3 @@ def membership(index: Tensor, tokens: int) -> Tensor:
 def decide(context: TokenContext, name: str, decision: Callable[[], Any]) -> Any:
     """A routing decision, recorded in the trace and replayed under activation checkpointing."""
     return decision() if context.trace is None else context.trace.decide(name, decision)
-
-
-def train_auxiliary(context: TokenContext, name: str, logits: Tensor, chosen: Tensor) -> None:
-    """Give the trace the auxiliary router's loss and hit statistics.
-
-    Args:
-        logits: (n, E) of the auxiliary router.
-        chosen: (n, E) bool, the realised top-k membership (the target).
-    """
-    if context.trace is None:
-        return
-    loss = F.binary_cross_entropy_with_logits(logits, chosen.to(logits.dtype), reduction="sum")
-    context.trace.add_loss(name, loss, logits.shape[0])
-    said = logits.detach() > 0
-    context.trace.add_statistics(
-        name,
-        {
-            "total": torch.tensor(float(chosen.numel())),
-            "chosen": chosen.sum().float(),
-            "said": said.sum().float(),
-            "both": (said & chosen).sum().float(),
-        },
-    )
-
-
-def record_load(context: TokenContext, name: str, taken: int, offered: int, experts: Sequence[int] = ()) -> None:
-    """Tell the trace how many of the token–expert pairs offered were taken, and by each of `experts` where the router
-    leaves that open; all are known on the host."""
-    if context.trace is not None:
-        sums = {"taken": taken, "offered": offered} | {f"{EXPERT}{e}": rows for e, rows in enumerate(experts)}
-        context.trace.add_statistics(f"{name}/load", {key: torch.tensor(float(value)) for key, value in sums.items()})
-
-
-def loads(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Share of its tokens that each routed block took, by name, from summed statistics; for `Model.cost`."""
-    return {
-        name.removesuffix("/load"): sums["taken"] / sums["offered"]
-        for name, sums in statistics.items()
-        if name.endswith("/load") and sums["offered"]
-    }
-
-
-def balance(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """How evenly token-choosing groups are used, from summed statistics, for the metrics.
-
-    Returns:
-        `<block>/<expert>`, the expert's share of the group's rows (no-op experts stand after the others), and
-        `<block>/imbalance`, the fullest expert's rows over the mean.
-    """
-    result = {}
-    for name, sums in statistics.items():
-        rows = {key.removeprefix(EXPERT): value for key, value in sums.items() if key.startswith(EXPERT)}
-        if total := sum(rows.values()):
-            block = name.removesuffix("/load")
-            result |= {f"{block}/{expert}": value / total for expert, value in rows.items()}
-            result[f"{block}/imbalance"] = max(rows.values()) * len(rows) / total
-    return result
-
-
-def rates(sums: dict[str, float]) -> dict[str, float]:
-    """Accuracy, precision, recall of an auxiliary router and the accuracy of always saying no, from summed hits."""
-    total, chosen, said, both = (float(sums[key]) for key in ("total", "chosen", "said", "both"))
-    if total == 0:
-        return {}
-    wrong = (said - both) + (chosen - both)
-    return {
-        "accuracy": 1 - wrong / total,
-        "precision": both / said if said else 1.0,
-        "recall": both / chosen if chosen else 1.0,
-        "always_skip": 1 - chosen / total,
-    }

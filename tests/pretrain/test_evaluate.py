@@ -13,7 +13,7 @@ from pretrain import recipe as recipes
 from pretrain.data import Data, open_data
 from pretrain.evaluate import evaluate, router_report, routings, validation_loss
 from tests.pretrain.runs import EXPERTS, LAYER, tiny_recipe
-from zoo.routers import AuxiliaryRouter
+from zoo.auxiliary import AuxiliaryRouter
 
 ROW = EXPERTS | {"scope": "row"}
 MOD = {"type": "mod", "capacity": 0.5, "scope": "row"}

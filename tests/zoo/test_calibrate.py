@@ -10,8 +10,9 @@ import torch
 from tests.zoo.helpers import DENSE, MOMA, build_model, ids, layer, random_rows, stream
 from tests.zoo.test_model import effect
 from zoo import Trace, UserError
+from zoo.auxiliary import AuxiliaryRouter
 from zoo.calibrate import calibrate, threshold_for
-from zoo.routers import AuxiliaryRouter, loads
+from zoo.routing_statistics import loads
 
 BLIND = layer(depth={"type": "mod", "capacity": 0.25}, feedforward=DENSE)
 IMAGES = layer(depth={"type": "mod", "capacity": {"text": 1.0, "image": 0.3}}, feedforward=DENSE)

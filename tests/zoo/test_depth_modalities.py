@@ -30,7 +30,7 @@ from tests.zoo.test_model import decisive, effect
 from tests.zoo.test_states import CHUNKS, decode
 from tests.zoo.test_states import ROWS as DECODED
 from zoo import ConfigError, Trace
-from zoo.routers import loads
+from zoo.routing_statistics import loads
 
 IMAGES = {"text": 1.0, "image": 0.25}
 CAPACITIES = [IMAGES, {"text": "1/2", "image": 0.25}, {"text": "1/3", "image": 1.0}, {"text": 0.125, "image": 0.5}]

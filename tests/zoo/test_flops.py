@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.zoo.helpers import D_FF, D_MODEL, DENSE, build_block, build_model, ids, layer, mod, stream, values
 from zoo import Trace
 from zoo.flops import Cost
-from zoo.routers import loads
+from zoo.routing_statistics import loads
 
 HEADS, HEAD_DIM = 4, D_MODEL // 4
 MIXER = {"type": "attention", "heads": HEADS, "kv_heads": 2}

@@ -19,7 +19,7 @@ from tests.zoo.helpers import (
     untied,
 )
 from zoo import Trace
-from zoo.routers import loads
+from zoo.routing_statistics import loads
 
 MAMBA = {"type": "mamba", "d_state": 3, "d_conv": 3, "dt_rank": 3}
 MAMBA2 = {"type": "mamba2", "d_state": 5, "d_conv": 3, "head_dim": 1, "groups": 2}

@@ -22,7 +22,7 @@ from tests.zoo.helpers import (
     values,
 )
 from zoo import ConfigError, TokenContext, Trace, build
-from zoo.routers import balance
+from zoo.routing_statistics import balance
 
 THREE = ("text", "image", "speech")
 

@@ -23,8 +23,9 @@ from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext
 from zoo.adapt.scores import unlearned
 from zoo.adapt.select import ModRouter, Selection, select
+from zoo.auxiliary import train_auxiliary
 from zoo.config import UserError
-from zoo.routers import record_load, train_auxiliary
+from zoo.routing_statistics import record_load
 
 
 @dataclasses.dataclass(frozen=True)

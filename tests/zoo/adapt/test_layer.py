@@ -17,7 +17,7 @@ from tests.zoo.adapt.families import FAMILIES, IMAGE
 from tests.zoo.adapt.test_conformance import METHODS, ROWS, close, generate
 from tests.zoo.helpers import assert_derivative
 from zoo.adapt import Trace, adapt, adaptation, auxiliary_loss, restore, routed_layers, routers
-from zoo.routers import rates
+from zoo.routing_statistics import rates
 
 LLAVA = FAMILIES["llava"]
 KEEP = 0.4
