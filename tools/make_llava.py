@@ -3,9 +3,11 @@
     python -m tools.make_llava CONFIG.yaml DATA OUT [key.sub=value ...]
 
 OUT holds a LlavaForConditionalGeneration (CLIP tower, two-layer projector, Llama decoder) and a LlavaProcessor, both
-opened by plain `from_pretrained`; `pretrain.adapt` trains it. The tokenizer's words are those of DATA's training
-questions and answers, in lower case and without punctuation; a place named by `units`, such as "row 2, column 3", is one
-word, as location tokens are in other models: an address in two words takes many times as long to learn.
+opened by plain `from_pretrained`; `pretrain.adapt` trains it. The tokenizer knows DATA's training questions and answers:
+
+* without `vocabulary` by their words, in lower case and without punctuation; a place named by `units`, such as "row 2,
+  column 3", is one word, as location tokens are in other models: an address in two words takes many times as long to learn;
+* with `vocabulary: N` by byte-level byte-pair encoding, N tokens in all: any text, as it is written.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pretrain import recipe
 from pretrain.data.questions import read_questions
@@ -33,15 +36,17 @@ SPECIAL = {
     "image_token": "<image>",
 }
 """Roles → tokens; their ids are 0, 1, …"""
+BYTES = 256
 TEMPLATE = (
     "{% for message in messages %}"
     "{% set frames = message['content'] | selectattr('type', 'equalto', 'image') | list | length %}"
     "{% set seen = namespace(frames=0) %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{% set seen.frames = seen.frames + 1 %}"
     "{% if frames > 1 %}frame {{ seen.frames }} {% endif %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% if message['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}</s>{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
-"""`<image>question answer</s>question answer</s>…`; of several images each is announced: `frame 1 <image>frame 2 <image>…`"""
+"""`<image>question⏎answer</s>question⏎answer</s>…`, ⏎ a line break; of several images each is announced: `frame 1 <image>frame
+2 <image>…`"""
 
 
 class LlavaFolderConfig(Config):
@@ -52,7 +57,10 @@ class LlavaFolderConfig(Config):
     vision: TowerConfig
     decoder: DecoderConfig
     units: list[str] = ["row", "column", "frame"]
-    """Words that, with the number after each, name a place together."""
+    """Words that, with the number after each, name a place together; without meaning beside `vocabulary`."""
+    vocabulary: int | None = Field(None, ge=len(SPECIAL) + BYTES)
+    """null: a word is a token. A number: tokens of a byte-level byte-pair encoding, `SPECIAL` and the single bytes
+    included; fewer where the texts are too short to learn as many."""
     seed: int = Field(0, ge=0)
 
     @property
@@ -82,40 +90,70 @@ def word_pattern(units: list[str]) -> str:
     return (rf"{unit}(?:, {unit})*|" if units else "") + r"\w+"
 
 
-def words_of(data: Path, units: list[str]) -> list[str]:
-    """All words of the training questions and answers in the folder `data`, sorted.
+def texts_of(data: Path) -> list[str]:
+    """All training questions and answers in the folder `data`.
 
     Raises:
         UserError: they cannot be read.
     """
-    pattern = re.compile(word_pattern(units))
-    texts = (text for question in read_questions(data, "train") for turn in question.turns for text in turn)
-    return sorted({word for text in texts for word in pattern.findall(text.lower())})
+    return [text for question in read_questions(data, "train") for turn in question.turns for text in turn]
 
 
-def make_processor(config: LlavaFolderConfig, words: list[str]) -> Any:
-    """The LlavaProcessor: a word is a token, `<s>` begins every text, an image becomes `config.image_tokens` tokens and is
-    seen with intensities from 0 to 1."""
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+def make_tokenizer(config: LlavaFolderConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of `texts`; `<s>` begins what it encodes."""
+    if config.vocabulary is None:
+        tokenizer = _words(texts, word_pattern(config.units))
+    else:
+        tokenizer = _bytes(texts, config.vocabulary)
+    begin = SPECIAL["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+    return tokenizer
 
+
+def _words(texts: Iterable[str], pattern: str) -> Tokenizer:
+    words = sorted({word for text in texts for word in re.findall(pattern, text.lower())})
     vocabulary = {token: index for index, token in enumerate([*SPECIAL.values(), *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(word_pattern(config.units)), "removed", invert=True)
-    begin = SPECIAL["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    return tokenizer
+
+
+def _bytes(texts: Iterable[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        # no token spans a line break: a prompt, which ends in one, has the tokens that the same text has before an answer
+        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(SPECIAL.values()), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_processor(config: LlavaFolderConfig, texts: Iterable[str]) -> Any:
+    """The LlavaProcessor: an image becomes `config.image_tokens` tokens and is seen with intensities from 0 to 1.
+
+    Args:
+        texts: what the tokenizer is made for.
+    """
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     side = {"height": config.image_size, "width": config.image_size}
-    image_processor = CLIPImageProcessorPil(
-        size=side, crop_size=side, image_mean=[0.0] * 3, image_std=[1.0] * 3, resample=0
-    )
+    image_processor = CLIPImageProcessorPil(size=side, crop_size=side, image_mean=[0.0] * 3, image_std=[1.0] * 3)
     special = {role: token for role, token in SPECIAL.items() if role != "image_token"}
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, **special, extra_special_tokens={"image_token": SPECIAL["image_token"]},
+            tokenizer_object=make_tokenizer(config, texts), **special,
+            extra_special_tokens={"image_token": SPECIAL["image_token"]},
             clean_up_tokenization_spaces=False, model_max_length=config.decoder.positions,
         ),
         patch_size=config.patch,
@@ -166,7 +204,7 @@ def write(config: LlavaFolderConfig, data: Path, out: Path) -> Any:
     config.check()
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; give another folder")
-    processor = make_processor(config, words_of(data, config.units))
+    processor = make_processor(config, texts_of(data))
     model = make_model(config, len(processor.tokenizer))
     processor.save_pretrained(out)
     model.save_pretrained(out)
@@ -188,7 +226,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     parts = {"tower": model.model.vision_tower, "decoder": model.model.language_model, "in all": model}
     counts = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
-    print(f"{options.out}: {config.image_tokens} tokens an image; parameters: {counts}")
+    vocabulary = model.config.text_config.vocab_size
+    print(
+        f"{options.out}: {config.image_tokens} tokens an image, {vocabulary:,} in the vocabulary; parameters: {counts}"
+    )
     return 0
 
 

@@ -90,7 +90,7 @@ def tokenize(
 
 def _parts(shard: BinaryIO, entry: Entry) -> list:
     try:
-        parts = json.loads(_read(shard, entry, "json"))["parts"]
+        parts = json.loads(read_member(shard, entry, "json"))["parts"]
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenDocument(f'its JSON is not {{"parts": […]}} ({type(error).__name__}: {error})') from None
     if not isinstance(parts, list) or not parts:
@@ -111,7 +111,7 @@ def _text(text: Any, number: int) -> str:
 def _decode(shard: BinaryIO, entry: Entry, modality: str, file: Any) -> Any:
     if not isinstance(file, str):
         raise BrokenDocument(f'{modality} part names no "file"')
-    content = _read(shard, entry, file)
+    content = read_member(shard, entry, file)
     try:
         return DECODERS[modality](content)
     except (
@@ -120,7 +120,12 @@ def _decode(shard: BinaryIO, entry: Entry, modality: str, file: Any) -> Any:
         raise BrokenDocument(f"{file} does not decode ({type(error).__name__}: {error})") from None
 
 
-def _read(shard: BinaryIO, entry: Entry, extension: str) -> bytes:
+def read_member(shard: BinaryIO, entry: Entry, extension: str) -> bytes:
+    """The bytes of one file of a document.
+
+    Raises:
+        BrokenDocument: it has no such file.
+    """
     member = entry.find(extension)
     if member is None:
         raise BrokenDocument(f"its file {entry.key}.{extension} is missing")

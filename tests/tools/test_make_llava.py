@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from pretrain import recipe
 from pretrain.data.prompts import IGNORED, encode
 from pretrain.data.questions import read_questions
 from tools import make_llava
@@ -24,6 +25,13 @@ SIZES: dict[str, Any] = {
     "vision": {"d_model": 24, "layers": 2, "heads": 3, "d_ff": 48},
     "decoder": {"d_model": 48, "layers": 3, "heads": 3, "d_ff": 64, "positions": 128},
 }
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "adapt"
+CAPTIONS = [
+    "A dog\u2019s \u201cfirst\u201d walk, 3.5 km; a DOG\u2019S last.",
+    "  Two lines:\n\n the Caf\u00e9 of Brnabi\u0107 \u2014 \u65e5\u672c \U0001f600\ufffd ",
+    "\nA dog\u00a0walks\twith 2 dogs & <b>.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +91,43 @@ def test_several_images_are_frames(folder: Path) -> None:
     processor = AutoProcessor.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "How many sixes?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    assert text == "frame 1 <image>frame 2 <image>How many sixes? "
+    assert text == "frame 1 <image>frame 2 <image>How many sixes?\n"
+
+
+@pytest.fixture(scope="module")
+def captions(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captions")
+    (folder / "a.png").write_bytes((data / "a.png").read_bytes())
+    turns = [{"question": "Describe the picture. ", "answer": caption} for caption in CAPTIONS]
+    lines = [{"image": "a.png", **turn} for turn in turns] + [{"image": "a.png", "turns": turns}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_pieces_of_words(captions: Path, tmp_path: Path) -> None:
+    make_llava.write(LlavaFolderConfig.parse(SIZES | {"vocabulary": 300}), captions, tmp_path)
+    processor, model = AutoProcessor.from_pretrained(tmp_path), AutoModelForImageTextToText.from_pretrained(tmp_path)
+    tokenizer = processor.tokenizer
+    assert len(tokenizer) == model.config.text_config.vocab_size == 300
+    assert tokenizer.convert_ids_to_tokens(range(5)) == list(make_llava.SPECIAL.values())
+    ids = tokenizer("Unheard \u00df </s>").input_ids
+    assert tokenizer.decode(ids) == "<s>Unheard \u00df </s>" and tokenizer.unk_token_id not in ids
+    assert len(tokenizer.tokenize("Describe the picture.")) < 10
+    for question in read_questions(captions):
+        whole, prompt = (encode(question, processor, answers) for answers in (True, False))
+        start = prompt["input_ids"].shape[1]
+        assert torch.equal(whole["input_ids"][:, :start], prompt["input_ids"])
+        labels = whole["labels"][0]
+        said = "".join(f"{answer}</s>" for _, answer in question.turns)
+        assert tokenizer.decode(labels[labels != IGNORED]) == said
+        assert torch.equal(labels[start:], whole["input_ids"][0, start:]), "the last answer is not all of the end"
+
+
+def test_same_texts_same_pieces(captions: Path) -> None:
+    config, texts = LlavaFolderConfig.parse(SIZES | {"vocabulary": 300}), make_llava.texts_of(captions)
+    first, second = (make_llava.make_tokenizer(config, texts).to_str() for _ in range(2))
+    assert first == second
+    assert make_llava.make_tokenizer(config, ["ab"]).get_vocab_size() == 262  # all there is to learn
 
 
 def test_same_seed_same_weights() -> None:
@@ -124,6 +168,7 @@ def _mass_on_neighbours(config: LlavaFolderConfig) -> float:
         (["vision.heads=5"], "vision.d_model: 24 must be a multiple of heads"),
         (["decoder.positions=64"], "decoder.positions: 64 must exceed the 64 tokens"),
         (["decoder.depth=2"], "decoder.depth: unknown key"),
+        (["vocabulary=260"], "vocabulary: 260: must be greater than or equal to 261"),
     ],
 )
 def test_bad_sizes(overrides: list[str], message: str, data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -140,3 +185,13 @@ def test_a_folder_with_a_model_is_kept(folder: Path, data: Path, tmp_path: Path,
     assert "holds a model already" in capsys.readouterr().err
     assert make_llava.main([str(config), str(tmp_path), str(tmp_path / "out")]) == 2
     assert "train.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("llava_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes(path: Path) -> None:
+    config = LlavaFolderConfig.parse(recipe.read(path))
+    config.check()
+    with torch.device("meta"):
+        model = make_llava.make_model(config, config.vocabulary or 100)
+    embedding = model.model.vision_tower.get_input_embeddings()
+    assert embedding.kernel_size == (config.patch,) * 2 and config.image_tokens in (64, 256)
