@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 import zoo.adapt as za
 from pretrain.adapt_recipe import AdaptRecipe
 from pretrain.adapt_tuning import freeze, lora_config, tuned
-from pretrain.model_folder import cannot_open, open_folder
+from pretrain.model_folder import cannot_open, check_complete, open_folder
 from zoo.adapt.family import parts, picture_ids
 from zoo.adapt.save import CONFIG, weights_hash
 from zoo.config import ConfigError, UserError
@@ -102,7 +102,7 @@ def open_base(recipe: AdaptRecipe) -> Base:
     except UserError as error:
         raise ConfigError(f"base: {error}") from None
     if recipe.lora is not None:
-        lora_config(dense, recipe.lora)
+        lora_config(dense, recipe.lora, recipe.freeze)
     freeze(dense, recipe.freeze)
     return Base(name, config, processor, adapt, before is not None, dense)
 
@@ -122,9 +122,7 @@ def whole(recipe: AdaptRecipe, base: Base, dtype: torch.dtype = torch.float32) -
     else:
         kind = transformers.AutoModelForImageTextToText
         model, loaded = kind.from_pretrained(base.name, dtype=dtype, output_loading_info=True)
-        if loaded["missing_keys"]:
-            names = sorted(loaded["missing_keys"])
-            raise UserError(f"base: {base.name!r} has no weights {', '.join(names[:3])} ({len(names)} are missing); save it anew")
+        check_complete(f"base: {base.name!r}", loaded)
         if base.adapt is not None:
             za.adapt(model, base.adapt, recipe.seed)
     return tuned(model, recipe)

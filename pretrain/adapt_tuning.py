@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,23 +32,32 @@ def tuned(model: nn.Module, recipe: AdaptRecipe) -> nn.Module:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            model = peft.get_peft_model(model, lora_config(model, recipe.lora))
+            model = peft.get_peft_model(model, lora_config(model, recipe.lora, recipe.freeze))
         for _, router in za.routers(model):
             router.requires_grad_(True)
     freeze(model, recipe.freeze)
     return model
 
 
-def lora_config(model: nn.Module, lora: LoraConfig) -> peft.LoraConfig:
+def lora_config(model: nn.Module, lora: LoraConfig, frozen: Sequence[str] = ()) -> peft.LoraConfig:
     """What PEFT is told.
 
+    Args:
+        frozen: names that `freeze` gets.
     Raises:
-        ConfigError: a target or a module is not there, or a module is not to be trained in full.
+        ConfigError: a target or a module is not there, or a module is not to be trained in full, or is to be frozen.
     """
     import peft
 
     targets = _targets(model, lora)
     modules = [name for wanted in lora.modules_to_save for name in _modules(model, wanted, targets)]
+    for wanted in frozen:
+        for name, _ in model.named_parameters():
+            if _holds(wanted, name) and any(name.startswith(f"{module}.") for module in modules):
+                raise ConfigError(
+                    f"freeze: {wanted!r} holds {name}, which lora.modules_to_save: {lora.modules_to_save} has trained in "
+                    "full; name it under one of the two (with lora all that is not to be trained is frozen anyway)"
+                )
     return peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=modules or None
     )
@@ -60,13 +70,18 @@ def freeze(model: nn.Module, names: list[str]) -> None:
         ConfigError: one is not there, or nothing is left.
     """
     for wanted in names:
-        found = [p for name, p in model.named_parameters() if f".{wanted}." in f".{name}."]
+        found = [p for name, p in model.named_parameters() if _holds(wanted, name)]
         if not found:
             raise _no_part("freeze", wanted, model)
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"freeze: {names} leaves nothing to train; name fewer parts")
+
+
+def _holds(wanted: str, name: str) -> bool:
+    """Whether a name that `freeze` gets is a piece of a parameter's dotted one."""
+    return f".{wanted}." in f".{name}."
 
 
 def _targets(model: nn.Module, lora: LoraConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import errno
 import signal
 import sys
@@ -57,7 +58,7 @@ def command(load: Callable[[], SomeRecipe], work: Callable[[SomeRecipe], None]) 
         stop_processes()
 
 
-class Loop:
+class Loop(abc.ABC):
     """One training run: engine, state, checkpoints, reports. What is trained, and on what, a subclass says.
 
     Args:
@@ -91,51 +92,51 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------- what a subclass says
 
+    @abc.abstractmethod
     def batches(self, step: int) -> list[Any]:
         """This rank's micro-batches of a step; called for consecutive steps, between two of which nothing is skipped."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def counts(self, batches: Sequence[Any]) -> list[int]:
         """Whole numbers to be added up over all ranks; `forward`, `account` and `report` get their sums."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def forward(
         self, batch: Any, batches: int, totals: list[int], reporting: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch of `batches`: its share of the step's loss, whose sum over micro-batches and ranks is what is
         minimised, and where `reporting` sums for `report`, of the same names on every rank."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def account(self, totals: list[int]) -> None:
         """Count a step's tokens and FLOPs into the state."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def report(self, sums: dict[str, float], totals: list[int]) -> dict[str, float]:
         """What a log step says: from `forward`'s sums over all micro-batches and ranks."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def evaluate(self) -> dict[str, float] | None:
         """`eval/…` values, the model being in evaluation; None where there is nothing to evaluate on. Collective."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def judge(self, values: Mapping[str, float]) -> float:
         """The one number, smaller is better, that a checkpoint with these `eval/…` values is judged by."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def export(self, weights: dict[str, Tensor]) -> None:
         """Leave the model behind; called on rank 0, with all of its weights."""
-        raise NotImplementedError
 
     def training_mode(self) -> None:
         self.engine.train()
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027  most have nothing to do here, nor in the next two
         """Called before the first step of a run that has steps left."""
 
-    def applied(self, step: int, applied: bool) -> None:
+    def applied(self, step: int, applied: bool) -> None:  # noqa: B027
         """Called after each optimizer step, or where it was skipped."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027
         """Called after the last step, before the last evaluation. Collective."""
 
     def line(self, step: int, report: dict[str, float], progress: metrics.Progress) -> str:

@@ -108,17 +108,19 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """A multimodal model in evaluation, and its processor.
 
     Raises:
-        UserError: it cannot be opened, or knows no images.
+        UserError: it cannot be opened, lacks weights, or knows no images.
     """
     import transformers
 
-    from pretrain.model_folder import cannot_open, open_folder
+    from pretrain.model_folder import cannot_open, check_complete, open_folder
 
     _, processor = open_folder(name)
+    kind = transformers.AutoModelForImageTextToText
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        model, loaded = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except Exception as error:  # Transformers raises anything for a model it does not take
         raise cannot_open(name, error) from None
+    check_complete(repr(name), loaded)
     return on_device(model, device).eval(), processor
 
 

@@ -70,6 +70,12 @@ def show(options: argparse.Namespace) -> list[Path]:
     from zoo.adapt.family import parts
 
     model, processor = open_adapted(options.model, options.base, options.device)
+    kind = parts(model).top.config.model_type
+    if kind not in SQUARE:
+        raise UserError(
+            f"{options.model}: image tokens of {kind} are not one square grid for each image, and where a token lies is "
+            f"not known here; families that can be drawn: {', '.join(SQUARE)}"
+        )
     depth = len(parts(model).layers)
     questions = sample_questions(options.data, options.split, options.samples, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +96,7 @@ def open_adapted(folder: Path, base: str | None, device: str) -> tuple[Any, Any]
     """An adapted model in evaluation, and its processor.
 
     Raises:
-        UserError: it is none, cannot be opened, or its image tokens are no square grid.
+        UserError: it is none, or cannot be opened.
     """
     import transformers
 
@@ -104,14 +110,8 @@ def open_adapted(folder: Path, base: str | None, device: str) -> tuple[Any, Any]
         processor = transformers.AutoProcessor.from_pretrained(source)
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:  # what from_pretrained raises for a wrong folder
+    except Exception as error:  # Transformers, and what reads weights, raise anything for a wrong folder
         raise UserError(f"{folder}: cannot be opened as an adapted model with a processor: {error}") from None
-    kind = parts(model).top.config.model_type
-    if kind not in SQUARE:
-        raise UserError(
-            f"{folder}: image tokens of {kind} are not one square grid for each image, and where a token lies is not "
-            f"known here; families that can be drawn: {', '.join(SQUARE)}"
-        )
     return on_device(model, device), processor
 
 

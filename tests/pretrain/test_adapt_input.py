@@ -133,6 +133,14 @@ def test_wrong_entries(refused: Callable[..., str], override: str) -> None:
         assert part in message, message
 
 
+@pytest.mark.parametrize("part, weight", [("multi_modal_projector", "linear_1.weight"), ("linear_2", "linear_2.weight")])
+def test_a_part_that_is_frozen_and_trained_in_full(refused: Callable[..., str], part: str, weight: str) -> None:
+    lora = {"r": 2, "alpha": 4, "modules_to_save": ["multi_modal_projector"]}
+    message = refused(lora=lora, freeze=["vision_tower", part])
+    assert message.startswith(f"freeze: '{part}' holds model.multi_modal_projector.{weight}, which lora.modules_to_save: ")
+    assert "['multi_modal_projector'] has trained in full; name it under one of the two" in message
+
+
 def test_a_base_that_is_adapted_in_another_way(refused: Callable[..., str]) -> None:
     message = refused("base=adapted", "adapt.capacity.keep=0.25")
     assert message.startswith("adapt: the base 'adapted' is adapted already, in another way; leave adapt out")
@@ -150,14 +158,17 @@ def test_batches_that_do_not_divide_over_the_ranks(refused: Callable[..., str], 
     assert "train.global_batch: 4 is not a multiple of train.micro_batch × ranks = 2 × 3 = 6" in refused()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "adapt").glob("digits_*.yaml")), ids=lambda path: path.stem)
+SHIPPED = [path for kind in ("digits", "photos") for path in sorted((ROOT / "recipes" / "adapt").glob(f"{kind}_*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes(path: Path) -> None:
     """Each loads, says what it shows and how it is run, and routes layers of a decoder of 8."""
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert "What it shows:" in head and "Command:" in head
     recipe = adapt_recipe.load(path, ["base=elsewhere"])
     assert recipe.base == "elsewhere" and recipe.name == path.stem
-    assert (recipe.adapt is None) == (path.stem in ("digits_tuning", "digits_base", "digits_base_more", "digits_frames_base"))
+    assert (recipe.adapt is not None) == path.stem.endswith("_mod")
     assert recipe.adapt is None or recipe.adapt.plan(8)
     assert adapt_recipe.AdaptRecipe.parse(recipe.dump()) == recipe
 
