@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -18,13 +19,15 @@ import yaml
 
 from tests.pretrain.runs import Processes, environment
 from tests.pretrain.tuning import write_base, write_data
+from tests.tools.sweeps import ARMS, RECIPES, config, write_sweep
 from tests.zoo.adapt.families import llava
 from tools.adapt_sweep import __main__ as command
-from tools.adapt_sweep import report, settings
+from tools.adapt_sweep import launch, settings
+from tools.adapt_sweep.metrics import Metric
 from tools.adapt_sweep.plan import Planner, Point, layer_sets, solve
-from zoo.config import ConfigError
+from tools.adapt_sweep.point import work
+from zoo.config import ConfigError, UserError
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "adapt"
 RANKS = [0.9, 0.3, 0.1, 0.2, 0.5]
 
 
@@ -69,13 +72,6 @@ def test_solve_finds_the_nearest_step() -> None:
 # ---------------------------------------------------------------------------------------------------------------- plans
 
 
-def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "base": str(tmp_path), "data": str(tmp_path), "recipe": str(RECIPES / "digits_tuning.yaml"), "targets": [0.7],
-        "arms": {"dense": {}, "arank": {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": "arank"}},
-    } | changes  # fmt: skip
-
-
 def planned(tmp_path: Path, **changes: Any) -> tuple[Planner, list[Point]]:
     """Points for a decoder of four layers and prompts of 264 or 268 tokens, 256 of them an image's."""
     sweep = settings.SweepConfig.parse(config(tmp_path, **changes))
@@ -84,15 +80,6 @@ def planned(tmp_path: Path, **changes: Any) -> tuple[Planner, list[Point]]:
         model = llava(num_hidden_layers=8)
     planner = Planner(sweep, model, lambda adapt: shapes, [0.9, 0.3, 0.1, 0.2, 0.5, 0.6, 0.05, 0.01])
     return planner, planner.points()
-
-
-ARMS = {
-    "dense": {},
-    **{rule: {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": rule} for rule in ("arank", "random", "alternate")},
-    "p_mod": {"recipe": str(RECIPES / "p_mod.yaml"), "solve": "centre"},
-    "fastv": {"adapt": {"layers": {"first": 2}, "group": "sample"}, "tokens": "attention", "train": False},
-    "blind": {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": "arank", "tokens": "random", "train": False},
-}
 
 
 def test_points_meet_their_targets(tmp_path: Path) -> None:
@@ -135,6 +122,7 @@ def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
         ({"arms": {"a/b": {}}}, "arms: .*'a/b'"),
         ({"arms": {"a": {}, "b": {}}}, "one dense control is enough"),
         ({"arms": {"x": {"layer": "arank"}}}, "arms.x.layer: unknown key"),
+        ({"test": {"metric": "bleu"}}, "test.metric: 'bleu'"),
     ],
 )
 def test_bad_sweeps(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -154,69 +142,16 @@ def test_bad_arms_are_named(tmp_path: Path) -> None:
         command.base_recipe(bad)
 
 
-@pytest.mark.parametrize("name", ["sweep_digits", "sweep_digit_frames"])
+@pytest.mark.parametrize("name", ["sweep_digits", "sweep_digit_frames", "sweep_photos"])
 def test_the_recipes(tmp_path: Path, name: str) -> None:
     sweep = settings.load(RECIPES / f"{name}.yaml", [f"base={tmp_path}", f"data={tmp_path}"])
     assert command.base_recipe(sweep)["data"]["path"] == str(tmp_path)
     with torch.device("meta"):
         model = llava(num_hidden_layers=8)
-    groups = (256,) if name == "sweep_digits" else (64,) * 4
+    groups = (64,) * 4 if name == "sweep_digit_frames" else (256,)
     shapes = Counter({(266, groups): 1})
     for point in Planner(sweep, model, lambda adapt: shapes, [0.1 * n for n in range(8)]).points():
         assert not point.problem and point.flops == pytest.approx(point.target, rel=0.02)
-
-
-# --------------------------------------------------------------------------------------------------------------- report
-
-
-def judged(accuracy: float, flops: float) -> dict[str, Any]:
-    return {
-        "accuracy": accuracy, "kinds": {"cell": accuracy}, "questions": 10, "marks": [int(n < 20 * accuracy) for n in range(20)],
-        "flops": flops, "keys_and_values": flops,
-        "skip": {"layers.1": 0.5}, "routers": {"accuracy": 0.875},
-    }  # fmt: skip
-
-
-def write_results(out: Path, accuracies: dict[str, list[float]]) -> list[Point]:
-    points = []
-    for arm, each in accuracies.items():
-        target = 1.0 if arm == "dense" else 0.7
-        for seed, accuracy in enumerate(each):
-            adapt = {"auxiliary": {"type": "membership"}} if target < 1 else None
-            point = Point(arm, target, seed, adapt, True, {1 if arm == "arank" else 2: 0.25} if adapt else {}, target)
-            folder = out / "runs" / point.name
-            folder.mkdir(parents=True)
-            result = {"before": judged(0.1, target), "after": judged(accuracy, target), "training_seconds": 10 * target}
-            if arm == "arank":
-                result["threshold"] = {**judged(0.5, 0.69), "validation": {"reached": seed > 0}}
-            (folder / "result.json").write_text(json.dumps(result))
-            points.append(point)
-    return points
-
-
-@pytest.mark.parametrize(
-    ("rival", "said"),
-    [
-        ([0.4, 0.5, 0.45], r"ARank's choice answers more questions \(\+35\.0 points, ± 12\.4 over 3 seeds, ± 21\.8 over"),
-        ([0.75, 0.7, 0.75], r"not shown \(\+6\.7 points, ± 7\.2 over 3 seeds"),
-        ([0.9, 0.6, 0.85], r"not shown \(\+1\.7 points, ± 39\.9 over 3 seeds"),
-        ([0.8, 0.8, 0.8], r"not shown \(\+0\.0 points"),
-    ],
-)
-def test_the_report_says_what_the_results_say(tmp_path: Path, rival: list[float], said: str) -> None:
-    arms = {name: ARMS[name] for name in ("dense", "arank", "random")}
-    sweep = settings.SweepConfig.parse(config(tmp_path, arms=arms))
-    accuracies = {"dense": [0.95, 0.97, 0.96], "arank": [0.8, 0.8, 0.8], "random": rival}
-    written = report.write(sweep, write_results(tmp_path, accuracies), tmp_path)
-    assert [path.name for path in written] == ["results.md", "accuracy.png", "skip.png"]
-    assert all(path.stat().st_size > 500 for path in written)
-    text = written[0].read_text()
-    assert re.search(said, text)
-    dense = next(line for line in text.splitlines() if line.startswith("| dense |"))
-    assert "| 96.0 ± 1.0 % |" in dense and "| 10.0 % |" in dense and "10 s = 1.00" in dense
-    assert "| arank | 0.7 | 1 | 0.250 | 0.700 | 10.0 ± 0.0 % | 80.0 ± 0.0 % |" in text
-    assert "| 50.0 ± 0.0 % | 0.690 (1 off target) |" in text and "7 s = 0.70" in text
-    assert "| arank-0.7-0 | 1 | 0.50 | 87.5% |  |" in text
 
 
 # ---------------------------------------------------------------------------------------------------------- whole sweeps
@@ -228,45 +163,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_base(folder / "base")
     write_data(folder / "data", validation=12)
     return folder
-
-
-def write_sweep(folders: Path, name: str, **changes: Any) -> Path:
-    sweep = config(
-        folders, base=str(folders / "base"), data=str(folders / "data"), tolerance=0.05, seeds=[0], targets=[0.85],
-        test={"split": "validation", "samples": 8, "batch": 3}, threshold={"samples": 4, "rounds": 4},
-        arank={"samples": 2, "batch": 2}, timing={"batch": 2, "rounds": 5}, schedule={"warmup_steps": 0},
-        evaluate={"samples": 2, "generate": False},
-        train={"steps": 3, "global_batch": 2, "micro_batch": 2, "device": "cpu", "evaluate_every": 0,
-               "checkpoint_every": 1, "log_every": 1},
-    )  # fmt: skip
-    path = folders / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(sweep | changes))
-    return path
-
-
-def test_a_threshold_meets_the_target(folders: Path) -> None:
-    """Judged as it was tuned, with the weights it had."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import zoo.adapt as za
-    from pretrain.data.questions import read_questions
-    from tools.adapt_sweep import judge
-
-    asked = read_questions(folders / "data", "validation")
-    assert [q.images for q in judge.one_an_image([*asked[:2], *asked], 3)] == [q.images for q in asked[:3]]
-    prompts = judge.Prompts.encode(asked, AutoProcessor.from_pretrained(folders / "base"), 5)
-    model = AutoModelForImageTextToText.from_pretrained(folders / "base")
-    assert judge.judge(model, prompts)["flops"] == 1
-    za.adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.5}})
-    weights = {name: router.weight.clone() for name, router in za.routers(model)}
-    topk = judge.judge(model, prompts)
-    assert topk["skip"] == {"layers.1": 0.5, "layers.2": 0.5} and topk["logits"].numel() == 2 * 12 * 16
-    found = judge.tune_threshold(model, prompts, topk["flops"], 0.02, 10)
-    assert found["reached"] and found["flops"] == pytest.approx(topk["flops"], rel=0.02)
-    assert za.adaptation(model).inference.threshold == found["threshold"]
-    assert judge.judge(model, prompts)["flops"] == found["flops"]
-    assert all(torch.equal(router.weight, weights[name]) for name, router in za.routers(model))
-    assert not judge.tune_threshold(model, prompts, 0.1, 0.02, 4)["reached"]
 
 
 def test_a_sweep_without_training(folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -281,10 +177,51 @@ def test_a_sweep_without_training(folders: Path, capsys: pytest.CaptureFixture[s
     text = (out / "results.md").read_text()
     assert f"{100 * result['after']['accuracy']:.1f} % (not tuned)" in text and f"{result['after']['flops']:.3f}" in text
     assert [layer["index"] for layer in json.loads((out / "arank.json").read_text())["layers"]] == [0, 1, 2, 3]
-    monkeypatch.setattr(command, "_start", None)  # a run that is launched fails
+    monkeypatch.setattr(launch, "_start", None)  # a run that is launched fails
     assert command.main(arguments) == 0 and command.main([*arguments, "--report"]) == 0
     assert command.main([*arguments, "tolerance=0.1"]) == 2
     assert "belongs to another sweep" in capsys.readouterr().err
+
+
+def test_a_sweep_by_perplexity(folders: Path, monkeypatch: Any) -> None:
+    """In this process, "tuned" to what the base was: dense, it loses as before, and other pictures change that."""
+
+    def train(folder: Path, recipe: dict[str, Any]) -> float:
+        run = Path(recipe["run_dir"])
+        shutil.copytree(folders / "base", run / "model")
+        (run / "metrics.jsonl").touch()
+        return 1.0
+
+    def run(waiting: list[Path], jobs: int, metric: Metric) -> list[Path]:
+        for folder in waiting:
+            work(folder, json.loads((folder / "point.json").read_text()))
+        return []
+
+    monkeypatch.setattr("tools.adapt_sweep.point.train", train)
+    monkeypatch.setattr(command, "launch", run)
+    test = {"split": "validation", "samples": 7, "batch": 3, "metric": "perplexity"}
+    path, out = write_sweep(folders, "told", arms={name: ARMS[name] for name in ("dense", "blind")}, test=test), folders / "told"
+    assert command.main([str(path), str(out), "--no-timing"]) == 0
+    dense, blind = (json.loads((out / "runs" / name / "result.json").read_text()) for name in ("dense-1-0", "blind-0.85-0"))
+    assert dense["after"] == dense["before"] and dense["after"]["losses"] != dense["exchanged"]["losses"]
+    assert dense["after"]["tokens"] == dense["exchanged"]["tokens"] == blind["after"]["tokens"]
+    assert blind["after"]["flops"] == pytest.approx(blind["point"]["flops"], rel=1e-9) and "exchanged" not in blind
+    text = (out / "results.md").read_text()
+    assert f"{math.exp(blind['after']['loss']):.2f} (not tuned)" in text
+    assert f"perplexity {math.exp(dense['exchanged']['loss']):.2f}. " in text
+    assert command.main([str(path), str(out), "--no-timing", "test.metric=accuracy"]) == 2, "another folder for another metric"
+
+
+def test_a_metric_that_is_the_default_leaves_no_trace(tmp_path: Path) -> None:
+    """A sweep that says it goes on in the folder of one from before metrics could be chosen."""
+    silent, said, other = (
+        settings.SweepConfig.parse(config(tmp_path, test=test)) for test in ({}, {"metric": "accuracy"}, {"metric": "perplexity"})
+    )
+    command.check_folder(silent, tmp_path / "out")
+    assert "metric" not in json.loads((tmp_path / "out" / "sweep.json").read_text())["test"]
+    command.check_folder(said, tmp_path / "out")
+    with pytest.raises(UserError, match="belongs to another sweep"):
+        command.check_folder(other, tmp_path / "out")
 
 
 def test_data_without_images_are_refused_before_a_run(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

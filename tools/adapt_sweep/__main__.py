@@ -1,9 +1,10 @@
-"""Adapt one dense multimodal LLM in many ways of equal decoder FLOPs, tune all alike, and compare what they answer.
+"""Adapt one dense multimodal LLM in many ways of equal decoder FLOPs, tune all alike, and compare how well they answer.
 
     python -m tools.adapt_sweep SWEEP.yaml OUT [key.sub=value ...]
 
 The same command goes on where it stopped. OUT gets `arank.json`, `runs/<arm>-<target>-<seed>/result.json`,
-`timing.json`, `results.md`, `accuracy.png` and `skip.png`. A run is `python -m pretrain.adapt`, resumed by itself.
+`timing.json`, `results.md`, `accuracy.png` or, where that is the metric, `perplexity.png`, and `skip.png`. A run is
+`python -m pretrain.adapt`, resumed by itself.
 """
 
 from __future__ import annotations
@@ -14,26 +15,22 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
 from pretrain import adapt_recipe
 from pretrain import recipe as recipes
 from tools.adapt_sweep import settings
+from tools.adapt_sweep.launch import launch
+from tools.adapt_sweep.metrics import METRICS
 from tools.adapt_sweep.plan import Planner, Point
 from tools.adapt_sweep.point import BEFORE, POINT, RESULT, RUN
 from tools.adapt_sweep.settings import SweepConfig
 from zoo.config import ConfigError, UserError
 
-PLAN, SWEEP, ARANK, RUNS, LOG = "plan.json", "sweep.json", "arank.json", "runs", "log"
-TAIL = 12
-"""Lines of a failed run's log that are shown."""
+PLAN, SWEEP, ARANK, RUNS = "plan.json", "sweep.json", "arank.json", "runs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +71,8 @@ def sweep(config: SweepConfig, out: Path, only_report: bool = False, no_timing: 
             print(f"{point.name}: not run, {point.problem}")
     failed = []
     if not only_report:
-        failed = launch([folder for folder in prepared if not (folder / RESULT).exists()], config.jobs)
+        waiting = [folder for folder in prepared if not (folder / RESULT).exists()]
+        failed = launch(waiting, config.jobs, METRICS[config.test.metric])
         if not no_timing and not failed:
             from tools.adapt_sweep import timing
 
@@ -132,7 +130,7 @@ def planned(config: SweepConfig, recipe: dict[str, Any], out: Path) -> list[Poin
         return [Point.read(point) for point in kept["points"]]
     from pretrain import adapt_model
     from pretrain.data.questions import read_questions
-    from tools.adapt_sweep.judge import Prompts
+    from tools.adapt_sweep.prompts import Prompts
     from zoo.adapt import AdaptConfig
 
     adapt_model.quiet(0)
@@ -202,54 +200,6 @@ def prepare(config: SweepConfig, recipe: dict[str, Any], point: Point, out: Path
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, wanted)
     return folder
-
-
-def launch(folders: Sequence[Path], jobs: int) -> list[Path]:
-    """Do runs, `jobs` at a time, showing progress and time left; returns those that failed."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if jobs > 1 else dict(os.environ)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # each run is the only rank of its own
-        environment.pop(name, None)
-    waiting, running, failed = list(folders), {}, []
-    with tqdm.tqdm(total=len(folders), desc="runs", unit="run", smoothing=0, disable=not folders or None) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    folder = waiting.pop(0)
-                    running[_start(folder, environment)] = folder
-                done = [process for process in running if process.poll() is not None]
-                for process in done:
-                    folder = running.pop(process)
-                    bar.update()
-                    if process.returncode or not (folder / RESULT).exists():
-                        failed.append(folder)
-                        lines = (folder / LOG).read_text(errors="replace").splitlines()[-TAIL:]
-                        bar.write(f"{folder.name} failed:\n  " + "\n  ".join(lines), sys.stderr)
-                    else:
-                        bar.write(f"{folder.name}: {_said(folder)}")
-                bar.set_postfix_str(", ".join(folder.name for folder in running.values()))
-                if not done:
-                    time.sleep(0.2)
-        finally:
-            for process in running:
-                os.killpg(process.pid, signal.SIGTERM)
-            for process in running:
-                process.wait()
-    return failed
-
-
-def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with (folder / LOG).open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tools.adapt_sweep.point", str(folder)], env=environment, stdout=log, stderr=log,
-            process_group=0,
-        )  # fmt: skip
-
-
-def _said(folder: Path) -> str:
-    result = json.loads((folder / RESULT).read_text())
-    after = result["after"]
-    return f"accuracy {result['before']['accuracy']:.1%} → {after['accuracy']:.1%} at {after['flops']:.3f} of dense FLOPs"
 
 
 def _write(path: Path, data: Any) -> None:

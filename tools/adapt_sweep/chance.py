@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from scipy.stats import t as student
 
-from pretrain.data.questions import Question
+from tools.adapt_sweep.metrics import Metric
 from tools.adapt_sweep.rows import Result
 
 LEVEL = 0.95
@@ -19,7 +18,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Accuracy of one arm minus another's, in runs that share the seed."""
+    """One arm's ratio (see `Metric`) minus another's, in runs that share the seed."""
 
     mean: float
     seeds: int
@@ -33,42 +32,32 @@ class Difference:
         """Whether neither other seeds nor other questions are likely to turn its sign."""
         return abs(self.mean) > max(self.by_seed, self.by_question) and self.by_seed > 0
 
-    def __str__(self) -> str:
-        parts = f"{100 * self.mean:+.1f} points, ± {100 * self.by_seed:.1f} over {self.seeds} seeds, ± "
-        return parts + f"{100 * self.by_question:.1f} over questions"
 
-
-def compare(pairs: Mapping[int, Sequence[tuple[Result, Result]]]) -> Difference:
+def compare(pairs: Mapping[int, Sequence[tuple[Result, Result]]], metric: Metric) -> Difference:
     """The difference of two arms.
+
+    Over questions it is a ratio R of sums, of d, the difference of a question's scores (mean over the pairs), and its
+    weight w. The interval is that of the mean of R + (d − R w) / mean(w), as ratio estimates are linearised; where all
+    weights are 1 these are the differences themselves.
 
     Args:
         pairs: seed → results of both, one pair a target; what one seed gives is one observation.
     """
     seeds = [
-        statistics.mean(ours["after"]["accuracy"] - theirs["after"]["accuracy"] for ours, theirs in each)
+        statistics.mean(metric.of(ours["after"]) - metric.of(theirs["after"]) for ours, theirs in each)
         for each in pairs.values()
     ]
-    flat = [pair for each in pairs.values() for pair in each]
-    questions = [
-        statistics.mean(marks)
-        for marks in zip(
-            *(
-                [a - b for a, b in zip(ours["after"]["marks"], theirs["after"]["marks"], strict=True)]
-                for ours, theirs in flat
-            ),
-            strict=True,
-        )
-    ]
+    columns, weights = [], []
+    for ours, theirs in (pair for each in pairs.values() for pair in each):
+        mine, weights = metric.questions(ours["after"])
+        his, same = metric.questions(theirs["after"])
+        if weights != same:
+            raise ValueError("the two were asked other questions")
+        columns.append([a - b for a, b in zip(mine, his, strict=True)])
+    differences = [statistics.mean(each) for each in zip(*columns, strict=True)]
+    ratio, size = sum(differences) / sum(weights), statistics.mean(weights)
+    questions = [ratio + (d - ratio * w) / size for d, w in zip(differences, weights, strict=True)]
     return Difference(statistics.mean(seeds), len(seeds), _half(seeds), _half(questions))
-
-
-def blind(questions: Sequence[Question]) -> float:
-    """Accuracy of always giving the commonest answer to questions that begin with the same two words."""
-    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for question in questions:
-        for asked, answer in question.turns:
-            answers[" ".join(asked.split()[:2])][answer] += 1
-    return sum(max(found.values()) for found in answers.values()) / sum(map(Counter.total, answers.values()))
 
 
 def _half(values: Sequence[float]) -> float:

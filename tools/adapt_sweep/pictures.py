@@ -1,4 +1,4 @@
-"""Pictures of a sweep: accuracy against FLOPs, and what each layer skips."""
+"""Pictures of a sweep: how well is answered against FLOPs, and what each layer skips."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.adapt_sweep.metrics import Metric
 from tools.adapt_sweep.rows import Row, deviation
 
 
-def draw_accuracy(rows: Sequence[Row], path: Path) -> Path:
-    """Accuracy after tuning against measured FLOPs: a line an arm, standard deviations over seeds, dense as a star."""
+def draw_metric(metric: Metric, rows: Sequence[Row], path: Path) -> Path:
+    """The metric after tuning against measured FLOPs: a line an arm, standard deviations over seeds, dense as a star."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -20,13 +21,13 @@ def draw_accuracy(rows: Sequence[Row], path: Path) -> Path:
         if not own:
             continue
         x = [statistics.mean(row.each(lambda r: r["after"]["flops"])) for row in own]
-        accuracies = [row.each(lambda r: r["after"]["accuracy"]) for row in own]
-        y, spread = [statistics.mean(each) for each in accuracies], [deviation(each) for each in accuracies]
+        numbers = [row.each(lambda r: metric.number(metric.of(r["after"]))) for row in own]
+        y, spread = [statistics.mean(each) for each in numbers], [deviation(each) for each in numbers]
         marker, style = ("*", "") if own[-1].target == 1 else ("o", "-" if own[0].points[0].train else "--")
         color = "black" if marker == "*" else f"C{number % 10}"
         axes.errorbar(x, y, yerr=spread, marker=marker, linestyle=style, color=color, capsize=2, label=arm,
                       markersize=12 if marker == "*" else 5)  # fmt: skip
-    axes.set(xlabel="decoder FLOPs of a prompt / dense", ylabel="accuracy")
+    axes.set(xlabel="decoder FLOPs of a prompt / dense", ylabel=metric.name + ("" if metric.higher else " (lower is better)"))
     axes.grid(alpha=0.3)
     if any(row.results for row in rows):
         axes.legend(fontsize="small")
@@ -34,13 +35,17 @@ def draw_accuracy(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def draw_skip(rows: Sequence[Row], path: Path) -> Path:
-    """Share of candidates skipped in each layer, mean over seeds: a panel a target, a line of squares an arm."""
+def draw_skip(rows: Sequence[Row], path: Path, depth: int = 0) -> Path:
+    """Share of candidates skipped in each layer, mean over seeds: a panel a target, a line of squares an arm.
+
+    Args:
+        depth: layers to show at least; those behind the last routed one are known to who has opened the model.
+    """
     from matplotlib.figure import Figure
 
     targets = sorted({row.target for row in rows if row.target < 1}, reverse=True) or [1.0]
     arms = list(dict.fromkeys(row.arm for row in rows if row.target < 1))
-    depth = 1 + max((layer for row in rows for point in row.points for layer in point.keep), default=0)
+    depth = max(depth, 1 + max((layer for row in rows for point in row.points for layer in point.keep), default=0))
     figure = Figure(figsize=(1 + 0.45 * depth * len(targets), 1.5 + 0.35 * max(len(arms), 1)), layout="constrained")
     panels = figure.subplots(1, len(targets), squeeze=False)[0]
     image = None

@@ -15,16 +15,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tools.adapt_sweep.plan import Point
+from tools.adapt_sweep.settings import TestConfig
 from zoo.config import UserError
 
-POINT, RESULT, BEFORE, METRICS, RUN = "point.json", "result.json", "before.json", "metrics.jsonl", "run"
+POINT, RESULT, BEFORE, STEPS, RUN = "point.json", "result.json", "before.json", "metrics.jsonl", "run"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,40 +57,49 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
 
     from pretrain import adapt_model
     from pretrain.adapt_recipe import AdaptRecipe
-    from pretrain.data.questions import read_questions
+    from pretrain.data.questions import Question, read_questions
     from pretrain.engine import choose_device
-    from tools.adapt_sweep import judge
+    from tools.adapt_sweep.judge import judge
+    from tools.adapt_sweep.metrics import METRICS
+    from tools.adapt_sweep.prompts import Prompts, exchanged, one_an_image
+    from tools.adapt_sweep.threshold import tune_threshold
     from zoo.adapt import load_adapted
 
-    point, test = Point.read(settings["point"]), settings["test"]
+    point, test = Point.read(settings["point"]), TestConfig.parse(settings["test"])
     recipe = AdaptRecipe.parse(settings["recipe"])
     device, data = choose_device(recipe.train.device), Path(recipe.data.path)
     adapt_model.quiet(0)
     base = adapt_model.open_base(recipe)
-    questions = read_questions(data, test["split"])[: test["samples"]]
-    prompts = judge.Prompts.encode(questions, base.processor, test["batch"])
-    first = prompts if not point.train else judge.Prompts.encode(questions[: test["before"]], base.processor, test["batch"])
+    questions = read_questions(data, test.split)[: test.samples]
+    metric = METRICS[test.metric]
 
-    def judged(model: Any, prompts: judge.Prompts = prompts) -> dict[str, Any]:
-        return {key: value for key, value in judge.judge(model, prompts).items() if key != "logits"}
+    def encoded(questions: Sequence[Question]) -> Prompts:
+        return Prompts.encode(questions, base.processor, test.batch, answers=metric.told)
 
+    def judged(model: Any, prompts: Prompts) -> dict[str, Any]:
+        return {key: value for key, value in judge(model, prompts, test.metric).items() if key != "logits"}
+
+    prompts = encoded(questions)
+    first = encoded(questions[: test.before]) if point.train and test.before else prompts
     before = _kept(folder / BEFORE, lambda: judged(adapt_model.whole(recipe, base).to(device).eval(), first))
     result: dict[str, Any] = {"point": settings["point"], "before": before, "after": before}
     if point.train:
         seconds = train(folder, settings["recipe"])
         model = load_adapted(recipe.folder / "model") if point.adapt is not None else _dense(recipe.folder / "model")
         model = model.to(device, torch.float32).eval()
-        result |= {"after": judged(model), "training_seconds": seconds}
+        result |= {"after": judged(model, prompts), "training_seconds": seconds}
+        if metric.told and point.adapt is None and (others := exchanged(questions)):
+            result["exchanged"] = judged(model, encoded(others))
         if point.learned:
             tuning = settings["threshold"]
-            held_out = judge.one_an_image(read_questions(data, tuning["split"]), tuning["samples"])
-            prompts_of = judge.Prompts.encode(held_out, base.processor, test["batch"])
-            found = judge.tune_threshold(model, prompts_of, point.target, settings["tolerance"], tuning["rounds"])
-            result["threshold"] = {"validation": found, **judged(model)}
+            held_out = one_an_image(read_questions(data, tuning["split"]), tuning["samples"])
+            read = Prompts.encode(held_out, base.processor, test.batch)
+            found = tune_threshold(model, read, point.target, settings["tolerance"], tuning["rounds"])
+            result["threshold"] = {"validation": found, **judged(model, prompts)}
     temporary = folder / (RESULT + ".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     if point.train:
-        shutil.copyfile(recipe.folder / METRICS, folder / METRICS)
+        shutil.copyfile(recipe.folder / STEPS, folder / STEPS)
         if settings["keep_models"]:
             shutil.rmtree(folder / "model", ignore_errors=True)
             shutil.move(recipe.folder / "model", folder / "model")
@@ -119,7 +129,7 @@ def train(folder: Path, recipe: dict[str, Any]) -> float:
             training.wait()
     if training.returncode or not (run / "model").exists():
         raise UserError(f"the training ended with exit code {training.returncode} before its last step")
-    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / STEPS).read_text().splitlines()]
     return max(line["seconds"] for line in lines if "seconds" in line)
 
 

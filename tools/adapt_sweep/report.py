@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.questions import read_questions
 from tools.adapt_sweep import pictures
-from tools.adapt_sweep.chance import LEVEL, Difference, blind, compare
+from tools.adapt_sweep.comparison import comparison
+from tools.adapt_sweep.metrics import METRICS, Metric
 from tools.adapt_sweep.plan import Point
-from tools.adapt_sweep.rows import Result, Row, deviation, gather
+from tools.adapt_sweep.rows import Result, Row, gather
 from tools.adapt_sweep.settings import SweepConfig
-
-RIVALS = ("random", "alternate", "arank_high")
-"""Rules of layers that ARank's choice is compared with."""
 
 
 def write(config: SweepConfig, points: Sequence[Point], out: Path) -> list[Path]:
-    """`results.md`, `accuracy.png` and `skip.png`, of what has been run; returns their paths."""
-    rows = gather(points, out)
+    """`results.md`, a picture of the metric by its name and `skip.png`, of what has been run; returns their paths."""
+    rows, metric = gather(points, out), METRICS[config.test.metric]
     timing = out / "timing.json"
     times = json.loads(timing.read_text()) if timing.exists() else {}
+    ranks = out / "arank.json"
+    depth = len(json.loads(ranks.read_text())["layers"]) if ranks.exists() else 0
     text = "\n\n".join([table(config, rows, times), comparison(config, rows), layers_of(rows)]) + "\n"
     (out / "results.md").write_text(text, encoding="utf-8")
-    return [out / "results.md", pictures.draw_accuracy(rows, out / "accuracy.png"), pictures.draw_skip(rows, out / "skip.png")]
+    drawn = pictures.draw_metric(metric, rows, out / f"{metric.name}.png")
+    return [out / "results.md", drawn, pictures.draw_skip(rows, out / "skip.png", depth)]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -35,14 +34,15 @@ def write(config: SweepConfig, points: Sequence[Point], out: Path) -> list[Path]
 
 def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> str:
     """One line an arm and target."""
-    kinds = list(dict.fromkeys(kind for row in rows for _, result in row.results for kind in result["after"]["kinds"]))
+    metric = METRICS[config.test.metric]
+    kinds = list(dict.fromkeys(kind for row in rows for kind in _kinds(row)))
     heads = ["arm", "target", "layers", "keep", "FLOPs", "before", "after", *kinds, "by threshold", "at FLOPs", "K/V",
              "prefill", "decoder's", "decode", "training"]  # fmt: skip
     dense = [row for row in rows if row.target == 1]
     seconds = statistics.mean(found) if dense and (found := dense[0].each(_seconds)) else None
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = _cells(row, kinds, times.get(f"{row.arm}-{row.target:g}"), seconds, config.tolerance)
+        cells = _cells(row, metric, kinds, times.get(f"{row.arm}-{row.target:g}"), seconds, config.tolerance)
         lines.append("| " + " | ".join(cells) + " |")
     problems = [f"- {p.name}: not run, {p.problem}." for row in rows for p in row.points if p.problem]
     missing = [p.name for row in rows for p in row.points if not p.problem and p.name not in {q.name for q, _ in row.results}]
@@ -50,15 +50,10 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
         "/".join(map(str, sorted({result[when]["questions"] for row in rows for _, result in row.results}))) or "no"
         for when in ("after", "before")
     )
-    known = Path(config.data) / f"{config.test.split}.jsonl"
-    guess = ""
-    if known.exists():
-        share = blind(read_questions(Path(config.data), config.test.split)[: config.test.samples])
-        guess = f"The commonest answer to each form of question is right {share:.1%} of the time. "
     notes = [
         f"# {Path(config.base).name} made cheaper",
-        f"Accuracy: share of generated answers that are exactly right, on {tested} {config.test.split} questions; mean ± "
-        f"standard deviation over seeds {', '.join(map(str, config.seeds))}, of tuning; the base is one. {guess}"
+        f"{metric.explained}, on {tested} {config.test.split} questions; mean ± standard deviation over seeds "
+        f"{', '.join(map(str, config.seeds))}, of tuning; the base is one. {metric.control(config, rows)}"
         f"Before: adapted, not yet tuned, on the first {first}. "
         "FLOPs: the decoder's prefill with its routers, measured, over dense; K/V: bytes of keys and values over dense. "
         "By threshold: one threshold, tuned on validation, in place of top-k (off target: there or here it misses the "
@@ -74,7 +69,7 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
 
 
 def _cells(
-    row: Row, kinds: Sequence[str], times: dict[str, Any] | None, seconds: float | None, tolerance: float
+    row: Row, metric: Metric, kinds: Sequence[str], times: dict[str, Any] | None, seconds: float | None, tolerance: float
 ) -> list[str]:
     counts = sorted({len(p.keep) for p in row.points})
     shares = [share for p in row.points for share in p.keep.values()]
@@ -83,12 +78,12 @@ def _cells(
     flops = row.each(lambda r: r["after"]["flops"])
     untrained = "" if any(p.train for p in row.points) or not flops else " (not tuned)"
     cells = [row.arm, f"{row.target:g}", "–".join(map(str, counts)) + void, keep, _mean(flops, "{:.3f}")]
-    cells.append(_percent(row.each(lambda r: r["before"]["accuracy"]), row.runs if row.target < 1 else 1))
-    cells.append(_percent(row.each(lambda r: r["after"]["accuracy"]), row.runs) + untrained)
-    cells += [_percent(row.each(lambda r, kind=kind: r["after"]["kinds"].get(kind)), row.runs) for kind in kinds]
+    cells.append(metric.show(row.each(lambda r: metric.of(r["before"])), row.runs if row.target < 1 else 1))
+    cells.append(metric.show(row.each(lambda r: metric.of(r["after"])), row.runs) + untrained)
+    cells += [metric.show(row.each(lambda r, kind=kind: r["after"]["kinds"].get(kind)), row.runs) for kind in kinds]
     judged = [result["threshold"] for _, result in row.results if "threshold" in result]
     off = sum(not each["validation"]["reached"] or abs(each["flops"] / row.target - 1) > tolerance for each in judged)
-    cells.append(_percent([each["accuracy"] for each in judged], row.runs))
+    cells.append(metric.show([metric.of(each) for each in judged], row.runs))
     cells.append(_mean([each["flops"] for each in judged], "{:.3f}") + (f" ({off} off target)" if off else ""))
     cells.append(_mean(row.each(lambda r: r["after"]["keys_and_values"]), "{:.3f}"))
     if times is None or not flops:
@@ -103,60 +98,6 @@ def _cells(
     cells.append(f"{statistics.mean(own):.0f} s" if own else "")
     cells[-1] += f" = {statistics.mean(own) / seconds:.2f}" if own and seconds else ""
     return cells
-
-
-def comparison(config: SweepConfig, rows: Sequence[Row]) -> str:
-    """Whether layers chosen by ARank lose less than others at the same FLOPs."""
-    by = {(row.arm, row.target): row for row in rows}
-    arms = config.arms
-    lines, sentences = [], []
-    for name in (name for name, arm in arms.items() if arm.layers == "arank" and arm.train):
-        for rival, arm in arms.items():
-            if arm.layers not in RIVALS or arm.model_copy(update={"layers": "arank"}) != arms[name]:
-                continue
-            pooled: defaultdict[int, list[tuple[Result, Result]]] = defaultdict(list)
-            for target in config.targets:
-                pairs, same = paired(by[name, target], by[rival, target])
-                void = same == len(pairs)
-                found = compare(pairs) if pairs else None
-                cells = [f"{name} − {rival}", f"{target:g}", *_difference(found), f"{len(pairs)}", f"{same}"]
-                lines.append("| " + " | ".join(cells) + " |")
-                if not void:
-                    sentences.append(f"- At {target:g} of dense FLOPs against {rival}: {_verdict(found)}")
-                    for seed, each in pairs.items():
-                        pooled[seed] += each
-            if len(config.targets) > 1 and pooled:
-                sentences.append(f"- Over all targets with a choice against {rival}: {_verdict(compare(pooled))}")
-    if not lines:
-        return "## Does ARank choose better layers?\n\nNo arm of this sweep differs from another in the rule of its layers alone."
-    text = (
-        f"Differences of runs that share the seed, with {LEVEL:.0%} intervals over seeds (Student's) and over questions; what "
-        "lies within either is not shown. Runs that route the same layers are one run, and count as no difference."
-    )
-    heads = "| accuracy of | target | difference, points | over seeds | over questions | seeds | of them the same layers |"
-    head = "## Does ARank choose better layers?"
-    return "\n".join([head, "", text, "", heads, "|---|---|---|---|---|---|---|", *lines, "", *sentences])
-
-
-def paired(ours: Row, theirs: Row) -> tuple[dict[int, list[tuple[Result, Result]]], int]:
-    """Results of the seeds that both have, and how many of these route the same layers."""
-    other = {point.seed: (point, result) for point, result in theirs.results}
-    both = [(point, result, *other[point.seed]) for point, result in ours.results if point.seed in other]
-    same = sum(mine.keep.keys() == his.keep.keys() for mine, _, his, _ in both)
-    return {point.seed: [(result, rival)] for point, result, _, rival in both}, same
-
-
-def _difference(found: Difference | None) -> list[str]:
-    if found is None:
-        return ["", "", ""]
-    by_seed = f"± {100 * found.by_seed:.1f}" if found.seeds > 1 else ""
-    return [f"{100 * found.mean:+.1f}", by_seed, f"± {100 * found.by_question:.1f}"]
-
-
-def _verdict(found: Difference) -> str:
-    if not found.shown:
-        return f"not shown ({found})."
-    return f"ARank's choice answers {'more' if found.mean > 0 else 'fewer'} questions ({found})."
 
 
 def layers_of(rows: Sequence[Row]) -> str:
@@ -177,19 +118,17 @@ def layers_of(rows: Sequence[Row]) -> str:
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
+def _kinds(row: Row) -> list[str]:
+    """Kinds of questions that the metric tells apart."""
+    return [kind for _, result in row.results for kind in result["after"].get("kinds", {})]
+
+
 def _seconds(result: Result) -> float | None:
     return result.get("training_seconds")
 
 
 def _mean(values: Sequence[float], form: str) -> str:
     return form.format(statistics.mean(values)) if values else ""
-
-
-def _percent(values: Sequence[float], runs: int) -> str:
-    if not values:
-        return ""
-    spread = f" ± {100 * deviation(values):.1f}" if runs > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread} %"
 
 
 def _ratio(reading: dict[str, Any]) -> str:

@@ -51,15 +51,22 @@ class ArmConfig(Config):
 
 
 class TestConfig(Config):
-    """Questions that accuracy is judged by."""
+    """Questions that models are judged by, and how."""
 
     __test__ = False
+    metric: Literal["accuracy", "perplexity"] = "accuracy"
+    """See `metrics.METRICS`: of answers that are generated, or of the right ones."""
     split: str = "test"
     samples: int | None = Field(None, gt=0)
     """From the beginning of the split; null: all."""
     before: int | None = Field(None, gt=0)
     """The same, of those asked before tuning; null: all of `samples`."""
     batch: int = Field(32, gt=0)
+
+    @pydantic.model_serializer(mode="wrap")
+    def _dumped(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a metric that is the default: folders of sweeps from before there was a choice stay what they are."""
+        return {key: value for key, value in dump(self).items() if (key, value) != ("metric", "accuracy")}
 
 
 class ThresholdConfig(Config):

@@ -18,8 +18,8 @@ from pretrain.adapt_recipe import AdaptRecipe
 from pretrain.data.questions import read_questions
 from pretrain.data.samples import moved
 from pretrain.engine import choose_device
-from tools.adapt_sweep.judge import Prompts
 from tools.adapt_sweep.plan import Point
+from tools.adapt_sweep.prompts import Prompts
 from tools.adapt_sweep.settings import SweepConfig
 from tools.bench.adapted import prefilling, step
 from tools.bench.measure import Sample, read
@@ -55,7 +55,7 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     dense = adapt_model.whole(parsed, base).to(device).eval()
     question = next(q for q in read_questions(Path(config.data), config.test.split) if q.images)
     prompts = Prompts.encode([question] * config.timing.batch, base.processor, config.timing.batch)
-    inputs = moved(prompts.batches[0][0], device, dense.dtype)
+    inputs = moved(prompts.batches[0].inputs, device, dense.dtype)
     for name, point in tqdm.tqdm(missing.items(), desc="timing", unit="arm", disable=None):
         sparse = za.adapt(copy.deepcopy(dense), point.adapt)
         times[name] = {"settings": _settings(config, point), **_pair(dense, sparse, inputs, config.timing.rounds, device)}
