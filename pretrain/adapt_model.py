@@ -22,9 +22,9 @@ from transformers.initialization import no_init_weights
 import zoo.adapt as za
 from pretrain.adapt_recipe import AdaptRecipe
 from pretrain.adapt_tuning import freeze, lora_config, tuned
-from pretrain.model_folder import cannot_open, check_complete, open_folder
+from pretrain.model_folder import cannot_open, open_folder
 from zoo.adapt.family import parts, picture_ids
-from zoo.adapt.save import CONFIG, weights_hash
+from zoo.adapt.save import CONFIG, check_complete, weights_hash
 from zoo.config import ConfigError, UserError
 
 Gather = Callable[[list[nn.Parameter]], Any]

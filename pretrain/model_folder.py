@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,6 @@ def open_folder(name: str) -> tuple[Any, Any]:
             "it: processor.save_pretrained(folder)"
         )
     return config, processor
-
-
-def check_complete(what: str, loaded: Mapping[str, Any]) -> None:
-    """Raise UserError where Transformers would begin with random weights.
-
-    Args:
-        what: was loaded.
-        loaded: `from_pretrained`'s loading info.
-    """
-    names = sorted(loaded["missing_keys"])
-    if names:
-        raise UserError(f"{what} has no weights {', '.join(names[:3])} ({len(names)} are missing); save it anew")
 
 
 def cannot_open(name: str, error: Exception) -> UserError:

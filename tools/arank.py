@@ -112,7 +112,8 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """
     import transformers
 
-    from pretrain.model_folder import cannot_open, check_complete, open_folder
+    from pretrain.model_folder import cannot_open, open_folder
+    from zoo.adapt.save import check_complete
 
     _, processor = open_folder(name)
     kind = transformers.AutoModelForImageTextToText

@@ -22,17 +22,20 @@ Turn = dict[str, str]
 """`question`, `answer`, `kind`."""
 
 
-def draw_cells(rng: np.random.Generator, axes: tuple[tuple[str, int], ...], few: bool) -> np.ndarray:
+def draw_cells(rng: np.random.Generator, axes: tuple[tuple[str, int], ...], least: int | None) -> np.ndarray:
     """Digits 0..9, or `BLANK`, of a grid whose sides are the lengths of `axes`.
 
     Args:
-        few: fill one cell to 80 % of them, log-uniform, which teaches what a digit's place is before grids are crowded;
-            else a quarter to 80 %, uniform.
+        least: fill `least` cells (or all that may be) to 80 % of them, log-uniform, which teaches what a digit's place is
+            before grids are crowded; None: a quarter to 80 %, uniform.
     """
     shape = [length for _, length in axes]
     size = int(np.prod(shape))
     most = max(1, int(0.8 * size))
-    filled = int(np.exp(rng.uniform(0, np.log(most + 1)))) if few else rng.integers(max(1, size // 4), most + 1)
+    if least is None:
+        filled = rng.integers(max(1, size // 4), most + 1)
+    else:
+        filled = int(np.exp(rng.uniform(np.log(min(least, most)), np.log(most + 1))))
     classes = rng.choice(len(NAMES), CLASSES, replace=False)
     return np.where(rng.permutation(size) < filled, rng.choice(classes, size), BLANK).reshape(shape)
 
@@ -68,7 +71,7 @@ def ask_which(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> 
 
 def ask_beside(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
     """Along each axis, of every digit that is there exactly once, where its place of the axis holds one other digit: two
-    steps, from the digit to its place, from there to the other."""
+    steps, from the digit to its place, from there to the other. A row or column is that of all frames."""
     asked = []
     for axis, name in enumerate(names):
         for part in np.moveaxis(cells, axis, 0):

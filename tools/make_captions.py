@@ -115,7 +115,8 @@ def write(
     splits = {"train": training.captions, "validation": held.captions[:half], "test": held.captions[half:]}
     for split, captions in splits.items():
         (out / split).mkdir(parents=True, exist_ok=True)
-        lines = [_save(caption, out, f"{split}/{number:06d}", question) for number, caption in enumerate(captions)]
+        shown = tqdm.tqdm(captions, desc=split, disable=None, leave=False)
+        lines = [_save(caption, out, f"{split}/{number:06d}", question) for number, caption in enumerate(shown)]
         (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {split: len(captions) for split, captions in splits.items()}, read
 

@@ -11,7 +11,7 @@ where blank. With `--frames F` a line has `images`, the F frames in order, in pl
 Kinds: `cell` "What is at row 2, column 3?", `count` "How many sevens?", `which` "Which row has a nine?" (or column, or
 frame; asked where exactly one has). With frames a cell's address begins with its frame, and counts are of all of them.
 With `--beside N` also `beside` "What shares a row with the nine?" (the one other digit there), N times as often as cells:
-it takes two steps, from the digit to its row and from the row to the other digit.
+it takes two steps, from the digit to its row and from the row to the other digit. `--least 3` makes such rows common.
 Training grids hold few digits more often than many: what "which row" asks is hardly learnt from crowded ones alone.
 
 No digit of a training grid is in a held-out one. Test grids take the 297 digits held out by `tools.make_digits`;
@@ -59,6 +59,7 @@ class GridsConfig(Config):
     scale: Annotated[int, Field(ge=1)] = 4
     turns: Annotated[int, Field(ge=1)] = 16
     beside: Annotated[int, Field(ge=0)] = 0
+    least: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
 
     @property
@@ -115,7 +116,7 @@ def make_line(config: GridsConfig, pool: tuple[np.ndarray, ...], split: str, ind
     """Line `index` of a split: `config.turns` turns, or all that can be asked, for training; else one of each kind."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     names = [name for name, _ in config.axes]
-    cells = draw_cells(rng, config.axes, few=split == "train")
+    cells = draw_cells(rng, config.axes, config.least if split == "train" else None)
     asked = {kind: ASK[kind](rng, cells, names) for kind in config.shares}
     if split == "train":
         turns = list(_mixed(rng, asked, config.shares, config.turns))
@@ -196,6 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         "scale": "display pixels of a digit's pixel; a cell is 8 of those wide",
         "turns": "questions of a training picture",
         "beside": "how often what shares a row or column with a digit is asked, beside cells' once; 0: never",
+        "least": "digits on the emptiest training grids",
         "seed": "of everything drawn",
     }
     for key, help_ in helps.items():

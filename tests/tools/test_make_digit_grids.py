@@ -129,6 +129,13 @@ def test_training_grids_hold_few_digits_more_often_than_many(pools: dict[str, tu
     assert set(filled["test"]) == set(range(4, 13))
 
 
+def test_the_emptiest_training_grid_can_be_set(pools: dict[str, tuple[np.ndarray, ...]]) -> None:
+    for least, expected in ((5, set(range(5, 13))), (100, {12})):
+        config = grids.GridsConfig(least=least)
+        made = [grids.make_line(config, pools["train"], "train", index) for index in range(150)]
+        assert {int((line.cells != grids.BLANK).sum()) for line in made} == expected
+
+
 def test_held_out_lines_are_single_questions_of_every_kind(folder: Path) -> None:
     for split in ("validation", "test"):
         assert {line["kind"] for line in lines(folder, split)} == set(grids.SHARES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def load_adapted(folder: str | Path, base: str | Path | None = None, **options: 
     Returns:
         The model; PEFT's wrapper of one where adapters were saved.
     Raises:
-        UserError: no adapted folder, or the base's weights have changed.
+        UserError: no adapted folder, it lacks weights, or the base's have changed.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -77,7 +78,9 @@ def load_adapted(folder: str | Path, base: str | Path | None = None, **options: 
     config = AdaptConfig.parse(about["adapt"], "adapt")
     cls = getattr(transformers, about["class"])
     if "base_sha256" not in about:
-        model = adapt(cls.from_pretrained(folder, **options), config)
+        model, loaded = cls.from_pretrained(folder, output_loading_info=True, **options)
+        check_complete(str(folder), loaded)
+        adapt(model, config)
     else:
         source = base or about["base"]
         options = {"dtype": getattr(torch, about["base_dtype"])} | options
@@ -93,6 +96,18 @@ def load_adapted(folder: str | Path, base: str | Path | None = None, **options: 
         model = PeftModel.from_pretrained(adapt(model, config), folder)
     load_routers(model, folder)
     return model.eval()
+
+
+def check_complete(what: str, loaded: Mapping[str, Any]) -> None:
+    """Raise UserError where Transformers would begin with random weights.
+
+    Args:
+        what: was loaded.
+        loaded: `from_pretrained`'s loading info.
+    """
+    names = sorted(loaded["missing_keys"])
+    if names:
+        raise UserError(f"{what} has no weights {', '.join(names[:3])} ({len(names)} are missing); save it anew")
 
 
 def router_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.zoo.adapt.families import FAMILIES
@@ -97,4 +98,10 @@ def test_what_cannot_be_saved_or_loaded(base: Path, tmp_path: Path) -> None:
         load_adapted(tmp_path / "out")
     (tmp_path / "out" / "mod_config.json").write_text(json.dumps(about | {"version": 9}))
     with pytest.raises(UserError, match="version 9"):
+        load_adapted(tmp_path / "out")
+    (tmp_path / "out" / "mod_config.json").write_text(json.dumps(about))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    del weights[next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))]
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"out has no weights model\.language_model\.layers\.0\.mlp\.up_proj\.weight \(1 are"):
         load_adapted(tmp_path / "out")
