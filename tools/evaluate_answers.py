@@ -65,9 +65,11 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
 
     import zoo.adapt as za
     from pretrain import answers
+    from pretrain.adapt_model import quiet
     from pretrain.data.samples import Batcher
     from zoo.adapt.family import parts, picture_ids
 
+    quiet(0)
     config = None if options.adapt is None else read_adapt(options.adapt, options.overrides)
     questions, filler = asked(options.data, options.split, options.samples, options.exchange_images)
     model, processor = open_either(options.model, options.device)
