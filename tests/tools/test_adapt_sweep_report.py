@@ -69,11 +69,12 @@ def write_results(
 )
 def test_the_report_says_what_the_results_say(tmp_path: Path, rival: list[float], said: str) -> None:
     arms = {name: ARMS[name] for name in ("dense", "arank", "random")}
-    sweep = settings.SweepConfig.parse(config(tmp_path, arms=arms))
+    sweep = settings.SweepConfig.parse(config(tmp_path, arms=arms, base="runs/digits/model"))
     accuracies = {"dense": [0.95, 0.97, 0.96], "arank": [0.8, 0.8, 0.8], "random": rival}
     written = report.write(sweep, write_results(tmp_path, accuracies), tmp_path)
     assert [path.name for path in written] == ["results.md", "accuracy.png", "skip.png"]
     assert all(path.stat().st_size > 500 for path in written)
+    assert written[0].read_text().startswith("# digits made cheaper\n")
     text = written[0].read_text()
     assert re.search(said, text)
     dense = next(line for line in text.splitlines() if line.startswith("| dense |"))

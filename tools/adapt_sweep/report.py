@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.adapt import MODEL
 from tools.adapt_sweep import pictures
 from tools.adapt_sweep.comparison import comparison
 from tools.adapt_sweep.metrics import METRICS, Metric
@@ -50,8 +51,9 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
         "/".join(map(str, sorted({result[when]["questions"] for row in rows for _, result in row.results}))) or "no"
         for when in ("after", "before")
     )
+    base = Path(config.base)
     notes = [
-        f"# {Path(config.base).name} made cheaper",
+        f"# {base.parent.name if base.name == MODEL else base.name} made cheaper",
         f"{metric.explained}, on {tested} {config.test.split} questions; mean ± standard deviation over seeds "
         f"{', '.join(map(str, config.seeds))}, of tuning; the base is one. {metric.control(config, rows)}"
         f"Before: adapted, not yet tuned, on the first {first}. "
