@@ -33,7 +33,7 @@ def write_sweep(folders: Path, name: str, **changes: Any) -> Path:
         arank={"samples": 2, "batch": 2}, timing={"batch": 2, "rounds": 5}, schedule={"warmup_steps": 0},
         evaluate={"samples": 2, "generate": False},
         train={"steps": 3, "global_batch": 2, "micro_batch": 2, "device": "cpu", "evaluate_every": 0,
-               "checkpoint_every": 1, "log_every": 1},
+               "checkpoint_every": 1, "log_every": 5},  # no step is logged, nor its seconds
     )  # fmt: skip
     path = folders / f"{name}.yaml"
     path.write_text(yaml.safe_dump(sweep | changes))

@@ -107,8 +107,8 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
     shutil.rmtree(recipe.folder, ignore_errors=True)  # with its checkpoints
 
 
-def train(folder: Path, recipe: dict[str, Any]) -> float:
-    """Tune, or go on with it; returns the seconds of its steps.
+def train(folder: Path, recipe: dict[str, Any]) -> float | None:
+    """Tune, or go on with it; returns the seconds of its steps up to the last that was logged, None if none was.
 
     Raises:
         UserError: it ended before its last step.
@@ -130,7 +130,7 @@ def train(folder: Path, recipe: dict[str, Any]) -> float:
     if training.returncode or not (run / "model").exists():
         raise UserError(f"the training ended with exit code {training.returncode} before its last step")
     lines = [json.loads(line) for line in (run / STEPS).read_text().splitlines()]
-    return max(line["seconds"] for line in lines if "seconds" in line)
+    return max((line["seconds"] for line in lines if "seconds" in line), default=None)
 
 
 def _dense(folder: Path) -> Any:
