@@ -121,9 +121,14 @@ class Run(Loop):
             )
         self.size = len(training)
         plan = Batches(
-            Samples(training, recipe.seed), batchers[0], recipe.train.global_batch, recipe.train.micro_batch, engine.rank,
-            engine.world, recipe.data.workers,
-        )  # fmt: skip
+            Samples(training, recipe.seed),
+            batchers[0],
+            recipe.train.global_batch,
+            recipe.train.micro_batch,
+            engine.rank,
+            engine.world,
+            recipe.data.workers,
+        )
         self.stream: Iterator[list[QuestionBatch]] = plan.since(self.state["step"])
         # weights that are frozen get no gradient of their own: their backward pass is half as long
         self.factor = TRAINING_FACTOR if adapt_model.decoder_trains(recipe, base) else TRAINING_FACTOR - 1
@@ -151,9 +156,12 @@ class Run(Loop):
             for tokens, groups in zip(batch.tokens, batch.groups, strict=True)
         )
         return [
-            sum(batch.answers for batch in batches), sum(sum(batch.tokens) for batch in batches),
-            sum(batch.candidates for batch in batches), round(flops), sum(batch.truncated for batch in batches),
-        ]  # fmt: skip
+            sum(batch.answers for batch in batches),
+            sum(sum(batch.tokens) for batch in batches),
+            sum(batch.candidates for batch in batches),
+            round(flops),
+            sum(batch.truncated for batch in batches),
+        ]
 
     def forward(
         self, batch: QuestionBatch, batches: int, totals: list[int], reporting: bool
@@ -206,19 +214,30 @@ class Run(Loop):
     def evaluate(self) -> dict[str, float]:
         engine, recipe = self.engine, self.recipe
         return answers.evaluate(
-            engine.module, engine.module.module, self.base.blueprint, self.batchers[1], self.held_out,
-            recipe.evaluate.batch or recipe.train.micro_batch, recipe.evaluate.generate,
+            engine.module,
+            engine.module.module,
+            self.base.blueprint,
+            self.batchers[1],
+            self.held_out,
+            recipe.evaluate.batch or recipe.train.micro_batch,
+            recipe.evaluate.generate,
             answers.Ranks(engine.rank, engine.world, engine.all_reduce_sum, engine.stage == 3 and engine.world > 1),
-            engine.device, engine.dtype,
-        )  # fmt: skip
+            engine.device,
+            engine.dtype,
+        )
 
 
 def _batcher(base: Any, training: Sequence[Question], recipe: AdaptRecipe, mode: bool) -> Batcher:
     filler = next(question for question in training if question.images)
     return Batcher(
-        base.processor, filler, base.config, base.pictures, base.adapt, training=mode,
+        base.processor,
+        filler,
+        base.config,
+        base.pictures,
+        base.adapt,
+        training=mode,
         maximum_length=recipe.data.maximum_length if mode else None,
-    )  # fmt: skip
+    )
 
 
 def _plan(base: Any) -> str:

@@ -65,8 +65,12 @@ def quiet(rank: int) -> None:
     transformers.utils.logging.set_verbosity_error()
     if rank or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", r".*zero-element tensors is a no-op", UserWarning)  # partitioned weights are empty
-    warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)  # 5.20 has no other name
+    warnings.filterwarnings(
+        "ignore", r".*zero-element tensors is a no-op", UserWarning
+    )  # partitioned weights are empty
+    warnings.filterwarnings(
+        "ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning
+    )  # 5.20 has no other name
 
 
 def open_base(recipe: AdaptRecipe) -> Base:

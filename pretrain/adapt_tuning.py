@@ -59,7 +59,11 @@ def lora_config(model: nn.Module, lora: LoraConfig, frozen: Sequence[str] = ()) 
                     "full; name it under one of the two (with lora all that is not to be trained is frozen anyway)"
                 )
     return peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=modules or None
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=modules or None,
     )
 
 
@@ -96,7 +100,9 @@ def _targets(model: nn.Module, lora: LoraConfig) -> str:
     wanted = known if lora.targets is None else lora.targets
     missing = [name for name in wanted if name not in known]
     if missing:
-        raise ConfigError(f"lora.targets: {missing[0]!r} is no linear map of a decoder layer; known: {', '.join(known)}")
+        raise ConfigError(
+            f"lora.targets: {missing[0]!r} is no linear map of a decoder layer; known: {', '.join(known)}"
+        )
     prefix = next(name for name, module in model.named_modules() if module is found.layers)
     return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\.(.*\.)?({'|'.join(wanted)})"
 

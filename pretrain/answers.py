@@ -46,7 +46,9 @@ def routing_sums(trace: za.Trace | None, layers: Sequence[str]) -> dict[str, Ten
     """
     sums = {}
     for layer in layers:
-        statistics = {} if trace is None else trace.statistics.get(layer, {}) | trace.statistics.get(f"{layer}/load", {})
+        statistics = (
+            {} if trace is None else trace.statistics.get(layer, {}) | trace.statistics.get(f"{layer}/load", {})
+        )
         for key in (*HITS, *LOADS):
             sums[f"{layer}|{key}"] = statistics.get(key, torch.zeros(()))
     return sums
@@ -156,7 +158,9 @@ def evaluate(
         add("dense", sum(za.decoder_flops(blueprint, tokens).prefill for tokens in made.tokens))
         right, labels = (logits.argmax(-1) == labels).cpu(), labels.cpu()
         for row, question in enumerate(chunk):
-            for kind, answer in zip(kinds_of(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True):
+            for kind, answer in zip(
+                kinds_of(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True
+            ):
                 add(f"asked|{kind}", 1.0)
                 add(f"forced|{kind}", answer)
         progress(len(chunk))
@@ -168,10 +172,16 @@ def evaluate(
 
 
 def _generate(
-    model: nn.Module, batcher: Batcher, questions: Sequence[Question], batch: int, ranks: Ranks,
-    device: torch.device | str, dtype: torch.dtype, add: Callable[[str, float], None],
+    model: nn.Module,
+    batcher: Batcher,
+    questions: Sequence[Question],
+    batch: int,
+    ranks: Ranks,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    add: Callable[[str, float], None],
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     """Count generated answers that are right, as `said|<kind>`."""
     tokenizer = batcher.processor.tokenizer
     asked = [
@@ -184,9 +194,14 @@ def _generate(
         inputs = batcher.prompts([question for question, _ in chunk])
         inputs = moved(inputs, device, dtype)
         ids = model.generate(
-            **inputs, max_new_tokens=longest + SLACK, do_sample=False, num_beams=1, synced_gpus=ranks.together,
-            eos_token_id=ends(model, tokenizer), pad_token_id=batcher.padding,
-        )  # fmt: skip
+            **inputs,
+            max_new_tokens=longest + SLACK,
+            do_sample=False,
+            num_beams=1,
+            synced_gpus=ranks.together,
+            eos_token_id=ends(model, tokenizer),
+            pad_token_id=batcher.padding,
+        )
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for (question, kind), text in zip(chunk, texts, strict=False):  # a filler's is left
             if counted and text.strip() == question.turns[-1][1].strip():
@@ -233,7 +248,9 @@ def _answers(whole: Tensor, right: Tensor, labels: Tensor) -> list[float]:
     ]
 
 
-def _values(totals: Mapping[str, float], kinds: Sequence[str], layers: Sequence[str], generate: bool) -> dict[str, float]:
+def _values(
+    totals: Mapping[str, float], kinds: Sequence[str], layers: Sequence[str], generate: bool
+) -> dict[str, float]:
     values = {"eval/loss": totals["loss"] / max(totals["tokens"], 1)}
     for name, what in (("accuracy", "said"), ("forced_accuracy", "forced")):
         if what == "said" and not generate:

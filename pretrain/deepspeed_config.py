@@ -20,41 +20,91 @@ ROOT = "deepspeed"
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "zero_optimization": (
-        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size",
-        "use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size",
-        "overlap_comm", "compute_grad_norm", "load_from_fp32_weights", "offload_param",
-        "offload_optimizer", "sub_group_size", "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
-        "stage3_max_live_parameters", "stage3_max_reuse_distance",
-        "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
-        "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
-        "ignore_unused_parameters", "round_robin_gradients", "parameter_alignment",
-        "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
-        "zero_quantized_gradients", "memory_efficient_linear", "pipeline_loading_checkpoint",
-        "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module",
+        "stage",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "compute_grad_norm",
+        "load_from_fp32_weights",
+        "offload_param",
+        "offload_optimizer",
+        "sub_group_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+        "ignore_unused_parameters",
+        "round_robin_gradients",
+        "parameter_alignment",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+        "memory_efficient_linear",
+        "pipeline_loading_checkpoint",
+        "override_module_apply",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+        "leaf_module",
     ),
     "zero_optimization.offload_param": (
-        "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory",
+        "device",
+        "nvme_path",
+        "buffer_count",
+        "buffer_size",
+        "max_in_cpu",
+        "pin_memory",
     ),
     "zero_optimization.offload_optimizer": (
-        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write",
-        "fast_init", "ratio", "cpuadam_cores_perc",
+        "device",
+        "nvme_path",
+        "buffer_count",
+        "pin_memory",
+        "pipeline_read",
+        "pipeline_write",
+        "fast_init",
+        "ratio",
+        "cpuadam_cores_perc",
     ),
     "zero_optimization.leaf_module": ("classes", "names", "name_suffixes"),
     "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"),
     "fp16": (
-        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window",
-        "hysteresis", "consecutive_hysteresis", "min_loss_scale",
+        "enabled",
+        "auto_cast",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
     ),
     "data_types": ("grad_accum_dtype",),
     "checkpoint": ("tag_validation", "checkpoint_serialization"),
     "comms_logger": ("enabled", "prof_all", "prof_ops", "verbose", "debug"),
     "flops_profiler": (
-        "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
+        "enabled",
+        "recompute_fwd_factor",
+        "profile_step",
+        "module_depth",
+        "top_modules",
+        "detailed",
         "output_file",
     ),
     "aio": (
-        "block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events",
+        "block_size",
+        "queue_depth",
+        "intra_op_parallelism",
+        "single_submit",
+        "overlap_events",
         "use_gds",
     ),
     "timers": ("throughput",),
@@ -219,8 +269,13 @@ def effective(
         offloaded = _offloads(zero, "offload_optimizer")
         # DeepSpeed's own Adams are compiled at the first start (1 to 2 minutes, and nvcc on a GPU); only the
         # one for offloading is worth that.
-        params = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps,
-                  "weight_decay": optimizer.weight_decay, "torch_adam": not offloaded}
+        params = {
+            "lr": optimizer.lr,
+            "betas": list(optimizer.betas),
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
+            "torch_adam": not offloaded,
+        }
         config["optimizer"] = {"type": "AdamW", "params": params}
     return config
 
@@ -259,8 +314,7 @@ def _agree(config: dict[str, Any], key: str, value: Any, theirs: str, shown: Any
         place[last] = value
     elif written != value:
         raise ConfigError(
-            f"{ROOT}.{key}: {written!r} contradicts {theirs}: {shown!r}; make them equal, or write "
-            f"{ROOT}.{key}: auto"
+            f"{ROOT}.{key}: {written!r} contradicts {theirs}: {shown!r}; make them equal, or write {ROOT}.{key}: auto"
         )
 
 
@@ -307,9 +361,7 @@ def _check_zero(zero: Mapping[str, Any], precision: str) -> None:
 
 def _check_sound(config: Mapping[str, Any]) -> None:
     if config["bf16"].get("check_grad_overflow") is False:
-        raise ConfigError(
-            f"{ROOT}.bf16.check_grad_overflow: false would let non-finite gradients pass; remove it"
-        )
+        raise ConfigError(f"{ROOT}.bf16.check_grad_overflow: false would let non-finite gradients pass; remove it")
     if config["bf16"].get("immediate_grad_update") is True:
         raise ConfigError(f"{ROOT}.bf16.immediate_grad_update: true is not supported; remove it")
     accumulation = config["data_types"].get("grad_accum_dtype", "fp32")

@@ -101,9 +101,7 @@ class Loop(abc.ABC):
         """Whole numbers to be added up over all ranks; `forward`, `account` and `report` get their sums."""
 
     @abc.abstractmethod
-    def forward(
-        self, batch: Any, batches: int, totals: list[int], reporting: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Any, batches: int, totals: list[int], reporting: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch of `batches`: its share of the step's loss, whose sum over micro-batches and ranks is what is
         minimised, and where `reporting` sums for `report`, of the same names on every rank."""
 
@@ -204,7 +202,9 @@ class Loop(abc.ABC):
         except UserError as error:
             problem = str(error)
         local = self.counts(batches)
-        vector = torch.tensor([*local, int(self.told_to_stop), bool(problem)], dtype=torch.int64, device=self.engine.device)
+        vector = torch.tensor(
+            [*local, int(self.told_to_stop), bool(problem)], dtype=torch.int64, device=self.engine.device
+        )
         *totals, stop, problems = self.engine.all_reduce_sum(vector).tolist()
         if problems:
             raise UserError(next(filter(None, self.engine.gather_objects(problem))))
@@ -230,9 +230,11 @@ class Loop(abc.ABC):
         reduced = engine.all_reduce_sum(torch.stack([sums[name].detach().double().to(engine.device) for name in names]))
         said = self.report(dict(zip(names, reduced.tolist(), strict=True)), totals)
         return {"tokens": state["tokens"], "flops": state["flops"], **said} | {
-            "lr": factor * recipe.optimizer.lr, "grad_norm": result.grad_norm, "bad_steps": state["bad_steps"],
+            "lr": factor * recipe.optimizer.lr,
+            "grad_norm": result.grad_norm,
+            "bad_steps": state["bad_steps"],
             "seconds": state["seconds"],
-        }  # fmt: skip
+        }
 
     def _count_bad(self, step: int, applied: bool) -> None:
         state, limit = self.state, self.recipe.train.max_bad_steps
@@ -268,7 +270,9 @@ class Loop(abc.ABC):
             return None
         if self.metrics:
             self.metrics.log(step, values)
-        shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items() if self.shown(key))
+        shown = "  ".join(
+            f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items() if self.shown(key)
+        )
         self.say(f"evaluation after step {step}: {shown}  ({time.monotonic() - began:.1f} s)")
         return values
 

@@ -140,9 +140,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     return resolve(read(path, overrides, over))
 
 
-def read(
-    path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A recipe's data, as yet unchecked.
 
     Args:
@@ -215,9 +213,15 @@ def deepspeed_for(recipe: RunRecipe, world: int, d_model: int) -> dict[str, Any]
 
     train = recipe.train
     return deepspeed_config.effective(
-        recipe.deepspeed, world=world, precision=train.precision, global_batch=train.global_batch,
-        micro_batch=train.micro_batch, clip=train.clip, optimizer=recipe.optimizer, d_model=d_model,
-    )  # fmt: skip
+        recipe.deepspeed,
+        world=world,
+        precision=train.precision,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        clip=train.clip,
+        optimizer=recipe.optimizer,
+        d_model=d_model,
+    )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], only: re.Pattern[str] = re.compile(".*")) -> list[str]:

@@ -178,9 +178,15 @@ class Run(Loop):
     def batches(self, step: int) -> list[Batch]:
         train = self.recipe.train
         return micro_batches(
-            self.data.train, self.state["first_row"] + step * train.global_batch, train.global_batch, train.micro_batch,
-            self.engine.rank, self.engine.world, step, self.recipe.seed,
-        )  # fmt: skip
+            self.data.train,
+            self.state["first_row"] + step * train.global_batch,
+            train.global_batch,
+            train.micro_batch,
+            self.engine.rank,
+            self.engine.world,
+            step,
+            self.recipe.seed,
+        )
 
     def counts(self, batches: Sequence[Batch]) -> list[int]:
         """Target tokens of each modality, then tokens of each."""
@@ -244,10 +250,17 @@ class Run(Loop):
         if self.data.validation is None:
             return None
         values = evaluate(
-            self.engine.module, self.blueprint, self.objective, self.data.validation, self.recipe.evaluate.rows,
-            self.recipe.train.micro_batch, self.engine.device, self.engine.rank, self.engine.world,
+            self.engine.module,
+            self.blueprint,
+            self.objective,
+            self.data.validation,
+            self.recipe.evaluate.rows,
+            self.recipe.train.micro_batch,
+            self.engine.device,
+            self.engine.rank,
+            self.engine.world,
             self.engine.all_reduce_sum,
-        )  # fmt: skip
+        )
         # the loss of the best constant guess: what any model must beat
         return values | {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
 

@@ -227,9 +227,14 @@ def trained(combinations: list[Combination], stage: int = 2) -> dict[str, dict[s
     prepare_environment("cpu")
     optimizer = OptimizerConfig.parse({"lr": 1e-2, "weight_decay": 0.0})
     config = effective(
-        {"zero_optimization": {"stage": stage}}, world=2, precision="fp32", global_batch=4, micro_batch=2, clip=1.0,
+        {"zero_optimization": {"stage": stage}},
+        world=2,
+        precision="fp32",
+        global_batch=4,
+        micro_batch=2,
+        clip=1.0,
         optimizer=optimizer,
-    )  # fmt: skip
+    )
     objective: Any = zoo.build("objective", {"type": "autoregressive"}, modalities=MODALITIES)
     each = [objective.counts(batch(rank, 0).context) for rank in range(2)]
     counts = {name: sum(c[name] for c in each) for name in MODALITIES}
@@ -237,8 +242,13 @@ def trained(combinations: list[Combination], stage: int = 2) -> dict[str, dict[s
     for combination in combinations:
         engine = Engine(
             lambda c=combination: zoo.build("model", model_config(c), seed=None),
-            zoo.initialise, config, optimizer, seed=0, device="cpu", timeout_seconds=60,
-        )  # fmt: skip
+            zoo.initialise,
+            config,
+            optimizer,
+            seed=0,
+            device="cpu",
+            timeout_seconds=60,
+        )
         updates = Updates(engine.module, engine.device, engine.all_reduce_sum)
         before, losses, norms = engine.full_state_dict(), [], []
         engine.train()

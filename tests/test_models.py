@@ -123,13 +123,17 @@ def test_deepspeed_sections(name: str, ranks: int, monkeypatch: pytest.MonkeyPat
         ranks, overrides = 128 if "; 128 do" in text else 256, [*overrides, smaller[0]]
     changed = recipes.load(FOLDER / f"{name}.yaml", overrides)
     config = recipes.launch_config(changed, ranks)
-    assert config["train_batch_size"] == recipe.train.global_batch == (
-        config["gradient_accumulation_steps"] * changed.train.micro_batch * ranks
+    assert (
+        config["train_batch_size"]
+        == recipe.train.global_batch
+        == (config["gradient_accumulation_steps"] * changed.train.micro_batch * ranks)
     )
     assert config["bf16"]["enabled"] and config["zero_optimization"]["stage"] == {1: 1, 8: 2}.get(ranks, 3)
 
 
-def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     command = re.search(r"`python -m tools\.describe (.*?) > docs/models\.md`", page)

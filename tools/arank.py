@@ -27,9 +27,16 @@ from zoo.adapt.proposal import Choice, by_budget, by_threshold, flops_savings, s
 from zoo.config import UserError
 
 MEASURING = {
-    "samples": 50, "split": "train", "batch": 1, "seed": 0, "rtol": 1e-2, "heads": None, "rows": "all",
-    "device": "auto", "dtype": "auto",
-}  # fmt: skip
+    "samples": 50,
+    "split": "train",
+    "batch": 1,
+    "seed": 0,
+    "rtol": 1e-2,
+    "heads": None,
+    "rows": "all",
+    "device": "auto",
+    "dtype": "auto",
+}
 """Options of the measurement, with their defaults."""
 
 
@@ -38,8 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check(options)
         if options.measured is None:
-            settings = {name: given if (given := getattr(options, name)) is not None else default
-                        for name, default in MEASURING.items()}  # fmt: skip
+            settings = {
+                name: given if (given := getattr(options, name)) is not None else default
+                for name, default in MEASURING.items()
+            }
             result = measured(options.model, options.data, settings)
         else:
             result = read(options.measured)

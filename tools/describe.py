@@ -42,10 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         if options.papers and not Path(options.recipe).is_dir():
-            raise UserError(f"--papers: {options.recipe!r} is not a folder; papers stand beside the recipes of a folder")
+            raise UserError(
+                f"--papers: {options.recipe!r} is not a folder; papers stand beside the recipes of a folder"
+            )
         if Path(options.recipe).is_dir():
             every = [describe(r, build(r), options.ranks) for r in folder(options.recipe, options.overrides)]
-            print(json.dumps(every, indent=1) + "\n" if options.json else table(every, Papers.read(options.papers)), end="")
+            print(
+                json.dumps(every, indent=1) + "\n" if options.json else table(every, Papers.read(options.papers)),
+                end="",
+            )
             return 0
         recipe = recipes.load(options.recipe, options.overrides)
         model = build(recipe)

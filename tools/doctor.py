@@ -19,8 +19,10 @@ import zoo.kernels
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "tensorboard", "tokenizers", "xformers", "mamba-ssm", "causal-conv1d")
 GPU_MODULES = {
-    "xformers": "xformers.ops", "mamba-ssm": "mamba_ssm.ops.selective_scan_interface", "causal-conv1d": "causal_conv1d",
-}  # fmt: skip
+    "xformers": "xformers.ops",
+    "mamba-ssm": "mamba_ssm.ops.selective_scan_interface",
+    "causal-conv1d": "causal_conv1d",
+}
 
 
 def main() -> int:

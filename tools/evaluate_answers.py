@@ -98,9 +98,17 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
     total = len(questions) + (counts.total() if options.generate else 0)
     with tqdm.tqdm(total=total, desc="answering", unit="question", disable=None) as bar:
         values = answers.evaluate(
-            model, model, model, batcher, questions, options.batch, options.generate, device=model.device,
-            dtype=found.base.dtype, progress=bar.update,
-        )  # fmt: skip
+            model,
+            model,
+            model,
+            batcher,
+            questions,
+            options.batch,
+            options.generate,
+            device=model.device,
+            dtype=found.base.dtype,
+            progress=bar.update,
+        )
     if looks_back:
         print(NO_LOSS)
         values = {name: value for name, value in values.items() if not name.startswith(("eval/loss", "eval/forced"))}
@@ -211,7 +219,9 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("perplexity", f"{math.exp(min(loss, 700)):.4g}"))
     name, title = ("accuracy", "accuracy") if "eval/accuracy" in values else ("forced_accuracy", "accuracy in one pass")
     rows.append((title, _share(values[f"eval/{name}"], total)))
-    rows += [(f"  {kind}", _share(values[f"eval/{name}/{kind}"], counts[kind])) for kind in sorted(filter(None, counts))]
+    rows += [
+        (f"  {kind}", _share(values[f"eval/{name}/{kind}"], counts[kind])) for kind in sorted(filter(None, counts))
+    ]
     rows.append(("decoder FLOPs / dense", f"{values['eval/flops_ratio']:.3f}"))
     if "eval/skip" in values:
         rows.append(("skipped", f"{values['eval/skip']:6.1%} of what could be, over routed layers"))
@@ -246,11 +256,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32, help="questions a forward pass (32)")
     parser.add_argument("--adapt", type=Path, metavar="RECIPE.yaml", help="adapt a dense MODEL by this, without tuning")
     parser.add_argument(
-        "--no-generate", dest="generate", action="store_false",
+        "--no-generate",
+        dest="generate",
+        action="store_false",
         help="no generation: an answer is right where each of its tokens is the likeliest behind the right ones",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--exchange-images", action="store_true", help="ask about images of another question; those without any are left out"
+        "--exchange-images",
+        action="store_true",
+        help="ask about images of another question; those without any are left out",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures, unrounded")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (cuda where there is one)")

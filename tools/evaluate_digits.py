@@ -157,8 +157,9 @@ def run_figures(run: Path) -> dict[str, Any]:
         figures["router_accuracy"] = values["eval/auxiliary/accuracy"]
         figures["router_always_skip"] = values["eval/auxiliary/always_skip"]
         figures["flops_per_token"] = {
-            "causal": values["eval/causal/flops_per_token"], "nominal": values["eval/nominal_flops_per_token"],
-        }  # fmt: skip
+            "causal": values["eval/causal/flops_per_token"],
+            "nominal": values["eval/nominal_flops_per_token"],
+        }
     return figures
 
 

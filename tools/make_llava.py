@@ -123,16 +123,20 @@ def _words(texts: Iterable[str], pattern: str) -> Tokenizer:
 
 def _bytes(texts: Iterable[str], size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        # no token spans a line break: a prompt, which ends in one, has the tokens that the same text has before an answer
-        pre_tokenizers.Split("\n", "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # no token spans a line break: a prompt, which ends in one, has the tokens that the same text has before an answer
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(SPECIAL.values()), show_progress=False,
+        vocab_size=size,
+        special_tokens=list(SPECIAL.values()),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -152,15 +156,17 @@ def make_processor(config: LlavaFolderConfig, texts: Iterable[str]) -> Any:
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=make_tokenizer(config, texts), **special,
+            tokenizer_object=make_tokenizer(config, texts),
+            **special,
             extra_special_tokens={"image_token": SPECIAL["image_token"]},
-            clean_up_tokenization_spaces=False, model_max_length=config.decoder.positions,
+            clean_up_tokenization_spaces=False,
+            model_max_length=config.decoder.positions,
         ),
         patch_size=config.patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which the strategy leaves out
         chat_template=TEMPLATE,
-    )  # fmt: skip
+    )
 
 
 def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
@@ -176,18 +182,31 @@ def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
     vision, decoder = config.vision, config.decoder
     llava = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=vision.d_model, intermediate_size=vision.d_ff, num_hidden_layers=vision.layers,
-            num_attention_heads=vision.heads, image_size=config.image_size, patch_size=config.patch,
+            hidden_size=vision.d_model,
+            intermediate_size=vision.d_ff,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads,
+            image_size=config.image_size,
+            patch_size=config.patch,
         ),
         text_config=LlamaConfig(
-            vocab_size=vocabulary, hidden_size=decoder.d_model, intermediate_size=decoder.d_ff,
-            num_hidden_layers=decoder.layers, num_attention_heads=decoder.heads, num_key_value_heads=decoder.heads,
-            max_position_embeddings=decoder.positions, tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta}, **ends,
+            vocab_size=vocabulary,
+            hidden_size=decoder.d_model,
+            intermediate_size=decoder.d_ff,
+            num_hidden_layers=decoder.layers,
+            num_attention_heads=decoder.heads,
+            num_key_value_heads=decoder.heads,
+            max_position_embeddings=decoder.positions,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta},
+            **ends,
         ),
-        image_token_index=ids["image_token"], vision_feature_layer=-1, vision_feature_select_strategy="default",
-        tie_word_embeddings=False, **ends,
-    )  # fmt: skip
+        image_token_index=ids["image_token"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        **ends,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = LlavaForConditionalGeneration(llava)

@@ -58,7 +58,9 @@ def table(every: Sequence[Mapping[str, Any]], known: Papers | None) -> str:
     printed = known.recipes if known else {}
     for name in printed:
         if name not in facts:
-            raise UserError(f"recipes.{name}: no recipe of this name; known: {', '.join(facts)}{suggestion(name, facts)}")
+            raise UserError(
+                f"recipes.{name}: no recipe of this name; known: {', '.join(facts)}{suggestion(name, facts)}"
+            )
     lines = [f"# {known.title}", "", known.notes.strip(), ""] if known else []
     lines += [
         "| recipe | layers × width | parameters | active | GFLOPs a token | printed | deviation | source |",

@@ -223,7 +223,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", type=Path, help="folder of .jsonl files or .tar shards, or a .jsonl file")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures go")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="how many samples, drawn at random (8)")
-    parser.add_argument("--split", default="validation", help="which .jsonl, or shards with this in their names (validation)")
+    parser.add_argument(
+        "--split", default="validation", help="which .jsonl, or shards with this in their names (validation)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the drawing of samples (0)")
     parser.add_argument("--base", help="of adapters: where their base is, if not where it was")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (cuda where there is one)")

@@ -147,9 +147,17 @@ class Mamba(Recurrent):
         A = -torch.exp(self.A_log.to(torch.promote_types(u.dtype, torch.float32)))
         kernel = kernels.choose("scan", self.asked["scan"], u.device.type).module
         y, hidden = kernel.selective_scan(
-            u, dt, self.dt_bias.view(self.bias_groups, -1), A, B, C, self.D.to(A.dtype), z, layout,
+            u,
+            dt,
+            self.dt_bias.view(self.bias_groups, -1),
+            A,
+            B,
+            C,
+            self.D.to(A.dtype),
+            z,
+            layout,
             None if state is None else state.hidden,
-        )  # fmt: skip
+        )
         if state is not None:
             state.update(window, hidden, layout.ids)
         return self.out_proj(y, sizes)

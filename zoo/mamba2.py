@@ -73,10 +73,16 @@ class Mamba2(Recurrent):
         A = -torch.exp(self.A_log.to(torch.promote_types(x.dtype, torch.float32)))
         kernel = kernels.choose("ssd", self.asked["ssd"], x.device.type).module
         y, hidden = kernel.ssd(
-            x.unflatten(-1, (self.heads, self.head_dim)), dt, self.dt_bias.view(self.bias_groups, -1), A,
-            B.unflatten(-1, (self.sets, self.d_state)), C.unflatten(-1, (self.sets, self.d_state)), self.D.to(A.dtype),
-            layout, None if state is None else state.hidden,
-        )  # fmt: skip
+            x.unflatten(-1, (self.heads, self.head_dim)),
+            dt,
+            self.dt_bias.view(self.bias_groups, -1),
+            A,
+            B.unflatten(-1, (self.sets, self.d_state)),
+            C.unflatten(-1, (self.sets, self.d_state)),
+            self.D.to(A.dtype),
+            layout,
+            None if state is None else state.hidden,
+        )
         if state is not None:
             state.update(window, hidden, layout.ids)
         return self.out_proj(self.norm(y.flatten(1) * F.silu(z), sizes), sizes)

@@ -34,9 +34,7 @@ def cache_folder(data: Path, wanted: str | None) -> Path:
     for folder in candidates:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(
-                dir=folder
-            ).close()  # permissions alone do not tell: root, read-only mounts
+            tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell: root, read-only mounts
             return folder
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror}")

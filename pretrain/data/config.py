@@ -22,9 +22,7 @@ def _one_of(known: Mapping[str, type[Config]]) -> pydantic.BeforeValidator:
         if value is None or isinstance(value, Config):
             return value
         if not isinstance(value, Mapping):
-            raise PydanticCustomError(
-                "zoo", "{text}", {"text": f"{value!r} is no tokenizer; write {{type: …}}"}
-            )
+            raise PydanticCustomError("zoo", "{text}", {"text": f"{value!r} is no tokenizer; write {{type: …}}"})
         name = value.get("type")
         if name not in known:
             text = f"{name!r} is not known; known: {', '.join(known)}{suggestion(str(name), known)}"
@@ -69,8 +67,7 @@ class DataConfig(Config):
             way_out = ", or make data.image.patch larger or data.image.image_size smaller"
         if length < need:
             raise ValueError(
-                f"is too short for {what} need {need} tokens; "
-                f"set data.sequence_length to at least {need}{way_out}"
+                f"is too short for {what} need {need} tokens; set data.sequence_length to at least {need}{way_out}"
             )
         return length
 

@@ -66,8 +66,6 @@ class Documents:
         cuts = np.searchsorted(positions, self.shard_starts)
         runs = [
             tokens[positions[first:stop] - start]
-            for tokens, start, first, stop in zip(
-                self.shards, self.shard_starts[:-1], cuts[:-1], cuts[1:], strict=True
-            )
+            for tokens, start, first, stop in zip(self.shards, self.shard_starts[:-1], cuts[:-1], cuts[1:], strict=True)
         ]
         return np.concatenate([np.zeros(0, np.int32), *runs])

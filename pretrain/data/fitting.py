@@ -44,12 +44,8 @@ def load_tokenizers(
             files[modality] = Path(tokenizer.path)
         else:
             recipe = json.dumps([tokenizer.model_dump(), shards], sort_keys=True)
-            files[modality] = (
-                cache / f"{modality}-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}{SUFFIX[modality]}"
-            )
-    missing = [
-        m for m, file in files.items() if file and config.tokenizers[m].path is None and not file.exists()
-    ]
+            files[modality] = cache / f"{modality}-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}{SUFFIX[modality]}"
+    missing = [m for m, file in files.items() if file and config.tokenizers[m].path is None and not file.exists()]
     if missing:
         for modality, tokenizer in fit_tokenizers(config, listings, missing, log).items():
             with committed(files[modality]) as temporary:
@@ -72,9 +68,7 @@ def fingerprint(config: DataConfig, tokenizers: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([parts, list(vocabulary(config).sizes.items())]).encode()).hexdigest()
 
 
-def _sample(
-    config: DataConfig, listings: Iterable[Listing], modalities: Collection[str]
-) -> dict[str, list[Any]]:
+def _sample(config: DataConfig, listings: Iterable[Listing], modalities: Collection[str]) -> dict[str, list[Any]]:
     """Contents of each modality from documents in a scattered order, up to the limits above."""
     places = [(listing.shard, entry) for listing in listings for entry in listing.entries()]
     samples: dict[str, list[Any]] = {modality: [] for modality in modalities}

@@ -80,9 +80,7 @@ def open_data(config: DataConfig, seed: int, log: Callable[[str], None] = print)
     """
     folder = Path(config.path)
     train = find_shards(folder, config.train, "data.train")
-    validation = (
-        [] if config.validation is None else find_shards(folder, config.validation, "data.validation")
-    )
+    validation = [] if config.validation is None else find_shards(folder, config.validation, "data.validation")
     both = sorted({path.name for path in train} & {path.name for path in validation})
     if both:
         raise DataError(
@@ -94,9 +92,7 @@ def open_data(config: DataConfig, seed: int, log: Callable[[str], None] = print)
     with locked(cache, log):
         listings = [
             list_shard(shard, cache)
-            for shard in tqdm.tqdm(
-                train + validation, desc="listing shards", unit="shard", disable=None, leave=False
-            )
+            for shard in tqdm.tqdm(train + validation, desc="listing shards", unit="shard", disable=None, leave=False)
         ]
         tokenizers = load_tokenizers(config, listings[: len(train)], cache, log)
         name = fingerprint(config, tokenizers)
@@ -106,9 +102,7 @@ def open_data(config: DataConfig, seed: int, log: Callable[[str], None] = print)
     _check_broken(skipped, config, log)
     splits = {"train": tokens[: len(train)], "validation": tokens[len(train) :]}
     streams = {
-        split: TokenStream(
-            _documents(split, shards, words), config.sequence_length, seed if split == "train" else None
-        )
+        split: TokenStream(_documents(split, shards, words), config.sequence_length, seed if split == "train" else None)
         for split, shards in splits.items()
         if shards
     }
@@ -152,9 +146,7 @@ def _index(
 def _documents(split: str, shards: list, words: Vocabulary) -> Documents:
     documents = Documents.join(shards, words)
     if not len(documents):
-        raise DataError(
-            f"data.{split}: none of the documents can be used; see the reasons of the skipped ones"
-        )
+        raise DataError(f"data.{split}: none of the documents can be used; see the reasons of the skipped ones")
     return documents
 
 

@@ -114,8 +114,7 @@ class TokenStream:
         order = np.arange(count)
         if self.seed is not None:
             dealt, by_row, within = (
-                shuffled(n, self.seed, 3 * epoch + k)
-                for n, k in ((count, 1), (self.rows_per_epoch, 2), (count, 3))
+                shuffled(n, self.seed, 3 * epoch + k) for n, k in ((count, 1), (self.rows_per_epoch, 2), (count, 3))
             )
             # Places and pieces of equal length, paired: both sorted by length, the pieces at random within
             # it.
@@ -143,9 +142,7 @@ def cut(starts: np.ndarray, spans: np.ndarray, sequence_length: int) -> Pieces:
         start, stop = int(starts[document]), int(starts[document + 1])
         while stop - start > sequence_length:
             start += sequence_length
-            span = (
-                int(np.searchsorted(span_starts, start, side="left")) - 1
-            )  # the last that begins before the cut
+            span = int(np.searchsorted(span_starts, start, side="left")) - 1  # the last that begins before the cut
             if span >= 0 and span_stops[span] > start:
                 start = int(span_starts[span])
             extra.append(start)
@@ -161,9 +158,7 @@ def fill(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
     """
     rows = np.empty(len(lengths), dtype=np.int64)
     with_room: list[list[int]] = [[] for _ in range(sequence_length + 1)]  # free places → rows
-    occupied = (
-        0  # bit r is set where with_room[r] holds a row: finding the fullest row that fits is bit arithmetic
-    )
+    occupied = 0  # bit r is set where with_room[r] holds a row: finding the fullest row that fits is bit arithmetic
     count = 0
     for piece, length in enumerate(lengths.tolist()):
         fitting = occupied >> length

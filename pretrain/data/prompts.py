@@ -47,7 +47,9 @@ def encode(question: Question, processor: Any, answers: bool = True) -> dict[str
     if not answers:
         return _process(processor, text, images, question)
     if not getattr(processor.tokenizer, "is_fast", False):
-        raise DataError(f"{type(processor.tokenizer).__name__} tells no token's place in the text; use a fast tokenizer")
+        raise DataError(
+            f"{type(processor.tokenizer).__name__} tells no token's place in the text; use a fast tokenizer"
+        )
     inputs = _process(processor, text, images, question, return_offsets_mapping=True)
     offsets = inputs.pop("offset_mapping")[0]  # (T, 2), of the text in which an image's token was repeated
     starts, ends = offsets.unbind(1)

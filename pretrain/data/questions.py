@@ -148,7 +148,9 @@ def _turns(item: Mapping[str, Any], source: str) -> Iterator[tuple[str, str]]:
 
 def _sample_shards(folder: Path, split: str, count: int, seed: int) -> list[Question]:
     """Documents are drawn from all shards; those without an image, or broken, are passed over."""
-    entries = [(shard, entry) for shard in find_shards(folder, f"*{split}*.tar", "split") for entry in scan_shard(shard)]
+    entries = [
+        (shard, entry) for shard in find_shards(folder, f"*{split}*.tar", "split") for entry in scan_shard(shard)
+    ]
     total = len(entries)
     random.Random(seed).shuffle(entries)
     questions: list[Question] = []
@@ -165,7 +167,9 @@ def _sample_shards(folder: Path, split: str, count: int, seed: int) -> list[Ques
             questions.append(question)
     if not questions:
         why = f"; {len(broken)} are broken, such as {broken[0]}" if broken else ""
-        raise DataError(f"{folder}: none of the {total} documents of *{split}*.tar has an image that can be read{why}; some must")
+        raise DataError(
+            f"{folder}: none of the {total} documents of *{split}*.tar has an image that can be read{why}; some must"
+        )
     return questions
 
 

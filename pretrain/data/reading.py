@@ -114,9 +114,7 @@ def _decode(shard: BinaryIO, entry: Entry, modality: str, file: Any) -> Any:
     content = read_member(shard, entry, file)
     try:
         return DECODERS[modality](content)
-    except (
-        Exception
-    ) as error:  # decoders raise anything for bytes they cannot read: OSError, SyntaxError, struct.error
+    except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, SyntaxError, struct.error
         raise BrokenDocument(f"{file} does not decode ({type(error).__name__}: {error})") from None
 
 

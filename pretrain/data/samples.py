@@ -115,9 +115,14 @@ class Batcher:
         batch = collate(filled, self.padding)
         labels = batch.pop("labels")
         return QuestionBatch(
-            batch, labels, len(filled) > len(samples), first, tuple(sample["input_ids"].shape[1] for sample in samples),
-            self._groups(batch, labels, len(samples), len(filled) > len(samples)), truncated,
-        )  # fmt: skip
+            batch,
+            labels,
+            len(filled) > len(samples),
+            first,
+            tuple(sample["input_ids"].shape[1] for sample in samples),
+            self._groups(batch, labels, len(samples), len(filled) > len(samples)),
+            truncated,
+        )
 
     def prompts(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """What generation of the last answers starts from, padded on the left; a filler is the last row, if there is one."""
@@ -151,9 +156,14 @@ class Batcher:
         if self.adapt is None or (filler and not self.answers):
             return ((),) * rows
         context = AdaptContext.build(
-            self.adapt, self.pictures, inputs, inputs["input_ids"], model_config=self.config, training=self.training,
+            self.adapt,
+            self.pictures,
+            inputs,
+            inputs["input_ids"],
+            model_config=self.config,
+            training=self.training,
             answers=labels != IGNORED if self.answers else None,
-        )  # fmt: skip
+        )
         pairs = list(zip(context.rows, context.groups, strict=True))
         return tuple(tuple(size for row, size in pairs if row == wanted) for wanted in range(rows))
 
@@ -256,7 +266,7 @@ def open_questions(path: str, split: str) -> list[Question]:
     if not any(question.images for question in questions):
         raise DataError(
             f"data.path: none of the {len(questions)} lines of {path}/{split}.jsonl has an image; a multimodal model needs "
-            "some: {\"image\": \"a.png\", \"question\": …, \"answer\": …}"
+            'some: {"image": "a.png", "question": …, "answer": …}'
         )
     return questions
 
@@ -268,5 +278,3 @@ def fingerprint(questions: Sequence[Question]) -> str:
         images = [(image.name, image.stat().st_size) for image in question.images if isinstance(image, Path)]
         digest.update(repr((images, question.turns)).encode())
     return digest.hexdigest()
-
-

@@ -50,9 +50,7 @@ def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
         DataError: the folder is missing, or nothing matches; `key` names the entry of the recipe to correct.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"data.path: {str(folder)!r} is no folder (looked for from {Path.cwd()}); correct data.path"
-        )
+        raise DataError(f"data.path: {str(folder)!r} is no folder (looked for from {Path.cwd()}); correct data.path")
     shards = sorted(path for path in folder.glob(pattern) if path.is_file())
     if not shards:
         present = sorted(path.name for path in folder.glob("*.tar"))
@@ -84,9 +82,7 @@ def scan_shard(path: Path) -> list[Entry]:
                     members.setdefault(key, []).append(Member(extension, info.offset_data, info.size))
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
-        raise DataError(
-            f"{path}: not a plain tar file ({error}); shards are uncompressed tar files"
-        ) from None
+        raise DataError(f"{path}: not a plain tar file ({error}); shards are uncompressed tar files") from None
     if not members:
         raise DataError(f"{path}: the shard holds no document; write it again or remove it")
     return [Entry(key, tuple(found)) for key, found in members.items()]
@@ -126,7 +122,4 @@ def _check_end(path: Path, offset: int) -> None:
 
 
 def _truncated(path: Path, why: object) -> str:
-    return (
-        f"{path}: the shard is truncated, it ends at byte {path.stat().st_size} ({why}); "
-        "copy or write it again"
-    )
+    return f"{path}: the shard is truncated, it ends at byte {path.stat().st_size} ({why}); copy or write it again"

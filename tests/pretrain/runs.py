@@ -136,9 +136,7 @@ def environment(**more: object) -> dict[str, str]:
     return kept | {k: str(v) for k, v in more.items()}
 
 
-def start(
-    arguments: Sequence[str | Path], output: Path, ranks: int = 1, module: str = "pretrain.train"
-) -> Processes:
+def start(arguments: Sequence[str | Path], output: Path, ranks: int = 1, module: str = "pretrain.train") -> Processes:
     """`python -m pretrain.train` on `ranks` ranks without the launcher; one rank makes its own rendezvous."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     if ranks == 1:
@@ -147,9 +145,7 @@ def start(
     return Processes([(command, environment(RANK=r, LOCAL_RANK=r, **common)) for r in range(ranks)], output)
 
 
-def launch(
-    arguments: Sequence[str | Path], output: Path, ranks: int = 2, module: str = "pretrain.train"
-) -> Processes:
+def launch(arguments: Sequence[str | Path], output: Path, ranks: int = 2, module: str = "pretrain.train") -> Processes:
     """The command of the documentation: `deepspeed --num_accelerators N --module pretrain.train …`."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]

@@ -33,9 +33,12 @@ EVERY = {"micro_batch": 1, "evaluate_every": 3, "checkpoint_every": 2}
 STAGE_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 LORA = {"r": 2, "alpha": 4.0, "dropout": 0.1, "modules_to_save": ["multi_modal_projector"]}
 ANSWERS = {
-    **ADAPT, "candidates": "image_and_answer", "group": "sample", "gate": {"activation": "none"},
+    **ADAPT,
+    "candidates": "image_and_answer",
+    "group": "sample",
+    "gate": {"activation": "none"},
     "router": {"shared": True, "bias": True},
-}  # fmt: skip
+}
 """Another way to adapt: the router learns from its auxiliary loss alone, and answers may be skipped too."""
 
 
@@ -80,7 +83,9 @@ def one_rank(folder: Path) -> list[int]:
             tune(folder, "alone", train=EVERY, deepspeed={"zero_optimization": {"stage": 0}}),
             tune(folder, "by two", train={**EVERY, "micro_batch": 2}),
             tune(folder, "dense", adapt=None, data="data", train={"global_batch": 8, "micro_batch": 8, "steps": 30}),
-            tune(folder, "again", base=str(folder / "by two" / "model"), adapt=None, train={"steps": 1, "micro_batch": 4}),
+            tune(
+                folder, "again", base=str(folder / "by two" / "model"), adapt=None, train={"steps": 1, "micro_batch": 4}
+            ),
             tune(folder, "changed base", base=str(folder / "other"), lora=LORA, train={"steps": 1}),
             write_base(folder / "other", initializer_range=0.2) and 0,
             tune(folder, "changed base", base=str(folder / "other"), lora=LORA, train={"steps": 2}),
@@ -158,7 +163,9 @@ def test_text_only_samples_count_as_text(two: Path) -> None:
     lines = [json.loads(line) for line in (two / "mixed" / "train.jsonl").read_text().splitlines()]
     assert sum("image" not in line for line in lines) > 4
     for item in steps:
-        assert item["skip"] == item["skip/layers.1"] == item["skip/layers.2"] == 0.5, "16 tokens an image, 8 of them kept"
+        assert item["skip"] == item["skip/layers.1"] == item["skip/layers.2"] == 0.5, (
+            "16 tokens an image, 8 of them kept"
+        )
         assert item["auxiliary/always_skip"] == 0.5
 
 
@@ -229,7 +236,9 @@ def test_adapters(two: Path) -> None:
     assert all(not torch.equal(router.weight, first[name]) for name, router in za.routers(model))
     weights = model.state_dict()
     projector = "base_model.model.model.multi_modal_projector.{}.linear_1.weight"
-    assert not torch.equal(weights[projector.format("modules_to_save.default")], weights[projector.format("original_module")])
+    assert not torch.equal(
+        weights[projector.format("modules_to_save.default")], weights[projector.format("original_module")]
+    )
     names = [name for name, _ in model.named_parameters() if "lora_A" in name]
     assert len(names) == 4 * 7 and all("language_model.layers" in name for name in names)
     assert (two / "lora" / "checkpoints" / "step-6").exists()
@@ -281,7 +290,10 @@ def test_a_broken_picture_ends_the_run(two: Path) -> None:
 
 def test_adapters_of_a_base_that_has_changed(one: Path) -> None:
     printed = (one / "one" / "output0").read_text()
-    assert f"base: the weights of '{one / 'other'}' are no longer those" in printed and "restore them, or choose" in printed
+    assert (
+        f"base: the weights of '{one / 'other'}' are no longer those" in printed
+        and "restore them, or choose" in printed
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- longer stories
@@ -291,7 +303,11 @@ def more_ranks(folder: Path) -> list[int]:
     with one_rendezvous(), contextlib.redirect_stdout(io.StringIO()):
         codes = []
         for name, changes in STORIES.items():
-            train = {**EVERY, "precision": changes.get("precision", "fp32"), "activation_checkpointing": name == "lora 3"}
+            train = {
+                **EVERY,
+                "precision": changes.get("precision", "fp32"),
+                "activation_checkpointing": name == "lora 3",
+            }
             rest = {key: value for key, value in changes.items() if key != "precision"}
             codes.append(tune(folder, f"{name} whole", train=train, **rest))
             codes.append(tune(folder, name, (3, 0, signal.SIGTERM), train=train, **rest))

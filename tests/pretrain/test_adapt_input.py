@@ -91,7 +91,11 @@ WRONG = {
     "base=nowhere": ("base: 'nowhere' is no folder; give one with a model of Transformers and its processor",),
     "base=empty": ("base: 'empty' holds no config.json; give a folder that `save_pretrained` wrote",),
     "base=adapters": ("base: 'adapters' holds only adapters, not the model they belong to",),
-    "base=text only": ("base: 'text only' (LlamaConfig) has no image token", "it is a text-only model", "give a multimodal one"),
+    "base=text only": (
+        "base: 'text only' (LlamaConfig) has no image token",
+        "it is a text-only model",
+        "give a multimodal one",
+    ),
     "base=no processor": ("base: 'no processor' ",),
     "base=another id": (
         "train.jsonl:1: has an image, but the image token 62 of the model's config never occurs",
@@ -117,7 +121,7 @@ WRONG = {
     "lora={r: 2, alpha: 4, modules_to_save: [mod_router]}": ("holds model.language_model.layers.1.mod_router, which",),
     "data.path=nowhere": ("data.path: 'nowhere' is no folder; give one with train.jsonl",),
     "data.path=no images": (
-        "data.path: none of the 1 lines of no images/train.jsonl has an image; a multimodal model needs some: {\"image\"",
+        'data.path: none of the 1 lines of no images/train.jsonl has an image; a multimodal model needs some: {"image"',
     ),
     "data.path=lost image": ("lost image/train.jsonl:4: its image 'lost image/train3.png' does not exist",),
     "data.path=no validation": ("no validation/validation.jsonl: does not exist",),
@@ -133,11 +137,15 @@ def test_wrong_entries(refused: Callable[..., str], override: str) -> None:
         assert part in message, message
 
 
-@pytest.mark.parametrize("part, weight", [("multi_modal_projector", "linear_1.weight"), ("linear_2", "linear_2.weight")])
+@pytest.mark.parametrize(
+    "part, weight", [("multi_modal_projector", "linear_1.weight"), ("linear_2", "linear_2.weight")]
+)
 def test_a_part_that_is_frozen_and_trained_in_full(refused: Callable[..., str], part: str, weight: str) -> None:
     lora = {"r": 2, "alpha": 4, "modules_to_save": ["multi_modal_projector"]}
     message = refused(lora=lora, freeze=["vision_tower", part])
-    assert message.startswith(f"freeze: '{part}' holds model.multi_modal_projector.{weight}, which lora.modules_to_save: ")
+    assert message.startswith(
+        f"freeze: '{part}' holds model.multi_modal_projector.{weight}, which lora.modules_to_save: "
+    )
     assert "['multi_modal_projector'] has trained in full; name it under one of the two" in message
 
 
@@ -153,12 +161,16 @@ def test_an_attention_router_in_training(refused: Callable[..., str]) -> None:
         assert part in message, message
 
 
-def test_batches_that_do_not_divide_over_the_ranks(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_do_not_divide_over_the_ranks(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "train.global_batch: 4 is not a multiple of train.micro_batch × ranks = 2 × 3 = 6" in refused()
 
 
-SHIPPED = [path for kind in ("digits", "photos") for path in sorted((ROOT / "recipes" / "adapt").glob(f"{kind}_*.yaml"))]
+SHIPPED = [
+    path for kind in ("digits", "photos") for path in sorted((ROOT / "recipes" / "adapt").glob(f"{kind}_*.yaml"))
+]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -189,11 +201,11 @@ def order(folder: Path, world: int, micro: int, steps: int, since: int = 0) -> l
     """Numbers of the lines of each step, in the order of ranks and micro-batches, by their file names."""
     asked = read_questions(folder / "data")
     found = []
-    streams = [
-        Batches(Samples(asked, 3), batcher(folder), 8, micro, rank, world).since(since) for rank in range(world)
-    ]
+    streams = [Batches(Samples(asked, 3), batcher(folder), 8, micro, rank, world).since(since) for rank in range(world)]
     for _ in range(steps):
-        found.append([value for s in streams for b in next(s) for value in b.inputs["pixel_values"].sum((1, 2, 3)).tolist()])
+        found.append(
+            [value for s in streams for b in next(s) for value in b.inputs["pixel_values"].sum((1, 2, 3)).tolist()]
+        )
     return found
 
 
@@ -241,9 +253,12 @@ def test_micro_batches_of_any_size_are_one_step(
     model = za.adapt(LlavaForConditionalGeneration.from_pretrained(folder / "base"), adapt).train()
     names = [layer.routing.name for layer in za.routed_layers(model)]
     run = SimpleNamespace(
-        engine=SimpleNamespace(module=model, device="cpu", dtype=torch.float32), recipe=SimpleNamespace(seed=0),
-        layers=names, weight=ADAPT["auxiliary"]["weight"], base=SimpleNamespace(blueprint=model),
-    )  # fmt: skip
+        engine=SimpleNamespace(module=model, device="cpu", dtype=torch.float32),
+        recipe=SimpleNamespace(seed=0),
+        layers=names,
+        weight=ADAPT["auxiliary"]["weight"],
+        base=SimpleNamespace(blueprint=model),
+    )
     steps = []
     for size in (8, 2, 1):
         batches = [maker.batch(asked[first : first + size], first) for first in range(0, 8, size)]
@@ -277,8 +292,9 @@ def test_long_samples_are_cut_or_refused(folder: Path) -> None:
 
 def test_extends_several(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(tuning_recipe("base", "data", "run", adapt=None)))
-    (tmp_path / "b.yaml").write_text("adapt: {layers: [1], capacity: {type: constant, keep: 0.25}, "
-                                     "gate: {activation: sigmoid}}\n")  # fmt: skip
+    (tmp_path / "b.yaml").write_text(
+        "adapt: {layers: [1], capacity: {type: constant, keep: 0.25}, gate: {activation: sigmoid}}\n"
+    )
     (tmp_path / "c.yaml").write_text("extends: [a.yaml, b.yaml]\nname: c\nadapt: {layers: [2]}\n")
     recipe = adapt_recipe.load(tmp_path / "c.yaml")
     assert recipe.name == "c" and recipe.adapt.layers == [2] and recipe.adapt.capacity.keep == 0.25

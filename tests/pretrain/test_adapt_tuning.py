@@ -45,4 +45,6 @@ def test_modules_trained_in_full_come_back_bit_for_bit(tmp_path: Path, precision
     assert all(torch.equal(there[name], parameter) for name, parameter in moved.items())
     saved = load_file(folder / "adapter_model.safetensors")
     assert len(saved) == len([name for name in moved if "mod_router" not in name])
-    assert torch.equal(saved["base_model.model.lm_head.weight"], there["base_model.model.lm_head.modules_to_save.default.weight"])
+    assert torch.equal(
+        saved["base_model.model.lm_head.weight"], there["base_model.model.lm_head.modules_to_save.default.weight"]
+    )

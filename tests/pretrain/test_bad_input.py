@@ -69,7 +69,9 @@ UNKNOWN = {
     f"{LAYER}.drop=1": ("model.layers[0].drop: unknown key", "did you mean 'dropout'?"),
     f"{LAYER}.mixer.head=2": ("model.layers[0].mixer.head: unknown key", "did you mean 'heads'?"),
     "model.layers.1.depth.router={type: linear, activaton: raw}": (
-        "model.layers[1].depth.router.activaton: unknown key", "did you mean 'activation'?"),
+        "model.layers[1].depth.router.activaton: unknown key",
+        "did you mean 'activation'?",
+    ),
     "data.image.patchs=2": ("data.image.patchs: unknown key", "did you mean 'patch'?"),
     "optimizer.weight_deacy=1": ("optimizer.weight_deacy: unknown key", "did you mean 'weight_decay'?"),
     "schedule.warmup=3": ("schedule.warmup: unknown key", "did you mean 'warmup_steps'?"),
@@ -78,13 +80,14 @@ UNKNOWN = {
     "kernels.atention=sdpa": ("kernels.atention: unknown key", "did you mean 'attention'?"),
     "objective.zloss=1": ("objective.zloss: unknown key", "did you mean 'z_loss'?"),
     "deepspeed.zero_optimisation={}": ("deepspeed.zero_optimisation: unknown key", "did you mean 'zero_optimization'?"),
-    "deepspeed.zero_optimization.stge=1": (
-        "deepspeed.zero_optimization.stge: unknown key", "did you mean 'stage'?"),
-}  # fmt: skip
+    "deepspeed.zero_optimization.stge=1": ("deepspeed.zero_optimization.stge: unknown key", "did you mean 'stage'?"),
+}
 
 WRONG = {
     f"{LAYER}.feedforward.type=momma": (
-        "model.layers[0].feedforward.type: 'momma' is not known; known: ", "did you mean 'moma'?"),
+        "model.layers[0].feedforward.type: 'momma' is not known; known: ",
+        "did you mean 'moma'?",
+    ),
     f"{LAYER}.mixer.type=atention": ("mixer.type: 'atention' is not known", "did you mean 'attention'?"),
     "model.layers.1.depth.type=mode": ("model.layers[1].depth.type: 'mode' is not known", "did you mean 'mod'?"),
     f"{LAYER}.mixer=attention": ("model.layers[0].mixer: 'attention' is not a block; write {type: …}",),
@@ -114,10 +117,14 @@ WRONG = {
     "imports=[not_there]": ("imports: 'not_there' cannot be imported (ModuleNotFoundError",),
     "kernels.attention=fast": ("kernels.attention: 'fast' is not known; known: auto, ",),
     "data.sequence_length=10": (
-        "data.sequence_length: 10: is too short for one image: 16 codes,", "set data.sequence_length to at least 20"),
+        "data.sequence_length: 10: is too short for one image: 16 codes,",
+        "set data.sequence_length to at least 20",
+    ),
     "train.micro_batch=3": ("train.micro_batch: 3 does not divide train.global_batch 4; choose",),
     "deepspeed.train_batch_size=7": (
-        "deepspeed.train_batch_size: 7 contradicts train.global_batch: 4", "or write deepspeed.train_batch_size: auto"),
+        "deepspeed.train_batch_size: 7 contradicts train.global_batch: 4",
+        "or write deepspeed.train_batch_size: auto",
+    ),
     "deepspeed.gradient_clipping=0.3": ("deepspeed.gradient_clipping: 0.3 contradicts train.clip: 1.0",),
     "deepspeed.bf16={enabled: true}": ("deepspeed.bf16.enabled: True contradicts train.precision: 'fp32'",),
     "deepspeed.optimizer={type: Adam}": ("deepspeed.optimizer: not allowed here: the recipe's own `optimizer`",),
@@ -133,7 +140,7 @@ WRONG = {
     "model.d_model.size=3": ("model.d_model.size: model.d_model is 32, a single value without keys",),
     "data.path=nowhere": ("data.path: 'nowhere' is no folder (looked for from ", "correct data.path"),
     "data.train=z*": ("data.train: no shard in ", "it holds digits-train-000.tar, digits-val-000.tar"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("override", [*UNKNOWN, *WRONG])

@@ -17,8 +17,13 @@ from zoo.config import ConfigError
 
 def build(section: Any = None, **keys: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {
-        "world": 2, "precision": "fp32", "global_batch": 16, "micro_batch": 2, "clip": 1.0,
-        "optimizer": OptimizerConfig(lr=0.01), "d_model": 64,
+        "world": 2,
+        "precision": "fp32",
+        "global_batch": 16,
+        "micro_batch": 2,
+        "clip": 1.0,
+        "optimizer": OptimizerConfig(lr=0.01),
+        "d_model": 64,
     }
     return effective(section, **(arguments | keys))
 
@@ -102,10 +107,16 @@ def test_recipe_side_errors() -> None:
 def test_auto_is_filled() -> None:
     config = build(
         {
-            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"},
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto"},
             "zero_optimization": {
-                "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+                "stage": 3,
+                "reduce_bucket_size": "auto",
+                "stage3_prefetch_bucket_size": "auto",
                 "stage3_param_persistence_threshold": "auto",
             },
         }
@@ -132,8 +143,11 @@ def test_section_may_be_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_muon_is_refused_where_it_is_not_sound(stage: int, precision: str) -> None:
     with pytest.raises(ConfigError, match="Use stage 0 with fp32 or stage 1 with bf16"):
-        build({"zero_optimization": {"stage": stage}}, precision=precision,
-              optimizer=OptimizerConfig(lr=0.1, type="muon", muon_lr=0.02))
+        build(
+            {"zero_optimization": {"stage": stage}},
+            precision=precision,
+            optimizer=OptimizerConfig(lr=0.1, type="muon", muon_lr=0.02),
+        )
 
 
 def test_validation_needs_no_deepspeed() -> None:

@@ -51,8 +51,11 @@ FLOPS = {"eval/causal/flops_per_token", "eval/nominal_flops_per_token"}
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_reported(data: Data, name: str) -> None:
     expected = {
-        "dense": ("causal",), "moma": ("topk", "causal"), "both": ("topk", "causal"), "no auxiliary": ("topk",)
-    }[name]  # fmt: skip
+        "dense": ("causal",),
+        "moma": ("topk", "causal"),
+        "both": ("topk", "causal"),
+        "no auxiliary": ("topk",),
+    }[name]
     model = model_of(name)
     assert routings(model) == expected
     values = values_of(model, data, 4)

@@ -46,8 +46,12 @@ def test_a_resumed_run_shows_nothing_twice(tmp_path: Path) -> None:
             writer.log(step, {"loss": step + 0.1 * last})
         writer.writer.flush()
     assert [(i["step"], round(10 * (i["loss"] - i["step"]))) for i in metrics.read(tmp_path / "metrics.jsonl")] == [
-        (1, 5), (2, 5), (3, 5), (4, 6), *((step, 8) for step in range(5, 9)),
-    ]  # fmt: skip
+        (1, 5),
+        (2, 5),
+        (3, 5),
+        (4, 6),
+        *((step, 8) for step in range(5, 9)),
+    ]
     assert_tensorboard_agrees(tmp_path)
 
 

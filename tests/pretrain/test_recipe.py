@@ -45,11 +45,19 @@ def test_overrides(file: Path) -> None:
     recipe = recipes.load(
         file,
         [
-            "train.steps=7", "optimizer.lr=1e-4", "model.layers.1.dropout=0.5", "model.layers[0].mixer.heads=4",
-            "objective.weights.text=2", "data.validation=null", "seed=3", "model.layers.0.mixer.qk_norm=true",
-            "deepspeed.zero_optimization.stage=3", "name=other", "data.image={type: patches, image_size: 8, patch: 4}",
+            "train.steps=7",
+            "optimizer.lr=1e-4",
+            "model.layers.1.dropout=0.5",
+            "model.layers[0].mixer.heads=4",
+            "objective.weights.text=2",
+            "data.validation=null",
+            "seed=3",
+            "model.layers.0.mixer.qk_norm=true",
+            "deepspeed.zero_optimization.stage=3",
+            "name=other",
+            "data.image={type: patches, image_size: 8, patch: 4}",
         ],
-    )  # fmt: skip
+    )
     assert (recipe.train.steps, recipe.optimizer.lr, recipe.seed, recipe.name) == (7, 1e-4, 3, "other")
     assert recipe.model.layers[1].dropout == 0.5
     assert recipe.model.layers[0].mixer.heads == 4 and recipe.model.layers[0].mixer.qk_norm is True  # type: ignore[attr-defined]

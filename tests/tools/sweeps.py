@@ -20,21 +20,39 @@ ARMS = {
 def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     """A dense control and γ-MoD with layers of lowest ARank, of a base and data in `tmp_path`."""
     return {
-        "base": str(tmp_path), "data": str(tmp_path), "recipe": str(RECIPES / "digits_tuning.yaml"), "targets": [0.7],
+        "base": str(tmp_path),
+        "data": str(tmp_path),
+        "recipe": str(RECIPES / "digits_tuning.yaml"),
+        "targets": [0.7],
         "arms": {"dense": {}, "arank": {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": "arank"}},
-    } | changes  # fmt: skip
+    } | changes
 
 
 def write_sweep(folders: Path, name: str, **changes: Any) -> Path:
     """A sweep of few and short runs, of `base` and `data` in `folders`; with `changes`, one level deep."""
     sweep = config(
-        folders, base=str(folders / "base"), data=str(folders / "data"), tolerance=0.05, seeds=[0], targets=[0.85],
-        test={"split": "validation", "samples": 8, "batch": 3}, threshold={"samples": 4, "rounds": 4},
-        arank={"samples": 2, "batch": 2}, timing={"batch": 2, "rounds": 5}, schedule={"warmup_steps": 0},
+        folders,
+        base=str(folders / "base"),
+        data=str(folders / "data"),
+        tolerance=0.05,
+        seeds=[0],
+        targets=[0.85],
+        test={"split": "validation", "samples": 8, "batch": 3},
+        threshold={"samples": 4, "rounds": 4},
+        arank={"samples": 2, "batch": 2},
+        timing={"batch": 2, "rounds": 5},
+        schedule={"warmup_steps": 0},
         evaluate={"samples": 2, "generate": False},
-        train={"steps": 3, "global_batch": 2, "micro_batch": 2, "device": "cpu", "evaluate_every": 0,
-               "checkpoint_every": 1, "log_every": 5},  # no step is logged, nor its seconds
-    )  # fmt: skip
+        train={
+            "steps": 3,
+            "global_batch": 2,
+            "micro_batch": 2,
+            "device": "cpu",
+            "evaluate_every": 0,
+            "checkpoint_every": 1,
+            "log_every": 5,
+        },  # no step is logged, nor its seconds
+    )
     path = folders / f"{name}.yaml"
     path.write_text(yaml.safe_dump(sweep | changes))
     return path

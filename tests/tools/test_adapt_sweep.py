@@ -64,7 +64,9 @@ def test_solve_finds_the_nearest_step() -> None:
     def ratio(x: float) -> float:
         return 0.2 + 0.05 * int(16 * x)
 
-    assert ratio(solve(ratio, 0.52, 0, 1)) == pytest.approx(0.5) and ratio(solve(ratio, 0.53, 0, 1)) == pytest.approx(0.55)
+    assert ratio(solve(ratio, 0.52, 0, 1)) == pytest.approx(0.5) and ratio(solve(ratio, 0.53, 0, 1)) == pytest.approx(
+        0.55
+    )
     assert solve(lambda x: x, 0.3333, 0, 1) == pytest.approx(0.3333, abs=1e-4)
     assert solve(lambda x: x, 2.0, 0, 1) == 1 and solve(lambda x: x, -1.0, 0.25, 1) == 0.25
 
@@ -116,9 +118,15 @@ def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
     [
         ({"targets": [1.5]}, r"targets\[0\]: 1.5: must be less than 1"),
         ({"base": "/nowhere"}, "base: '/nowhere' is no folder"),
-        ({"arms": {"x": {"tokens": "learned", "train": False, "adapt": {"layers": [1]}}}}, r"arms.x: .*learned routers"),
+        (
+            {"arms": {"x": {"tokens": "learned", "train": False, "adapt": {"layers": [1]}}}},
+            r"arms.x: .*learned routers",
+        ),
         ({"arms": {"x": {"train": False}}}, r"arms.x: .*dense control"),
-        ({"arms": {"x": {"recipe": "a.yaml", "layers": "all", "solve": "centre"}}}, r"arms.x: .*goes with layers: recipe"),
+        (
+            {"arms": {"x": {"recipe": "a.yaml", "layers": "all", "solve": "centre"}}},
+            r"arms.x: .*goes with layers: recipe",
+        ),
         ({"arms": {"a/b": {}}}, "arms: .*'a/b'"),
         ({"arms": {"a": {}, "b": {}}}, "one dense control is enough"),
         ({"arms": {"x": {"layer": "arank"}}}, "arms.x.layer: unknown key"),
@@ -172,10 +180,14 @@ def test_a_sweep_without_training(folders: Path, capsys: pytest.CaptureFixture[s
     assert command.main(arguments) == 0
     result = json.loads((out / "runs" / "blind-0.85-0" / "result.json").read_text())
     assert result["after"]["flops"] == pytest.approx(0.85, rel=0.05)
-    assert result["after"]["flops"] == pytest.approx(result["point"]["flops"], rel=1e-9), "measured is nominal under top-k"
+    assert result["after"]["flops"] == pytest.approx(result["point"]["flops"], rel=1e-9), (
+        "measured is nominal under top-k"
+    )
     assert result["after"]["keys_and_values"] < 1 and result["after"]["questions"] == 8
     text = (out / "results.md").read_text()
-    assert f"{100 * result['after']['accuracy']:.1f} % (not tuned)" in text and f"{result['after']['flops']:.3f}" in text
+    assert (
+        f"{100 * result['after']['accuracy']:.1f} % (not tuned)" in text and f"{result['after']['flops']:.3f}" in text
+    )
     assert [layer["index"] for layer in json.loads((out / "arank.json").read_text())["layers"]] == [0, 1, 2, 3]
     monkeypatch.setattr(launch, "_start", None)  # a run that is launched fails
     assert command.main(arguments) == 0 and command.main([*arguments, "--report"]) == 0
@@ -200,22 +212,30 @@ def test_a_sweep_by_perplexity(folders: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("tools.adapt_sweep.point.train", train)
     monkeypatch.setattr(command, "launch", run)
     test = {"split": "validation", "samples": 7, "batch": 3, "metric": "perplexity"}
-    path, out = write_sweep(folders, "told", arms={name: ARMS[name] for name in ("dense", "blind")}, test=test), folders / "told"
+    path, out = (
+        write_sweep(folders, "told", arms={name: ARMS[name] for name in ("dense", "blind")}, test=test),
+        folders / "told",
+    )
     assert command.main([str(path), str(out), "--no-timing"]) == 0
-    dense, blind = (json.loads((out / "runs" / name / "result.json").read_text()) for name in ("dense-1-0", "blind-0.85-0"))
+    dense, blind = (
+        json.loads((out / "runs" / name / "result.json").read_text()) for name in ("dense-1-0", "blind-0.85-0")
+    )
     assert dense["after"] == dense["before"] and dense["after"]["losses"] != dense["exchanged"]["losses"]
     assert dense["after"]["tokens"] == dense["exchanged"]["tokens"] == blind["after"]["tokens"]
     assert blind["after"]["flops"] == pytest.approx(blind["point"]["flops"], rel=1e-9) and "exchanged" not in blind
     text = (out / "results.md").read_text()
     assert f"{math.exp(blind['after']['loss']):.2f} (not tuned)" in text
     assert f"perplexity {math.exp(dense['exchanged']['loss']):.2f}. " in text
-    assert command.main([str(path), str(out), "--no-timing", "test.metric=accuracy"]) == 2, "another folder for another metric"
+    assert command.main([str(path), str(out), "--no-timing", "test.metric=accuracy"]) == 2, (
+        "another folder for another metric"
+    )
 
 
 def test_a_metric_that_is_the_default_leaves_no_trace(tmp_path: Path) -> None:
     """A sweep that says it goes on in the folder of one from before metrics could be chosen."""
     silent, said, other = (
-        settings.SweepConfig.parse(config(tmp_path, test=test)) for test in ({}, {"metric": "accuracy"}, {"metric": "perplexity"})
+        settings.SweepConfig.parse(config(tmp_path, test=test))
+        for test in ({}, {"metric": "accuracy"}, {"metric": "perplexity"})
     )
     command.check_folder(silent, tmp_path / "out")
     assert "metric" not in json.loads((tmp_path / "out" / "sweep.json").read_text())["test"]
@@ -230,7 +250,9 @@ def test_data_without_images_are_refused_before_a_run(folders: Path, capsys: pyt
     (data / "validation.jsonl").write_text(json.dumps({"question": "How many sixes?", "answer": "0"}) + "\n")
     path = write_sweep(folders, "no_images", data=str(data), arms={"blind": ARMS["blind"]})
     assert command.main([str(path), str(folders / "no_images"), "--no-timing"]) == 2
-    assert re.search(r"(test|threshold): no question of '.*blind_data' taken for it has an image", capsys.readouterr().err)
+    assert re.search(
+        r"(test|threshold): no question of '.*blind_data' taken for it has an image", capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -239,8 +261,15 @@ def test_a_killed_sweep_goes_on(folders: Path) -> None:
     import sys
 
     arms = {name: ARMS[name] for name in ("dense", "arank", "random", "fastv")}
-    train = {"steps": 40, "global_batch": 2, "micro_batch": 2, "device": "cpu", "evaluate_every": 0,
-             "checkpoint_every": 1, "log_every": 1}  # fmt: skip
+    train = {
+        "steps": 40,
+        "global_batch": 2,
+        "micro_batch": 2,
+        "device": "cpu",
+        "evaluate_every": 0,
+        "checkpoint_every": 1,
+        "log_every": 1,
+    }
     path, out = write_sweep(folders, "killed", arms=arms, train=train, jobs=2), folders / "killed"
     arguments = [sys.executable, "-m", "tools.adapt_sweep", str(path), str(out)]
     first = Processes([(arguments, environment())], folders / "first")

@@ -37,7 +37,10 @@ ADAPTED: dict[str, dict[str, Any] | None] = {
 LINES = [
     {"image": "0.png", "question": "what is it?", "answer": "a white cat"},
     {"images": ["1.png", "2.png"], "question": "how many are there of them?", "answer": "2"},
-    {"image": "3.png", "turns": [{"question": "who?", "answer": "a dog"}, {"question": "where is it?", "answer": "on a mat."}]},
+    {
+        "image": "3.png",
+        "turns": [{"question": "who?", "answer": "a dog"}, {"question": "where is it?", "answer": "on a mat."}],
+    },
     {"question": "no image?", "answer": "none"},
     {"image": "0.png", "question": "and?", "answer": "grey"},
 ]
@@ -72,7 +75,12 @@ def test_told_answers_lose_what_one_pass_says(data: Path, name: str) -> None:
     for batch in prompts.batches:
         for question in batch.asked:
             batcher = Batcher(
-                processor, question, model.config, picture_ids(model.config, type(model).__name__), za.adaptation(model), False
+                processor,
+                question,
+                model.config,
+                picture_ids(model.config, type(model).__name__),
+                za.adaptation(model),
+                False,
             )
             with torch.no_grad():
                 logits, labels = predict(model, batcher.batch([question]), za.Trace() if ADAPTED[name] else None)
@@ -82,7 +90,9 @@ def test_told_answers_lose_what_one_pass_says(data: Path, name: str) -> None:
     assert found["loss"] == pytest.approx(sum(losses) / sum(found["tokens"])) and "accuracy" not in found
     assert found["questions"] == 5
     read = judge(model, prompts, None)
-    assert {"flops", "skip", "keys_and_values"} < read.keys() and all(read[k] == found[k] for k in ("flops", "keys_and_values"))
+    assert {"flops", "skip", "keys_and_values"} < read.keys() and all(
+        read[k] == found[k] for k in ("flops", "keys_and_values")
+    )
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -97,9 +107,14 @@ def test_told_answers_lose_what_generation_says(family: str, name: str) -> None:
     inputs = FAMILIES[family].inputs(model, rows)
     model.generation_config.eos_token_id = None
     made = model.generate(
-        **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True,
-        suppress_tokens=[*UNSAID, PAD], pad_token_id=PAD,
-    )  # fmt: skip
+        **inputs,
+        max_new_tokens=5,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        suppress_tokens=[*UNSAID, PAD],
+        pad_token_id=PAD,
+    )
     said = made.sequences[:, inputs["input_ids"].shape[1] :]
     lengths = torch.tensor([3, 5, 1])[: len(rows)]
     right = said.masked_fill(torch.arange(5) >= lengths[:, None], IGNORED)
@@ -121,7 +136,9 @@ def test_exchanged_pictures(data: Path) -> None:
     questions = read_questions(data)
     found = exchanged(questions)
     first, pair, third = ((data / "0.png",), (data / "1.png", data / "2.png"), (data / "3.png",))
-    assert [question.images for question in found] == [pair, third, first, pair], "questions about one picture get one other"
+    assert [question.images for question in found] == [pair, third, first, pair], (
+        "questions about one picture get one other"
+    )
     assert [question.turns for question in found] == [question.turns for question in questions if question.images]
     assert exchanged([questions[0], questions[4]]) == exchanged(questions[3:4]) == []
 

@@ -21,10 +21,15 @@ from tools.adapt_sweep.rows import Result
 
 def judged(accuracy: float, flops: float) -> dict[str, Any]:
     return {
-        "accuracy": accuracy, "kinds": {"cell": accuracy}, "questions": 10, "marks": [int(n < 20 * accuracy) for n in range(20)],
-        "flops": flops, "keys_and_values": flops,
-        "skip": {"layers.1": 0.5}, "routers": {"accuracy": 0.875},
-    }  # fmt: skip
+        "accuracy": accuracy,
+        "kinds": {"cell": accuracy},
+        "questions": 10,
+        "marks": [int(n < 20 * accuracy) for n in range(20)],
+        "flops": flops,
+        "keys_and_values": flops,
+        "skip": {"layers.1": 0.5},
+        "routers": {"accuracy": 0.875},
+    }
 
 
 def told(loss: float, flops: float) -> dict[str, Any]:
@@ -37,7 +42,10 @@ def told(loss: float, flops: float) -> dict[str, Any]:
 
 
 def write_results(
-    out: Path, values: dict[str, list[float]], judged: Callable[[float, float], dict[str, Any]] = judged, first: float = 0.1
+    out: Path,
+    values: dict[str, list[float]],
+    judged: Callable[[float, float], dict[str, Any]] = judged,
+    first: float = 0.1,
 ) -> list[Point]:
     """Results of arms and seeds, of models of these values after tuning, and `first` before."""
     points = []
@@ -61,7 +69,10 @@ def write_results(
 @pytest.mark.parametrize(
     ("rival", "said"),
     [
-        ([0.4, 0.5, 0.45], r"ARank's choice answers more questions \(\+35\.0 points, ± 12\.4 over 3 seeds, ± 21\.8 over"),
+        (
+            [0.4, 0.5, 0.45],
+            r"ARank's choice answers more questions \(\+35\.0 points, ± 12\.4 over 3 seeds, ± 21\.8 over",
+        ),
         ([0.75, 0.7, 0.75], r"not shown \(\+6\.7 points, ± 7\.2 over 3 seeds"),
         ([0.9, 0.6, 0.85], r"not shown \(\+1\.7 points, ± 39\.9 over 3 seeds"),
         ([0.8, 0.8, 0.8], r"not shown \(\+0\.0 points"),
@@ -87,7 +98,10 @@ def test_the_report_says_what_the_results_say(tmp_path: Path, rival: list[float]
 @pytest.mark.parametrize(
     ("rival", "said"),
     [
-        ([2.5, 2.6, 2.55], r"ARank's choice loses less \(-0\.350 nats a token, ± 0\.124 over 3 seeds, ± 0\.000 over questions\)"),
+        (
+            [2.5, 2.6, 2.55],
+            r"ARank's choice loses less \(-0\.350 nats a token, ± 0\.124 over 3 seeds, ± 0\.000 over questions\)",
+        ),
         ([1.9, 1.8, 1.85], r"ARank's choice loses more \(\+0\.350 nats a token"),
         ([2.25, 2.2, 2.25], r"not shown \(-0\.033 nats a token, ± 0\.072 over 3 seeds"),
     ],
@@ -129,4 +143,3 @@ def test_the_interval_over_answers_is_a_ratios() -> None:
     jackknife = ((without - without.mean()).square().sum() * 299 / 300).sqrt()
     assert found.by_question == pytest.approx(1.968 * float(jackknife), rel=0.02)
     assert found.mean == pytest.approx(float(losses.sum() / tokens.sum())) and found.seeds == 1 and not found.shown
-

@@ -14,9 +14,7 @@ from tests.pretrain.data.samples import png, sample, write_shard
 from tests.zoo.adapt.families import llava
 from tools.arank import main
 
-LINES = [
-    {"image": f"{n}.png", "question": "how many" + " many" * n + "?", "answer": "two"} for n in range(6)
-]
+LINES = [{"image": f"{n}.png", "question": "how many" + " many" * n + "?", "answer": "two"} for n in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +94,7 @@ def test_shards(model: Path, tmp_path: Path, out: Path) -> None:
     assert json.loads(out.read_text())["settings"]["samples"] == 3
 
 
-def test_bad_input(
-    model: Path, data: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input(model: Path, data: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import LlamaConfig
 
     text = tmp_path / "text"
@@ -119,9 +115,12 @@ def test_bad_input(
         ((text, data), f"'{text}' (LlamaConfig) has no image token (config.image_token_id): it is a text-only model"),
         ((bare, data), f"'{bare}' holds no config.json; give a folder that `save_pretrained` wrote"),
         ((model, bare), "holds neither .jsonl files nor .tar shards"),
-        ((model, no_images), f"{no_images}/train.jsonl: none of its 1 lines has an image; some must: {{\"image\""),
+        ((model, no_images), f'{no_images}/train.jsonl: none of its 1 lines has an image; some must: {{"image"'),
         ((model, data, "--split", "test"), "test.jsonl: does not exist"),
-        ((other, data), "sample 0 has no image token: the id 59 of the model's config does not occur in its input_ids; give"),
+        (
+            (other, data),
+            "sample 0 has no image token: the id 59 of the model's config does not occur in its input_ids; give",
+        ),
         ((model, data, "--samples", 0), "--samples 0: must be at least 1"),
         ((model, data, "--flops", 1.5), "--flops 1.5: must be between 0 and 1"),
         ((model, data, "--threshold", 2), "--threshold 2: must be between 0 and 1"),

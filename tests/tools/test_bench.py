@@ -154,7 +154,15 @@ def test_every_benchmark_runs_at_small_shapes(monkeypatch: pytest.MonkeyPatch) -
     assert all("needs a checkout" in skipped[name] for name in ("mamba.official", "mot.official", "mod.astramind"))
     measured = {row.name.partition(": ")[0] for row in rows}
     assert measured | set(skipped) == {found.name for found in benchmark.known("cpu")}
-    assert {"moma.512", "mot.512", "mod", "model.flops", "model.optimizer", "adapt.prefill", "attention.packed"} <= measured
+    assert {
+        "moma.512",
+        "mot.512",
+        "mod",
+        "model.flops",
+        "model.optimizer",
+        "adapt.prefill",
+        "attention.packed",
+    } <= measured
     assert all(row.ratio > 0 for row in rows)
 
 

@@ -105,7 +105,10 @@ def test_a_folder_is_a_table(file: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("title: T\nnotes: N\nrecipes: {tinny: {source: a paper}}", "recipes.tinny: no recipe of this name; known: tiny"),
+        (
+            "title: T\nnotes: N\nrecipes: {tinny: {source: a paper}}",
+            "recipes.tinny: no recipe of this name; known: tiny",
+        ),
         ("title: T\nnotes: N\nrecipes: {tiny: {printed: 90 M, source: x}}", "recipes.tiny.printed: '90 M': "),
         ("title: T", "notes: this key is required; add it"),
         ("[", "--papers: "),

@@ -75,7 +75,9 @@ def call(folder: Path, *arguments: Any, model: str = "base", data: str = "data",
 
 def said(folder: Path, adapt: dict[str, Any] | None = None) -> list[float]:
     """For each question of the test split whether the model's answer to it alone is the right one."""
-    model, processor = (kind.from_pretrained(folder / "base") for kind in (LlavaForConditionalGeneration, AutoProcessor))
+    model, processor = (
+        kind.from_pretrained(folder / "base") for kind in (LlavaForConditionalGeneration, AutoProcessor)
+    )
     if adapt is not None:
         za.adapt(model, adapt)
     marks = []
@@ -98,7 +100,9 @@ def test_a_dense_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert values["eval/accuracy/grey"] == 1 and values["eval/accuracy/lie"] == 0 == values["eval/accuracy/text"]
     assert result["answers"] == {"grey": 12 - LIES, "lie": LIES, "text": 1} and result["adapt"] is None
 
-    model, processor = (kind.from_pretrained(folder / "base") for kind in (LlavaForConditionalGeneration, AutoProcessor))
+    model, processor = (
+        kind.from_pretrained(folder / "base") for kind in (LlavaForConditionalGeneration, AutoProcessor)
+    )
     samples = [encode(question, processor) for question in read_questions(folder / "data", "test")]
     counts = [int((sample["labels"] != -100).sum()) for sample in samples]
     with torch.no_grad():
@@ -205,7 +209,11 @@ BAD: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
     "split": ({}, ("--split", "tset"), "tset.jsonl: does not exist"),
     "samples": ({}, ("--samples", 0), "--samples 0: must be at least 1"),
     "batch": ({}, ("--batch", 0), "--batch 0: must be at least 1"),
-    "no recipe": ({}, ("adapt.layers=[1]",), "'adapt.layers=[1]': is a key of a recipe, and there is none; give --adapt"),
+    "no recipe": (
+        {},
+        ("adapt.layers=[1]",),
+        "'adapt.layers=[1]': is a key of a recipe, and there is none; give --adapt",
+    ),
     "section": ({}, ("--adapt", ONE_TOKEN, "train.steps=1"), "'train.steps=1': only keys of the section adapt"),
     "no section": ({}, ("--adapt", ROOT / "recipes/adapt/digits_base.yaml"), "digits_base.yaml: has no section adapt"),
     "key": ({}, ("--adapt", ONE_TOKEN, "adapt.layer=1"), "adapt.layer: unknown key"),
@@ -230,9 +238,7 @@ def bad(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(
-    bad: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input(bad: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(bad)
     where, arguments, message = BAD[name]
     assert call(bad, *arguments, **where, code=2) == {}

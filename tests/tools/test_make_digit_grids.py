@@ -120,11 +120,11 @@ def test_training_lines_have_turns_without_repeats(folder: Path) -> None:
 def test_training_grids_hold_few_digits_more_often_than_many(pools: dict[str, tuple[np.ndarray, ...]]) -> None:
     config = grids.GridsConfig()
     filled = {
-        split: np.array([
-            (grids.make_line(config, pools[split], split, index).cells != grids.BLANK).sum() for index in range(200)
-        ])
+        split: np.array(
+            [(grids.make_line(config, pools[split], split, index).cells != grids.BLANK).sum() for index in range(200)]
+        )
         for split in ("train", "test")
-    }  # fmt: skip
+    }
     assert set(filled["train"]) == set(range(1, 13)) and np.mean(filled["train"] <= 3) > 0.4
     assert set(filled["test"]) == set(range(4, 13))
 

@@ -143,13 +143,17 @@ def test_skipped_patches_are_dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     show_routing.draw(picture, tmp_path / "x.png")
     image, first, second = [axis for axis in figures[0].axes if axis.images]
     assert [axis.get_title() for axis in (image, first, second)] == [
-        "image", "layer 3: 1 of 4 kept", "layer 5: 3 of 4 kept",
-    ]  # fmt: skip
+        "image",
+        "layer 3: 1 of 4 kept",
+        "layer 5: 3 of 4 kept",
+    ]
     assert (np.asarray(first.images[1].get_array())[..., 3] > 0).tolist() == (~kept).tolist()
     assert first.images[1].get_extent() == first.images[0].get_extent()
 
 
-@pytest.mark.parametrize(("tokens", "pixels"), [(15, (1, 3, 8, 8)), (33, (2, 3, 8, 8)), (16, (64, 96)), (0, (1, 3, 8, 8))])
+@pytest.mark.parametrize(
+    ("tokens", "pixels"), [(15, (1, 3, 8, 8)), (33, (2, 3, 8, 8)), (16, (64, 96)), (0, (1, 3, 8, 8))]
+)
 def test_no_square_grid(tokens: int, pixels: tuple[int, ...]) -> None:
     with pytest.raises(show_routing.UserError, match=f"a line: {tokens} image tokens of llava .* not one square grid"):
         show_routing.grid_side(tokens, pixels, "llava", "a line")

@@ -22,10 +22,12 @@ def layers(text: int, image: int) -> list[dict]:
 
 def test_a_seed_run_grows(digit_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_recipe(digit_shards, tmp_path)["model"]
-    seed = write_recipe(tmp_path / "a", digit_shards, tmp_path / "seed", model={**model, "layers": layers(1, 1)},
-                        train={"steps": 4})  # fmt: skip
-    grown = write_recipe(tmp_path / "b", digit_shards, tmp_path / "grown", model={**model, "layers": layers(2, 2)},
-                         train={"steps": 2})  # fmt: skip
+    seed = write_recipe(
+        tmp_path / "a", digit_shards, tmp_path / "seed", model={**model, "layers": layers(1, 1)}, train={"steps": 4}
+    )
+    grown = write_recipe(
+        tmp_path / "b", digit_shards, tmp_path / "grown", model={**model, "layers": layers(2, 2)}, train={"steps": 2}
+    )
     assert main([str(tmp_path / "seed"), str(grown)]) == 2
     assert "recipe.yaml: does not exist; give the folder of a run" in capsys.readouterr().err
 

@@ -37,10 +37,13 @@ def test_only_the_distance_of_positions_matters(options):
 
 def test_grouped_queries_are_full_heads_with_repeated_keys_and_values():
     grouped, full, context = attention(kv_heads=2), attention(), stream("ttiit|ti")
-    full.load_state_dict(grouped.state_dict() | {
-        name: grouped.state_dict()[name].view(2, 2, -1).repeat_interleave(2, dim=0).reshape(8, 8)
-        for name in ("k_proj.weight", "v_proj.weight")
-    })  # fmt: skip
+    full.load_state_dict(
+        grouped.state_dict()
+        | {
+            name: grouped.state_dict()[name].view(2, 2, -1).repeat_interleave(2, dim=0).reshape(8, 8)
+            for name in ("k_proj.weight", "v_proj.weight")
+        }
+    )
     x = values(context)
     torch.testing.assert_close(grouped(x, context), full(x, context), rtol=0, atol=1e-13)
 

@@ -47,5 +47,8 @@ def test_the_auxiliary_loss_is_the_cross_entropy_of_the_realised_choice():
     sums = context.trace.statistics["layers.0"]
     said = logits > 0
     assert {k: int(v) for k, v in sums.items()} == {
-        "total": 10, "chosen": 4, "said": int(said.sum()), "both": int((said & taken).sum())
-    }  # fmt: skip
+        "total": 10,
+        "chosen": 4,
+        "said": int(said.sum()),
+        "both": int((said & taken).sum()),
+    }

@@ -66,9 +66,10 @@ def test_from_modality(batch):
     assert context.segments == tuple(sorted(segments))
     for b, t in real(modality):
         assert context.position[b, t] == t - starts[b, document[b][t]]
-    by_hand = all(len(places) <= 1 and (not places or places[0] == 0) for places in (
-        [start for (row, _), start in starts.items() if row == b] for b in range(len(modality))
-    ))  # fmt: skip
+    by_hand = all(
+        len(places) <= 1 and (not places or places[0] == 0)
+        for places in ([start for (row, _), start in starts.items() if row == b] for b in range(len(modality)))
+    )
     assert context.single_document == by_hand
 
 

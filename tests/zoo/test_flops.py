@@ -65,8 +65,9 @@ def test_moma_costs_exactly_the_dense_feed_forward(device, kernel):
 @pytest.mark.parametrize("experts", [{"text": 1, "image": 1}, {"text": 4, "image": 4}, {"text": 7, "image": 1}])
 def test_any_number_of_experts_costs_what_dense_does(experts):
     assert build_block("feedforward", {"type": "moma", "experts": experts, "d_ff": D_FF}).cost(8).flops == (
-        pytest.approx(6 * D_MODEL * D_FF), pytest.approx(6 * D_MODEL * D_FF)
-    )  # fmt: skip
+        pytest.approx(6 * D_MODEL * D_FF),
+        pytest.approx(6 * D_MODEL * D_FF),
+    )
 
 
 @pytest.mark.parametrize("capacity", [0.25, 0.5, 1.0])

@@ -69,10 +69,12 @@ def same_function(kind: str, untied: list[str]) -> None:
         part = name.split(".")[0]
         groups = 2 if part in untied or (part == "dt_bias" and bias in untied) else 1
         assert shape.numel() == groups * tied.state_dict()[name].numel(), name
-    apart.load_state_dict({
-        name: value.reshape(-1).repeat(shapes[name].numel() // value.numel()).view(shapes[name])
-        for name, value in tied.state_dict().items()
-    })  # fmt: skip
+    apart.load_state_dict(
+        {
+            name: value.reshape(-1).repeat(shapes[name].numel() // value.numel()).view(shapes[name])
+            for name, value in tied.state_dict().items()
+        }
+    )
     context = stream(*PACKED)
     x = values(context)
     one, other = tied(x, context), apart(x, context)
@@ -146,6 +148,7 @@ def test_the_future_changes_nothing(name):
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
+
 
 def mod_and_moma(mixer: dict) -> torch.nn.Module:
     return build_model(layer(mixer=mixer), mod(mixer=mixer), mod(mixer=mixer, norm="post")).eval()
@@ -349,25 +352,42 @@ def test_a_kernel_that_is_not_here_is_refused_when_the_block_is_built():
 def test_logits_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(
-        vocab_size=29, hidden_size=D_MODEL, state_size=4, num_hidden_layers=2, conv_kernel=4, expand=2, time_step_rank=3,
-        use_bias=False, use_conv_bias=True, layer_norm_epsilon=1e-5, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=29,
+        hidden_size=D_MODEL,
+        state_size=4,
+        num_hidden_layers=2,
+        conv_kernel=4,
+        expand=2,
+        time_step_rank=3,
+        use_bias=False,
+        use_conv_bias=True,
+        layer_norm_epsilon=1e-5,
+        tie_word_embeddings=False,
+    )
     theirs = transformers.MambaForCausalLM(config).double().eval()
     mixer = {"type": "mamba", "d_state": 4, "dt_rank": 3}
     ours = build_model({"mixer": mixer, "repeat": 2}).eval()
-    weights = {"embedding.weight": theirs.backbone.embeddings.weight, "norm.weight": theirs.backbone.norm_f.weight,
-               "head.weight": theirs.lm_head.weight}  # fmt: skip
+    weights = {
+        "embedding.weight": theirs.backbone.embeddings.weight,
+        "norm.weight": theirs.backbone.norm_f.weight,
+        "head.weight": theirs.lm_head.weight,
+    }
     for i, block in enumerate(theirs.backbone.layers):
         part, at = block.mixer, f"layers.{i}.mixer"
         part.dt_proj.bias.uniform_(-4, 0)
         part.D.uniform_(-1, 1)
         weights |= {
-            f"layers.{i}.mixer_norm.weight": block.norm.weight, f"{at}.in_proj.weight": part.in_proj.weight,
-            f"{at}.conv_weight": part.conv1d.weight, f"{at}.conv_bias": part.conv1d.bias,
-            f"{at}.x_proj.weight": part.x_proj.weight, f"{at}.dt_proj.weight": part.dt_proj.weight,
-            f"{at}.dt_bias": part.dt_proj.bias, f"{at}.A_log": part.A_log, f"{at}.D": part.D,
+            f"layers.{i}.mixer_norm.weight": block.norm.weight,
+            f"{at}.in_proj.weight": part.in_proj.weight,
+            f"{at}.conv_weight": part.conv1d.weight,
+            f"{at}.conv_bias": part.conv1d.bias,
+            f"{at}.x_proj.weight": part.x_proj.weight,
+            f"{at}.dt_proj.weight": part.dt_proj.weight,
+            f"{at}.dt_bias": part.dt_proj.bias,
+            f"{at}.A_log": part.A_log,
+            f"{at}.D": part.D,
             f"{at}.out_proj.weight": part.out_proj.weight,
-        }  # fmt: skip
+        }
     ours.load_state_dict(weights)
     context = stream("ttiittiitti", "tiitiitiiii")
     tokens = ids(context)

@@ -72,25 +72,45 @@ def test_wrong_configs_are_named(options, message):
 def test_logits_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.Mamba2Config(
-        vocab_size=29, hidden_size=D_MODEL, state_size=4, num_hidden_layers=2, conv_kernel=4, expand=2, head_dim=4,
-        num_heads=4, n_groups=1, use_bias=False, use_conv_bias=True, layer_norm_epsilon=1e-5, chunk_size=4,
-        tie_word_embeddings=False, rms_norm=True,
-    )  # fmt: skip
+        vocab_size=29,
+        hidden_size=D_MODEL,
+        state_size=4,
+        num_hidden_layers=2,
+        conv_kernel=4,
+        expand=2,
+        head_dim=4,
+        num_heads=4,
+        n_groups=1,
+        use_bias=False,
+        use_conv_bias=True,
+        layer_norm_epsilon=1e-5,
+        chunk_size=4,
+        tie_word_embeddings=False,
+        rms_norm=True,
+    )
     theirs = transformers.Mamba2ForCausalLM(config).eval()
     ours = build_model({"mixer": OPTIONS | {"groups": 1}, "repeat": 2}).float().eval()
-    weights = {"embedding.weight": theirs.backbone.embeddings.weight, "norm.weight": theirs.backbone.norm_f.weight,
-               "head.weight": theirs.lm_head.weight}  # fmt: skip
+    weights = {
+        "embedding.weight": theirs.backbone.embeddings.weight,
+        "norm.weight": theirs.backbone.norm_f.weight,
+        "head.weight": theirs.lm_head.weight,
+    }
     for i, block in enumerate(theirs.backbone.layers):
         part, at = block.mixer, f"layers.{i}.mixer"
         part.dt_bias.uniform_(-4, 0)
         part.D.uniform_(-1, 1)
         part.norm.weight.uniform_(0.5, 1.5)
         weights |= {
-            f"layers.{i}.mixer_norm.weight": block.norm.weight, f"{at}.in_proj.weight": part.in_proj.weight,
-            f"{at}.conv_weight": part.conv1d.weight, f"{at}.conv_bias": part.conv1d.bias, f"{at}.dt_bias": part.dt_bias,
-            f"{at}.A_log": part.A_log, f"{at}.D": part.D, f"{at}.norm.weight": part.norm.weight,
+            f"layers.{i}.mixer_norm.weight": block.norm.weight,
+            f"{at}.in_proj.weight": part.in_proj.weight,
+            f"{at}.conv_weight": part.conv1d.weight,
+            f"{at}.conv_bias": part.conv1d.bias,
+            f"{at}.dt_bias": part.dt_bias,
+            f"{at}.A_log": part.A_log,
+            f"{at}.D": part.D,
+            f"{at}.norm.weight": part.norm.weight,
             f"{at}.out_proj.weight": part.out_proj.weight,
-        }  # fmt: skip
+        }
     ours.load_state_dict(weights)
     context = stream("ttiittiitti", "tiitiitiiii")
     tokens = ids(context)

@@ -55,10 +55,15 @@ def layout_of(*rows: str, grouped: bool = False, continued: bool = False) -> Lay
 def scan_inputs(layout: Layout, state: bool, width: int = 21, states: int = 5) -> dict[str, Tensor]:
     rows, groups = layout.rows, int(layout.group.max()) + 1 if layout.rows else 1
     inputs = {
-        "u": random(rows, width), "dt": random(rows, width) - 1, "bias": random(groups, width),
-        "A": -0.05 - 8 * positive(width, states), "B": random(rows, states), "C": random(rows, states),
-        "D": random(width), "z": random(rows, width),
-    }  # fmt: skip
+        "u": random(rows, width),
+        "dt": random(rows, width) - 1,
+        "bias": random(groups, width),
+        "A": -0.05 - 8 * positive(width, states),
+        "B": random(rows, states),
+        "C": random(rows, states),
+        "D": random(width),
+        "z": random(rows, width),
+    }
     return inputs | ({"state": random(layout.row.shape[0], width, states)} if state else {})
 
 
@@ -67,10 +72,14 @@ def ssd_inputs(
 ) -> dict[str, Tensor]:
     rows, groups = layout.rows, int(layout.group.max()) + 1 if layout.rows else 1
     inputs = {
-        "x": random(rows, heads, width), "dt": random(rows, heads) - 1, "bias": random(groups, heads),
-        "A": -0.05 - 4 * positive(heads), "B": random(rows, sets, states), "C": random(rows, sets, states),
+        "x": random(rows, heads, width),
+        "dt": random(rows, heads) - 1,
+        "bias": random(groups, heads),
+        "A": -0.05 - 4 * positive(heads),
+        "B": random(rows, sets, states),
+        "C": random(rows, sets, states),
         "D": random(heads),
-    }  # fmt: skip
+    }
     return inputs | ({"state": random(layout.row.shape[0], heads, width, states)} if state else {})
 
 
@@ -109,18 +118,22 @@ def cases(make: Callable, **special: Case) -> dict[str, Case]:
 
 CASES: dict[tuple[str, str], dict[str, Case]] = {
     ("scan", "selective_scan"): cases(
-        scan_inputs, wide=case(scan_inputs, "ttiit|ti", grouped=True, width=150, states=16),
+        scan_inputs,
+        wide=case(scan_inputs, "ttiit|ti", grouped=True, width=150, states=16),
         many_states=case(scan_inputs, "ttiit|ti", width=4, states=33),
     ),
     ("ssd", "ssd"): cases(
-        ssd_inputs, wide=case(ssd_inputs, "ttiit|ti", grouped=True, heads=9, width=16, sets=1, states=64),
+        ssd_inputs,
+        wide=case(ssd_inputs, "ttiit|ti", grouped=True, heads=9, width=16, sets=1, states=64),
         many_states=case(ssd_inputs, "ttiit|ti", heads=2, width=3, sets=2, states=130),
     ),
     ("conv", "causal_conv1d"): cases(
-        conv_inputs, wide=case(conv_inputs, "ttiit|ti", grouped=True, width=280),
-        two_taps=case(conv_inputs, "ttiit|ti", state=True, taps=2), six_taps=case(conv_inputs, "ttiit|ti", state=True, taps=6),
+        conv_inputs,
+        wide=case(conv_inputs, "ttiit|ti", grouped=True, width=280),
+        two_taps=case(conv_inputs, "ttiit|ti", state=True, taps=2),
+        six_taps=case(conv_inputs, "ttiit|ti", state=True, taps=6),
     ),
-}  # fmt: skip
+}
 BACKENDS = [
     pytest.param(operation, backend, function, name, id=f"{function}-{backend}-{name}")
     for (operation, function), table in CASES.items()
@@ -177,10 +190,13 @@ def test_mamba_ssm_is_the_reference(operation, function, name, dtype):
     else:
         layout, inputs = CASES[operation, function][name]()
     inputs = {key: x.to(dtype).to(torch.float64) for key, x in inputs.items()}
-    moved = Layout(**{
-        field: value.cuda() if isinstance(value, Tensor) else value
-        for field, value in vars(layout).items() if field in Layout.__dataclass_fields__
-    })  # fmt: skip
+    moved = Layout(
+        **{
+            field: value.cuda() if isinstance(value, Tensor) else value
+            for field, value in vars(layout).items()
+            if field in Layout.__dataclass_fields__
+        }
+    )
     ours = run(mamba_ssm, function, moved, inputs, dtype, "cuda")
     theirs = run(reference, function, layout, inputs, torch.float64)
     if function == "selective_scan" and "state" not in inputs:  # its final state carries no gradient
@@ -250,11 +266,14 @@ def test_reference_convolution_is_a_loop(name):
 
 
 @pytest.mark.parametrize("backend", [reference, chunked], ids=["reference", "chunked"])
-@pytest.mark.parametrize(("function", "make", "sizes"), [
-    ("selective_scan", scan_inputs, {"width": 2, "states": 3}),
-    ("ssd", ssd_inputs, {"heads": 2, "width": 2, "sets": 1, "states": 3}),
-    ("causal_conv1d", conv_inputs, {"width": 2, "taps": 3}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("function", "make", "sizes"),
+    [
+        ("selective_scan", scan_inputs, {"width": 2, "states": 3}),
+        ("ssd", ssd_inputs, {"heads": 2, "width": 2, "sets": 1, "states": 3}),
+        ("causal_conv1d", conv_inputs, {"width": 2, "taps": 3}),
+    ],
+)
 def test_gradients_are_finite_differences(backend, function, make, sizes):
     layout, inputs = case(make, "ti|t.", "..itt", grouped=True, state=True, **sizes)()
     names = [name for name in inputs if name != "state"]
@@ -273,8 +292,10 @@ def test_documents_do_not_leak(operation, function, dtype):
     But for the form of the state-space dual in matrix products, whose sums of exponents run over all documents of a chunk.
     """
     layout, inputs = {
-        "scan": case(scan_inputs, "ttitt|itti"), "ssd": case(ssd_inputs, "ttitt|itti"), "conv": case(conv_inputs, "ttitt|itti"),
-    }[operation]()  # fmt: skip
+        "scan": case(scan_inputs, "ttitt|itti"),
+        "ssd": case(ssd_inputs, "ttitt|itti"),
+        "conv": case(conv_inputs, "ttitt|itti"),
+    }[operation]()
     by_row = [name for name, x in inputs.items() if x.shape[0] == layout.rows]
     for backend in OPERATIONS[operation].values():
         if getattr(backend, "missing", lambda: None)() is not None:
@@ -366,8 +387,10 @@ def test_what_is_not_finite_is_seen(operation, function, bad):
 @pytest.mark.parametrize(("operation", "function"), CASES)
 def test_the_number_of_threads_changes_no_bit(operation, function):
     make, sizes = {
-        "scan": (scan_inputs, {"width": 300}), "ssd": (ssd_inputs, {"heads": 12}), "conv": (conv_inputs, {"width": 300}),
-    }[operation]  # fmt: skip
+        "scan": (scan_inputs, {"width": 300}),
+        "ssd": (ssd_inputs, {"heads": 12}),
+        "conv": (conv_inputs, {"width": 300}),
+    }[operation]
     layout, inputs = case(make, "ttiit|ti" * 5, "ttiiti" * 5, grouped=True, **sizes)()
     before, results = torch.get_num_threads(), []
     try:

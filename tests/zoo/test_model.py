@@ -217,10 +217,15 @@ def test_a_module_that_cannot_be_initialised_is_named():
 
 
 def test_repeats_are_layers_written_out():
-    repeated = zoo.ModelConfig.parse({
-        "modalities": ["text", "image"], "d_model": 8, "vocab_size": 9, "repeat": 2,
-        "layers": [layer(repeat=2), mod()],
-    })  # fmt: skip
+    repeated = zoo.ModelConfig.parse(
+        {
+            "modalities": ["text", "image"],
+            "d_model": 8,
+            "vocab_size": 9,
+            "repeat": 2,
+            "layers": [layer(repeat=2), mod()],
+        }
+    )
     assert [index for index, _ in repeated.pattern()] == [0, 0, 1, 0, 0, 1]
     model = zoo.build("model", repeated)
     assert ["router" in dict(one.named_children()) for one in model.layers] == [False, False, True] * 2

@@ -319,8 +319,10 @@ def test_balancing_evens_out_a_skewed_router():
 def test_shares_and_imbalance_by_hand():
     sums = {"taken": 6.0, "offered": 16.0, "expert 0": 6.0, "expert 1": 2.0}
     assert balance({"a/load": sums, "b/load": {"taken": 1.0, "offered": 2.0}}) == {
-        "a/0": 0.75, "a/1": 0.25, "a/imbalance": 1.5
-    }  # fmt: skip
+        "a/0": 0.75,
+        "a/1": 0.25,
+        "a/imbalance": 1.5,
+    }
 
 
 @pytest.mark.parametrize("balance", [{"type": "loss"}, {"type": "bias", "rate": 0.01}, {"type": "none"}])

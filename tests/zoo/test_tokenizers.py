@@ -26,9 +26,7 @@ def random_image(seed: int, height: int, width: int, channels: int = 3) -> np.nd
 # ------------------------------------------------------------------------------------------------------ vocabulary
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"text": 5}, {"text": 5, "image": 3}, {"image": 3, "text": 5, "speech": 2}]
-)
+@pytest.mark.parametrize("sizes", [{"text": 5}, {"text": 5, "image": 3}, {"image": 3, "text": 5, "speech": 2}])
 def test_vocabulary_is_a_partition(sizes):
     vocabulary = Vocabulary(sizes)
     ids = list(vocabulary.specials.values())
@@ -47,8 +45,14 @@ def test_modality_of_every_token():
     assert modality.dtype == np.int8
     assert modality.reshape(-1).tolist() == [0] * 6 + [0] * 5 + [1] * 3 + [2] * 2
     assert [vocabulary.name(t) for t in (0, 1, vocabulary.begin("image"), vocabulary.end("speech"), 6, 11, 15)] == [
-        "<bos>", "<eos>", "<begin_image>", "<end_speech>", "text 0", "image 0", "speech 1",
-    ]  # fmt: skip
+        "<bos>",
+        "<eos>",
+        "<begin_image>",
+        "<end_speech>",
+        "text 0",
+        "image 0",
+        "speech 1",
+    ]
 
 
 def test_vocabulary_refuses_what_it_cannot_hold():
@@ -137,9 +141,7 @@ def test_encode_is_the_nearest_code():
     tokenizer = config.fit([random_image(seed, 8, 8) for seed in range(9)])
     image = random_image(99, 8, 8)
     ids = tokenizer.encode(image)
-    distance = ((config.patches(image)[:, None].astype(int) - tokenizer.codebook[None].astype(int)) ** 2).sum(
-        -1
-    )
+    distance = ((config.patches(image)[:, None].astype(int) - tokenizer.codebook[None].astype(int)) ** 2).sum(-1)
     assert np.array_equal(ids, distance.argmin(1))
     assert ids.shape == (config.tokens_per_image,)
     assert np.array_equal(tokenizer.encode(Image.fromarray(image)), ids)
@@ -184,9 +186,7 @@ def test_codebook_saves_and_loads(tmp_path):
 
 
 def test_image_errors_name_key_and_rule():
-    with pytest.raises(
-        ConfigError, match=r"^data.image.patch: 5: does not divide image_size = 32; choose a divisor"
-    ):
+    with pytest.raises(ConfigError, match=r"^data.image.patch: 5: does not divide image_size = 32; choose a divisor"):
         PatchesConfig.parse({"patch": 5}, "data.image")
     with pytest.raises(UserError, match="no image to learn"):
         PatchesConfig().fit([])

@@ -43,10 +43,13 @@ def test_rows_are_sorted_by_group_in_time_order_within_each(context, grouping):
     rows = grouping.split(flat, context)[:, 0].tolist()
     modality = context.modality.view(-1).tolist()
     expected = [
-        token for group in range(grouping.count)
-        for m in range(3) if grouping.group[m] == group
-        for token in range(len(modality)) if modality[token] == m
-    ]  # fmt: skip
+        token
+        for group in range(grouping.count)
+        for m in range(3)
+        if grouping.group[m] == group
+        for token in range(len(modality))
+        if modality[token] == m
+    ]
     assert rows == expected
     sizes = grouping.sizes(context)
     assert sum(sizes) == len(rows) and len(sizes) == grouping.count

@@ -106,9 +106,13 @@ def check_folder(config: SweepConfig, out: Path) -> None:
     ours = config.model_dump(mode="json", exclude=settings.FREE) | {"weights": digest(Path(config.base))}
     if (out / SWEEP).exists():
         theirs = json.loads((out / SWEEP).read_text())
-        changed = [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]]
+        changed = [
+            f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]
+        ]
         if changed:
-            raise UserError(f"{out} belongs to another sweep; give another folder. Different are\n  " + "\n  ".join(changed))
+            raise UserError(
+                f"{out} belongs to another sweep; give another folder. Different are\n  " + "\n  ".join(changed)
+            )
     out.mkdir(parents=True, exist_ok=True)
     _write(out / SWEEP, ours)
 
@@ -142,7 +146,9 @@ def planned(config: SweepConfig, recipe: dict[str, Any], out: Path) -> list[Poin
     asked["threshold"] = read_questions(Path(config.data), config.threshold.split)
     for section, found in asked.items():
         if not any(question.images for question in found):
-            raise ConfigError(f"{section}: no question of {config.data!r} taken for it has an image; give data that have")
+            raise ConfigError(
+                f"{section}: no question of {config.data!r} taken for it has an image; give data that have"
+            )
     prompts = Prompts.encode(questions, base.processor, config.test.batch)
     shapes: dict[tuple[str, str], Any] = {}
 
@@ -182,9 +188,13 @@ def prepare(config: SweepConfig, recipe: dict[str, Any], point: Point, out: Path
     made = {"name": point.name, "seed": point.seed, "run_dir": str(folder / RUN), "adapt": point.adapt}
     tuned = adapt_recipe.AdaptRecipe.parse({**recipe, **made}).dump()
     wanted = {
-        "point": dataclasses.asdict(point), "recipe": tuned, "test": config.test.model_dump(),
-        "threshold": config.threshold.model_dump(), "tolerance": config.tolerance, "keep_models": config.keep_models,
-    }  # fmt: skip
+        "point": dataclasses.asdict(point),
+        "recipe": tuned,
+        "test": config.test.model_dump(),
+        "threshold": config.threshold.model_dump(),
+        "tolerance": config.tolerance,
+        "keep_models": config.keep_models,
+    }
     wanted = json.loads(json.dumps(wanted))
     path = folder / POINT
     if path.exists():

@@ -126,8 +126,9 @@ class Forced:
             input_ids=said.masked_fill(~known, padding_id(self.processor)),
             attention_mask=torch.cat((mask, known.to(mask.dtype)), 1),
             position_ids=positions[..., -1:] + torch.arange(1, right.shape[1], device=right.device),
-            past_key_values=prefill.past_key_values, use_cache=True,
-        ).logits  # fmt: skip
+            past_key_values=prefill.past_key_values,
+            use_cache=True,
+        ).logits
         return torch.cat((first, others), 1)
 
     def values(self) -> dict[str, Any]:
@@ -155,10 +156,15 @@ def generate(model: nn.Module, processor: Any, batch: Batch, most: int, trace: T
     handle = model.register_forward_pre_hook(watch, with_kwargs=True)
     try:
         made = model.generate(
-            **moved(batch.inputs, model.device, model.dtype), max_new_tokens=most, do_sample=False, num_beams=1,
-            eos_token_id=answers.ends(model, processor.tokenizer), pad_token_id=padding_id(processor),
-            return_dict_in_generate=True, output_logits=most == 1,
-        )  # fmt: skip
+            **moved(batch.inputs, model.device, model.dtype),
+            max_new_tokens=most,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=answers.ends(model, processor.tokenizer),
+            pad_token_id=padding_id(processor),
+            return_dict_in_generate=True,
+            output_logits=most == 1,
+        )
     finally:
         handle.remove()
     return made, seen[0]

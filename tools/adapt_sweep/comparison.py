@@ -44,7 +44,9 @@ def comparison(config: SweepConfig, rows: Sequence[Row]) -> str:
         "lies within either is not shown. Runs that route the same layers are one run, and count as no difference."
         f"{metric.interval}"
     )
-    heads = f"| {metric.key} of | target | difference, {metric.difference.unit} | over seeds | over questions | seeds | "
+    heads = (
+        f"| {metric.key} of | target | difference, {metric.difference.unit} | over seeds | over questions | seeds | "
+    )
     heads += "of them the same layers |"
     head = "## Does ARank choose better layers?"
     return "\n".join([head, "", text, "", heads, "|---|---|---|---|---|---|---|", *lines, "", *sentences])

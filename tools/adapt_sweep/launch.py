@@ -25,7 +25,13 @@ def launch(folders: Sequence[Path], jobs: int, metric: Metric) -> list[Path]:
     """Do runs, `jobs` at a time, showing progress and time left; returns those that failed."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if jobs > 1 else dict(os.environ)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # each run is the only rank of its own
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):  # each run is the only rank of its own
         environment.pop(name, None)
     waiting, running, failed = list(folders), {}, []
     with tqdm.tqdm(total=len(folders), desc="runs", unit="run", smoothing=0, disable=not folders or None) as bar:
@@ -58,9 +64,12 @@ def launch(folders: Sequence[Path], jobs: int, metric: Metric) -> list[Path]:
 def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tools.adapt_sweep.point", str(folder)], env=environment, stdout=log, stderr=log,
+            [sys.executable, "-m", "tools.adapt_sweep.point", str(folder)],
+            env=environment,
+            stdout=log,
+            stderr=log,
             process_group=0,
-        )  # fmt: skip
+        )
 
 
 def _said(folder: Path, metric: Metric) -> str:

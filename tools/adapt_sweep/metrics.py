@@ -105,20 +105,37 @@ def _other_pictures(config: SweepConfig, rows: Sequence[Row]) -> str:
 
 
 ACCURACY = Metric(
-    name="accuracy", key="accuracy", scores="marks", weights=None,
-    number=lambda share: share, form=Form(100, 1, " %"), difference=Form(100, 1, "points"),
-    higher=True, better="answers more questions", worse="answers fewer questions",
-    explained="Accuracy: share of generated answers that are exactly right", interval="",
-    control=_guessed, told=False,
-)  # fmt: skip
+    name="accuracy",
+    key="accuracy",
+    scores="marks",
+    weights=None,
+    number=lambda share: share,
+    form=Form(100, 1, " %"),
+    difference=Form(100, 1, "points"),
+    higher=True,
+    better="answers more questions",
+    worse="answers fewer questions",
+    explained="Accuracy: share of generated answers that are exactly right",
+    interval="",
+    control=_guessed,
+    told=False,
+)
 PERPLEXITY = Metric(
-    name="perplexity", key="loss", scores="losses", weights="tokens",
-    number=math.exp, form=Form(1, 2, ""), difference=Form(1, 3, "nats a token"),
-    higher=False, better="loses less", worse="loses more",
+    name="perplexity",
+    key="loss",
+    scores="losses",
+    weights="tokens",
+    number=math.exp,
+    form=Form(1, 2, ""),
+    difference=Form(1, 3, "nats a token"),
+    higher=False,
+    better="loses less",
+    worse="loses more",
     explained="Perplexity (lower is better): exp of the mean loss, in nats a token, of the right answers and what ends them, "
     "each fed on the cache of its prompt",
     interval=" A loss is a ratio, nats over tokens of all answers; its interval over questions is the ratio estimate's.",
-    control=_other_pictures, told=True,
-)  # fmt: skip
+    control=_other_pictures,
+    told=True,
+)
 METRICS = {metric.name: metric for metric in (ACCURACY, PERPLEXITY)}
 """By `test.metric`."""

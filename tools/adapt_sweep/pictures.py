@@ -25,9 +25,20 @@ def draw_metric(metric: Metric, rows: Sequence[Row], path: Path) -> Path:
         y, spread = [statistics.mean(each) for each in numbers], [deviation(each) for each in numbers]
         marker, style = ("*", "") if own[-1].target == 1 else ("o", "-" if own[0].points[0].train else "--")
         color = "black" if marker == "*" else f"C{number % 10}"
-        axes.errorbar(x, y, yerr=spread, marker=marker, linestyle=style, color=color, capsize=2, label=arm,
-                      markersize=12 if marker == "*" else 5)  # fmt: skip
-    axes.set(xlabel="decoder FLOPs of a prompt / dense", ylabel=metric.name + ("" if metric.higher else " (lower is better)"))
+        axes.errorbar(
+            x,
+            y,
+            yerr=spread,
+            marker=marker,
+            linestyle=style,
+            color=color,
+            capsize=2,
+            label=arm,
+            markersize=12 if marker == "*" else 5,
+        )
+    axes.set(
+        xlabel="decoder FLOPs of a prompt / dense", ylabel=metric.name + ("" if metric.higher else " (lower is better)")
+    )
     axes.grid(alpha=0.3)
     if any(row.results for row in rows):
         axes.legend(fontsize="small")

@@ -186,7 +186,9 @@ class Planner:
                 adapt["router"] = {"type": "random", "seed": seed}
         if config.layers == "recipe":
             if "layers" not in adapt:
-                raise ConfigError("adapt.layers: layers is recipe, and the recipe names none; add them, or choose a rule")
+                raise ConfigError(
+                    "adapt.layers: layers is recipe, and the recipe names none; add them, or choose a rule"
+                )
             yield adapt
             return
         candidates = self.candidates(config)

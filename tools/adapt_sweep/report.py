@@ -37,8 +37,23 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
     """One line an arm and target."""
     metric = METRICS[config.test.metric]
     kinds = list(dict.fromkeys(kind for row in rows for kind in _kinds(row)))
-    heads = ["arm", "target", "layers", "keep", "FLOPs", "before", "after", *kinds, "by threshold", "at FLOPs", "K/V",
-             "prefill", "decoder's", "decode", "training"]  # fmt: skip
+    heads = [
+        "arm",
+        "target",
+        "layers",
+        "keep",
+        "FLOPs",
+        "before",
+        "after",
+        *kinds,
+        "by threshold",
+        "at FLOPs",
+        "K/V",
+        "prefill",
+        "decoder's",
+        "decode",
+        "training",
+    ]
     dense = [row for row in rows if row.target == 1]
     seconds = statistics.mean(found) if dense and (found := dense[0].each(_seconds)) else None
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -46,7 +61,9 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
         cells = _cells(row, metric, kinds, times.get(f"{row.arm}-{row.target:g}"), seconds, config.tolerance)
         lines.append("| " + " | ".join(cells) + " |")
     problems = [f"- {p.name}: not run, {p.problem}." for row in rows for p in row.points if p.problem]
-    missing = [p.name for row in rows for p in row.points if not p.problem and p.name not in {q.name for q, _ in row.results}]
+    missing = [
+        p.name for row in rows for p in row.points if not p.problem and p.name not in {q.name for q, _ in row.results}
+    ]
     tested, first = (
         "/".join(map(str, sorted({result[when]["questions"] for row in rows for _, result in row.results}))) or "no"
         for when in ("after", "before")
@@ -71,11 +88,22 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
 
 
 def _cells(
-    row: Row, metric: Metric, kinds: Sequence[str], times: dict[str, Any] | None, seconds: float | None, tolerance: float
+    row: Row,
+    metric: Metric,
+    kinds: Sequence[str],
+    times: dict[str, Any] | None,
+    seconds: float | None,
+    tolerance: float,
 ) -> list[str]:
     counts = sorted({len(p.keep) for p in row.points})
     shares = [share for p in row.points for share in p.keep.values()]
-    keep = "" if not shares else f"{min(shares):.3f}" if min(shares) == max(shares) else f"{min(shares):.2f}–{max(shares):.2f}"
+    keep = (
+        ""
+        if not shares
+        else f"{min(shares):.3f}"
+        if min(shares) == max(shares)
+        else f"{min(shares):.2f}–{max(shares):.2f}"
+    )
     void = " (void)" if all(p.void for p in row.points) else ""
     flops = row.each(lambda r: r["after"]["flops"])
     untrained = "" if any(p.train for p in row.points) or not flops else " (not tuned)"
@@ -104,7 +132,12 @@ def _cells(
 
 def layers_of(rows: Sequence[Row]) -> str:
     """Which layers each run routed, and what its routers skipped and foresaw."""
-    lines = ["## Layers", "", "| run | layers | skipped of the image tokens | routers right | same as |", "|---|---|---|---|---|"]
+    lines = [
+        "## Layers",
+        "",
+        "| run | layers | skipped of the image tokens | routers right | same as |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         found = {point.name: result for point, result in row.results}
         for point in row.points:
@@ -112,7 +145,13 @@ def layers_of(rows: Sequence[Row]) -> str:
             skip = ", ".join(f"{share:.2f}" for share in after.get("skip", {}).values())
             taught = point.adapt is not None and point.adapt.get("auxiliary", {}).get("type", "none") != "none"
             right = after.get("routers", {}).get("accuracy") if taught else None
-            cells = [point.name, ", ".join(map(str, point.keep)), skip, "" if right is None else f"{right:.1%}", point.same_as]
+            cells = [
+                point.name,
+                ", ".join(map(str, point.keep)),
+                skip,
+                "" if right is None else f"{right:.1%}",
+                point.same_as,
+            ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

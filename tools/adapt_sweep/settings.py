@@ -40,13 +40,19 @@ class ArmConfig(Config):
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ArmConfig:
         if self.dense and (self.layers, self.tokens, self.train, self.solve) != ("recipe", "learned", True, "keep"):
-            raise ValueError("without recipe and adapt an arm is the dense control, which has no other keys; give adapt")
+            raise ValueError(
+                "without recipe and adapt an arm is the dense control, which has no other keys; give adapt"
+            )
         if self.tokens == "learned" and not self.train:
             raise ValueError("learned routers that are not trained rank at random; set train: true, or tokens: random")
         if self.tokens == "attention" and self.train:
-            raise ValueError("FastV ranks by a prompt's last token, and a training sample ends in its answer; set train: false")
+            raise ValueError(
+                "FastV ranks by a prompt's last token, and a training sample ends in its answer; set train: false"
+            )
         if self.solve == "centre" and self.layers != "recipe":
-            raise ValueError("solve: centre goes with layers: recipe; a progressive capacity says itself which are dense")
+            raise ValueError(
+                "solve: centre goes with layers: recipe; a progressive capacity says itself which are dense"
+            )
         return self
 
 

@@ -44,9 +44,10 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     times = json.loads(path.read_text()) if path.exists() else {}
     wanted = {f"{p.arm}-{p.target:g}": p for p in points if p.seed == config.seeds[0] and p.adapt is not None}
     missing = {
-        name: point for name, point in wanted.items()
+        name: point
+        for name, point in wanted.items()
         if name not in times or times[name]["settings"] != _settings(config, point)
-    }  # fmt: skip
+    }
     if not missing:
         return times
     parsed = AdaptRecipe.parse(recipe)
@@ -58,7 +59,10 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     inputs = moved(prompts.batches[0].inputs, device, dense.dtype)
     for name, point in tqdm.tqdm(missing.items(), desc="timing", unit="arm", disable=None):
         sparse = za.adapt(copy.deepcopy(dense), point.adapt)
-        times[name] = {"settings": _settings(config, point), **_pair(dense, sparse, inputs, config.timing.rounds, device)}
+        times[name] = {
+            "settings": _settings(config, point),
+            **_pair(dense, sparse, inputs, config.timing.rounds, device),
+        }
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(times, indent=1) + "\n")
         os.replace(temporary, path)
@@ -73,7 +77,9 @@ def _pair(dense: Any, sparse: Any, inputs: dict[str, Any], rounds: int, device: 
             dense.get_image_features(**pictures)
 
     prefill = {DENSE: prefilling(dense, inputs), SPARSE: prefilling(sparse, inputs)}
-    decode = {name: step(model, prefill[name]().past_key_values, inputs) for name, model in ((DENSE, dense), (SPARSE, sparse))}
+    decode = {
+        name: step(model, prefill[name]().past_key_values, inputs) for name, model in ((DENSE, dense), (SPARSE, sparse))
+    }
     first = take_turns({**prefill, TOWER: tower}, rounds, SECONDS, device)
     second = take_turns(decode, rounds, SECONDS, device)
     found = {"prefill": _reading(first), "decode": _reading(second)}
@@ -84,9 +90,13 @@ def _pair(dense: Any, sparse: Any, inputs: dict[str, Any], rounds: int, device: 
 def _reading(samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     seen = read(samples[SPARSE], samples[DENSE], lambda ours, other: ours / other)
     return {
-        "ms": seen.ours_ms, "dense_ms": seen.other_ms, "ratio": seen.ratio, "spread": list(seen.spread),
-        "rounds": seen.rounds, "busy": seen.busy,
-    }  # fmt: skip
+        "ms": seen.ours_ms,
+        "dense_ms": seen.other_ms,
+        "ratio": seen.ratio,
+        "spread": list(seen.spread),
+        "rounds": seen.rounds,
+        "busy": seen.busy,
+    }
 
 
 def _settings(config: SweepConfig, point: Point) -> dict[str, Any]:

@@ -105,9 +105,13 @@ def run(
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(benchmarks) * 2 * rounds)
         for number, found in enumerate(benchmarks):

@@ -57,7 +57,9 @@ def decode(settings: Settings, images: int, width: int, hidden: int) -> Group:
             held = za.cache_report(cache)
             note = f"{held.bytes / 2**20:.1f} of {held.dense_bytes / 2**20:.1f} MiB, as allocated"
             share = held.bytes / held.dense_bytes
-            figures.append(Row(f"keys and values of {name} / dense", FORWARD, None, None, share, LOWER, None, None, note=note))
+            figures.append(
+                Row(f"keys and values of {name} / dense", FORWARD, None, None, share, LOWER, None, None, note=note)
+            )
     pairs = [Comparison(name, DENSE) for name in models if name != DENSE]
     return Group({FORWARD: steps}, pairs, figures)
 
@@ -87,13 +89,21 @@ def llava(side: int, width: int, hidden: int) -> nn.Module:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=side, patch_size=1
     )
     decoder = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=hidden, num_hidden_layers=LAYERS,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=side * side + 2 * TEXT,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=side * side + 2 * TEXT,
+    )
     config = transformers.LlavaConfig(
-        vision_config=tower, text_config=decoder, image_token_index=IMAGE_ID, image_seq_length=side * side,
+        vision_config=tower,
+        text_config=decoder,
+        image_token_index=IMAGE_ID,
+        image_seq_length=side * side,
         vision_feature_layer=-1,
-    )  # fmt: skip
+    )
     return transformers.LlavaForConditionalGeneration(config)
 
 

@@ -143,10 +143,22 @@ class Group:
                 floor = reading.other_ms * pair.expected
             result.append(
                 Row(
-                    f"{benchmark}: {pair.title()}", mode, reading.ours_ms, reading.other_ms, reading.ratio, pair.better,
-                    goal.target, goal.aim, reading.spread, reading.cpu_ratio, floor, reading.rounds, reading.busy, pair.note,
+                    f"{benchmark}: {pair.title()}",
+                    mode,
+                    reading.ours_ms,
+                    reading.other_ms,
+                    reading.ratio,
+                    pair.better,
+                    goal.target,
+                    goal.aim,
+                    reading.spread,
+                    reading.cpu_ratio,
+                    floor,
+                    reading.rounds,
+                    reading.busy,
+                    pair.note,
                 )
-            )  # fmt: skip
+            )
         return result
 
 

@@ -96,9 +96,13 @@ def utilisation(settings: Settings, file: str) -> Group:
     training = Variant(lambda: loss_of(model, objective, tokens, modality), list(model.parameters()))
     least = TRAINING_FACTOR * flops(model, length) * length / peak
     pair = Comparison(
-        file, None, HIGHER, floor_ms={BOTH: 1e3 * least}, label=f"MFU of {file}",
+        file,
+        None,
+        HIGHER,
+        floor_ms={BOTH: 1e3 * least},
+        label=f"MFU of {file}",
         note=f"3 × forward FLOPs, recomputation and routers not counted; {peak / 1e12:.0f} TFLOP/s{note}",
-    )  # fmt: skip
+    )
     return Group({BOTH: {file: training.forward_backward()}}, [pair])
 
 

@@ -46,9 +46,11 @@ def moma_against_mixtral(settings: Settings) -> Group:
     theirs = packages.mixtral_block(width, hidden, experts=8)
     x, context = leaf(ROWS, length, width), alternating(ROWS, length)
     token_choice = {
-        "type": "experts", "experts": 8, "d_ff": hidden,
+        "type": "experts",
+        "experts": 8,
+        "d_ff": hidden,
         "router": {"type": "token_choice", "top_k": 1, "balance": {"type": "none"}},
-    }  # fmt: skip
+    }
     both = {
         "MoMa 4t4i": variant(build("feedforward", moma(hidden), width), x, context),
         "experts, token choice": variant(build("feedforward", token_choice, width), x, context),

@@ -150,9 +150,18 @@ def scan_error(settings: Settings) -> Group:
         worst = max(errors, key=errors.get)
         figures += [
             Row(f"y, {name}", FORWARD, None, None, result, LOWER, 1e-7, None),
-            Row(f"gradients, {name}", BOTH, None, None, errors[worst], LOWER, 1e-6, None,
-                note=f"the worst is that of {worst}"),
-        ]  # fmt: skip
+            Row(
+                f"gradients, {name}",
+                BOTH,
+                None,
+                None,
+                errors[worst],
+                LOWER,
+                1e-6,
+                None,
+                note=f"the worst is that of {worst}",
+            ),
+        ]
     return Group(figures=figures)
 
 

@@ -25,9 +25,10 @@ def architectures(hidden: int) -> dict[str, list[dict[str, Any]]]:
     dense = layer(hidden)
     routed = dense | {"feedforward": moma(hidden)}
     untied = {
-        "mixer": dense["mixer"] | {"untied": PROJECTIONS}, "feedforward": dense["feedforward"] | {"untied": True},
+        "mixer": dense["mixer"] | {"untied": PROJECTIONS},
+        "feedforward": dense["feedforward"] | {"untied": True},
         "untied_norms": True,
-    }  # fmt: skip
+    }
     mod = {"depth": {"type": "mod", "capacity": 0.25, "auxiliary": False}}
     return {
         "dense": [dense],
@@ -83,11 +84,16 @@ def models_follow_flops(settings: Settings) -> Group:
     }
     dense = flops(models["dense"], length)
     pairs = [
-        Comparison(name, "dense", goals=goals(both=Goal(aim=1.10)), expected=flops(model, length) / dense,
-                   note="context, loss and head included; optimizer apart")
+        Comparison(
+            name,
+            "dense",
+            goals=goals(both=Goal(aim=1.10)),
+            expected=flops(model, length) / dense,
+            note="context, loss and head included; optimizer apart",
+        )
         for name, model in models.items()
         if name != "dense"
-    ]  # fmt: skip
+    ]
     return Group(both_modes(variants), pairs)
 
 

@@ -37,9 +37,13 @@ def mixer(kind: str, width: int, length: int, head_dim: int) -> nn.Module:
     if kind == "mamba":
         return module.MambaMixer(module.MambaConfig(hidden_size=width, use_bias=False), 0)
     config = module.Mamba2Config(
-        hidden_size=width, head_dim=head_dim, num_heads=2 * width // head_dim, n_groups=1, use_bias=False,
+        hidden_size=width,
+        head_dim=head_dim,
+        num_heads=2 * width // head_dim,
+        n_groups=1,
+        use_bias=False,
         chunk_size=min(256, length),
-    )  # fmt: skip
+    )
     return module.Mamba2Mixer(config, 0)
 
 

@@ -30,10 +30,14 @@ MODES = {"forward": "F", "forward_backward": "F+B", "step": "step"}
 def conditions(device: str, quick: bool, rounds: int) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     machine = {
-        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(), "device": "cpu", "compiler": compiled.compiler(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": "cpu",
+        "compiler": compiled.compiler(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-    }  # fmt: skip
+    }
     if device == "cuda":
         facts = torch.cuda.get_device_properties(0)
         machine["device"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
@@ -90,9 +94,15 @@ def cells(row: Row) -> tuple[str, ...]:
         "" if goal is None else f"{sign} {goal:g} {'✓' if row.reaches(goal) else '✗'}" for goal in (row.target, row.aim)
     ]
     return (
-        row.name.partition(": ")[2], MODES.get(row.mode, row.mode), _ms(row.ours_ms), _ms(row.other_ms),
-        _figure(row.ratio) + "†" * row.busy, spread, _figure(row.cpu_ratio), *goals,
-    )  # fmt: skip
+        row.name.partition(": ")[2],
+        MODES.get(row.mode, row.mode),
+        _ms(row.ours_ms),
+        _ms(row.other_ms),
+        _figure(row.ratio) + "†" * row.busy,
+        spread,
+        _figure(row.cpu_ratio),
+        *goals,
+    )
 
 
 def by_benchmark(rows: Sequence[Row]) -> dict[str, list[Row]]:

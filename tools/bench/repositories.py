@@ -107,14 +107,20 @@ def mixture_of_mamba(settings: Settings, rows: int, length: int, width: int) -> 
         return y.view(rows, length, -1).transpose(1, 2)
 
     module = load(
-        settings, "mixture_of_mamba", "MixtureOfMamba",
+        settings,
+        "mixture_of_mamba",
+        "MixtureOfMamba",
         **{
-            "mamba_ssm": stub(), "mamba_ssm.ops": stub(),
+            "mamba_ssm": stub(),
+            "mamba_ssm.ops": stub(),
             "mamba_ssm.ops.selective_scan_interface": stub(selective_scan_fn=scan, mamba_inner_fn=None),
-            "mamba_ssm.ops.triton.selective_state_update": None, "mamba_ssm.ops.triton.layer_norm": None,
-            "causal_conv1d": None, "src": stub(), "src.args": stub(ModelArgs=types.SimpleNamespace),
+            "mamba_ssm.ops.triton.selective_state_update": None,
+            "mamba_ssm.ops.triton.layer_norm": None,
+            "causal_conv1d": None,
+            "src": stub(),
+            "src.args": stub(ModelArgs=types.SimpleNamespace),
         },
-    )  # fmt: skip
+    )
     theirs = module.MixtureOfMamba(types.SimpleNamespace(n_modalities=len(MODALITIES)), width)
     ours = build("mixer", {"type": "mamba", "untied": UNTIED["mamba"]}, width)
     with torch.no_grad():
@@ -149,9 +155,11 @@ def mixture_of_transformers(settings: Settings) -> Group:
     x, context = leaf(rows, length, width), alternating(rows, length)
     chosen = masks(context)
     config = {
-        "mixer": {"type": "mamba"}, "feedforward": {"type": "dense", "d_ff": hidden, "untied": True}, "norm": "post",
+        "mixer": {"type": "mamba"},
+        "feedforward": {"type": "dense", "d_ff": hidden, "untied": True},
+        "norm": "post",
         "untied_norms": True,
-    }  # fmt: skip
+    }
     block = build_layer(config, width)
     with torch.no_grad():
         for m, expert in enumerate(theirs.local_experts):
@@ -161,10 +169,11 @@ def mixture_of_transformers(settings: Settings) -> Group:
     parts = nn.ModuleList([block.feedforward, block.feedforward_norm])
     both = {
         "ours": Variant(
-            lambda: parts[1](parts[0](x, context), context), [x, *parts.parameters()],
+            lambda: parts[1](parts[0](x, context), context),
+            [x, *parts.parameters()],
         ),
         "official": Variant(lambda: theirs(x.view(-1, width), chosen), [x, *theirs.parameters()]),
-    }  # fmt: skip
+    }
     pair = Comparison("ours", "official", HIGHER, note="their merging of modalities repaired")
     return Group(both_modes(both), [pair], [agreement(*both.values())])
 

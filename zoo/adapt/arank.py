@@ -216,7 +216,9 @@ class _Reducer:
             results = []
             for maps, (columns, queries) in zip(weights, self.rows, strict=True):
                 if not bool(maps.isfinite().all(0)[columns][:, columns].all()):  # those of padding may be anything
-                    raise UserError(f"layer {index}: its attention weights are not finite; try another dtype, or batches of one")
+                    raise UserError(
+                        f"layer {index}: its attention weights are not finite; try another dtype, or batches of one"
+                    )
                 results.append(reduce(maps[chosen], columns, queries, self.rtol).cpu())
                 self.progress(1)
             self.found[index] = torch.stack(results)

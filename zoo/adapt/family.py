@@ -30,8 +30,8 @@ FIXED = ("llava", "vipllava", "video_llava", "paligemma")
 FRAMES: dict[str, Callable[[Any], int]] = {
     "video_llava": lambda config: (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1,
     "llava_onevision": lambda config: (
-        -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
-    ) ** 2,
+        (-(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)) ** 2
+    ),
 }
 """Tokens of a video frame, of families in which it is always the same number and frames stand side by side."""
 

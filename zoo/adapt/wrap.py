@@ -242,5 +242,3 @@ def _check_layers(found: Parts, plan: Mapping[int, Any], config: AdaptConfig) ->
                 f"layers: the forward of layer {number} was patched by another library (device maps of accelerate do "
                 "so); adapt the model first"
             )
-
-

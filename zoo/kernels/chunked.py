@@ -95,9 +95,17 @@ def _chunk(delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tu
 
 
 def selective_scan(
-    u: Tensor, dt: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
-    layout: Layout, state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    dt: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    layout: Layout,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     wide = u.to(dtype)
@@ -115,9 +123,17 @@ def selective_scan(
 
 
 def ssd(
-    x: Tensor, dt: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-    layout: Layout, state: Tensor | None = None, chunk: int = 64,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    layout: Layout,
+    state: Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
     """As `reference.ssd`: inside a chunk of steps batched products, from chunk to chunk the state.
 
     Every exponent is masked before its exponential, which would overflow where it looks ahead.

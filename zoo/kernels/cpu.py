@@ -51,9 +51,15 @@ class Arguments:
 
     def __init__(self, layout: Layout, **values: int | Tensor | None) -> None:
         self.values: dict[str, int | Tensor | None] = {
-            "threads": torch.get_num_threads(), "batch": layout.row.shape[0], "steps": layout.row.shape[1],
-            "row": layout.row, "first": layout.first, "count": layout.count, "group": layout.group, **values,
-        }  # fmt: skip
+            "threads": torch.get_num_threads(),
+            "batch": layout.row.shape[0],
+            "steps": layout.row.shape[1],
+            "row": layout.row,
+            "first": layout.first,
+            "count": layout.count,
+            "group": layout.group,
+            **values,
+        }
 
     def call(self, function: ctypes._CFuncPtr, fields: Sequence[str]) -> int:
         """Call `function` with a pointer to the structure whose 8-byte fields have these names, in order."""
@@ -70,13 +76,11 @@ def _succeed(status: int) -> None:
         raise MemoryError("a kernel found no memory for its scratch space")
 
 
-CONV_FIELDS = (
-    "threads batch steps channels row first count x x_stride weight bias y dy dx dweight dbias"
-).split()  # fmt: skip
+CONV_FIELDS = ("threads batch steps channels row first count x x_stride weight bias y dy dx dweight dbias").split()
 SCAN_FIELDS = (
     "threads batch steps channels rows groups row first count group u dt z u_stride dt_stride z_stride B C B_stride C_stride "
     "bias A D initial y final saved dy dfinal du ddt dz dB dC dA dD dbias dinitial"
-).split()  # fmt: skip
+).split()
 
 
 class _Conv(torch.autograd.Function):
@@ -150,9 +154,22 @@ class _Scan(torch.autograd.Function):
         dA, dinitial = (u.new_empty(sequences, *A.shape) for _ in range(2))
         dD, dbias = u.new_empty(sequences, u.shape[1]), u.new_zeros(sequences, *bias.shape)
         arguments = _scan_arguments(
-            layout, *inputs, state, saved=saved, dy=dy, dfinal=None if dfinal is None else dfinal.contiguous(),
-            du=du, ddt=ddt, dz=dz, dB=dB, dC=dC, dA=dA, dD=dD, dbias=dbias, dinitial=dinitial,
-        )  # fmt: skip
+            layout,
+            *inputs,
+            state,
+            saved=saved,
+            dy=dy,
+            dfinal=None if dfinal is None else dfinal.contiguous(),
+            du=du,
+            ddt=ddt,
+            dz=dz,
+            dB=dB,
+            dC=dC,
+            dA=dA,
+            dD=dD,
+            dbias=dbias,
+            dinitial=dinitial,
+        )
         _succeed(arguments.call(compiled.load("scan.c", STATE=A.shape[1]).scan_backward, SCAN_FIELDS))
         sums = dbias.sum(0), dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0)
         return du, ddt, *sums, dz, None if state is None else dinitial, None
@@ -164,15 +181,32 @@ def _scan_arguments(
     tensors = {"u": u, "dt": dt, "z": z, "B": B, "C": C}
     strides = {f"{name}_stride": value.stride(0) for name, value in tensors.items()}
     return Arguments(
-        layout, channels=u.shape[1], rows=u.shape[0], groups=bias.shape[0], **tensors, **strides,
-        bias=bias, A=A, D=D, initial=state, **more,
-    )  # fmt: skip
+        layout,
+        channels=u.shape[1],
+        rows=u.shape[0],
+        groups=bias.shape[0],
+        **tensors,
+        **strides,
+        bias=bias,
+        A=A,
+        D=D,
+        initial=state,
+        **more,
+    )
 
 
 def selective_scan(
-    u: Tensor, dt: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
-    layout: Layout, state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    dt: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    layout: Layout,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`."""
     if not _supported(u, dt, B, C, z):
         return chunked.selective_scan(u, dt, bias, A, B, C, D, z, layout, state)
@@ -186,7 +220,7 @@ def selective_scan(
 SSD_FIELDS = (
     "threads batch steps heads width sets rows groups row first count group x dt B C x_stride dt_stride B_stride C_stride "
     "bias A D initial y final saved dy dfinal dx ddt dB dC dA dD dbias dinitial"
-).split()  # fmt: skip
+).split()
 SSD_CHUNK, SSD_HEADS = 32, 4
 """As in csrc/ssd.c."""
 
@@ -227,9 +261,22 @@ class _Dual(torch.autograd.Function):
             x.new_empty(sequences, heads, x.shape[1] // heads, states),
         )
         arguments = _ssd_arguments(
-            layout, sets, *inputs, state, saved=saved, dy=dy, dfinal=None if dfinal is None else dfinal.contiguous(),
-            dx=dx, ddt=ddt, dB=dB, dC=dC, dA=dA, dD=dD, dbias=dbias, dinitial=dinitial,
-        )  # fmt: skip
+            layout,
+            sets,
+            *inputs,
+            state,
+            saved=saved,
+            dy=dy,
+            dfinal=None if dfinal is None else dfinal.contiguous(),
+            dx=dx,
+            ddt=ddt,
+            dB=dB,
+            dC=dC,
+            dA=dA,
+            dD=dD,
+            dbias=dbias,
+            dinitial=dinitial,
+        )
         _succeed(arguments.call(compiled.load("ssd.c", STATE=states).ssd_backward, SSD_FIELDS))
         dB, dC = (d.sum(1).transpose(0, 1).reshape(B.shape) for d in (dB, dC))
         return dx, ddt, dbias.sum(0), dA.sum(0), dB, dC, dD.sum(0), None if state is None else dinitial, None, None
@@ -242,15 +289,33 @@ def _ssd_arguments(
     strides = {f"{name}_stride": value.stride(0) for name, value in tensors.items()}
     heads = dt.shape[1]
     return Arguments(
-        layout, heads=heads, width=x.shape[1] // heads, sets=sets, rows=x.shape[0], groups=bias.shape[0], **tensors,
-        **strides, bias=bias, A=A, D=D, initial=state, **more,
-    )  # fmt: skip
+        layout,
+        heads=heads,
+        width=x.shape[1] // heads,
+        sets=sets,
+        rows=x.shape[0],
+        groups=bias.shape[0],
+        **tensors,
+        **strides,
+        bias=bias,
+        A=A,
+        D=D,
+        initial=state,
+        **more,
+    )
 
 
 def ssd(
-    x: Tensor, dt: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-    layout: Layout, state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    layout: Layout,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `reference.ssd`."""
     if not _supported(x, dt, B, C):
         return chunked.ssd(x, dt, bias, A, B, C, D, layout, state)

@@ -37,9 +37,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenCo
     if context.single_document or not takes(query):
         return sdpa.packed_attention(query, key, value, context)
     out = compiled()(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-        block_mask=block_mask(context), enable_gqa=query.shape[2] != key.shape[2],
-    )  # fmt: skip
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        block_mask=block_mask(context),
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
     return out.transpose(1, 2)
 
 

@@ -56,9 +56,17 @@ def causal_conv1d(
 
 
 def selective_scan(
-    u: Tensor, dt: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
-    layout: Layout, state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    dt: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    layout: Layout,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`, but the final state has no gradient.
 
     The kernel takes no initial state: decoding goes by `chunked`. It has one bias vector, added in fp32: rows with biases of
@@ -86,9 +94,17 @@ def selective_scan(
     # one set of B and C for all channels: (B, 1, N, T)
     u_t, dt_t, z_t, B_t, C_t = (value.transpose(1, 2).contiguous() for value in (u_t, dt_t, z_t, B_t, C_t))
     y, h = selective_scan_fn(
-        u_t, dt_t, A.float().contiguous(), B_t.unsqueeze(1), C_t.unsqueeze(1), D.float(), z_t, delta_bias,
-        delta_softplus=True, return_last_state=True,
-    )  # fmt: skip
+        u_t,
+        dt_t,
+        A.float().contiguous(),
+        B_t.unsqueeze(1),
+        C_t.unsqueeze(1),
+        D.float(),
+        z_t,
+        delta_bias,
+        delta_softplus=True,
+        return_last_state=True,
+    )
     y = y.transpose(1, 2)
     if layout.many_documents:
         y = y.gather(1, place.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
@@ -102,9 +118,17 @@ def _spread(values: Tensor, place: Tensor, columns: int, fill: float) -> Tensor:
 
 
 def ssd(
-    x: Tensor, dt: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-    layout: Layout, state: Tensor | None = None, chunk: int = 256,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    layout: Layout,
+    state: Tensor | None = None,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor]:
     """As `reference.ssd`. Δ is made here, in fp32: rows may have biases of several groups."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -112,7 +136,15 @@ def ssd(
     # steps after a sequence's last token have Δ = 0: they leave the state as it is
     x_t, delta_t, B_t, C_t = (layout.to_time(value).contiguous() for value in (x, delta, B, C))
     y, h = mamba_chunk_scan_combined(
-        x_t, delta_t, A.float(), B_t, C_t, chunk, D=D.float(), initial_states=state,
-        seq_idx=layout.document if layout.many_documents or state is not None else None, return_final_states=True,
-    )  # fmt: skip
+        x_t,
+        delta_t,
+        A.float(),
+        B_t,
+        C_t,
+        chunk,
+        D=D.float(),
+        initial_states=state,
+        seq_idx=layout.document if layout.many_documents or state is not None else None,
+        return_final_states=True,
+    )
     return layout.to_rows(y).to(x.dtype), h

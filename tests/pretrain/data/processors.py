@@ -38,14 +38,20 @@ def tokenizer(**names: str) -> Any:
 
     special = {"<pad>": PAD, "<s>": BEGIN, "</s>": END, "<unk>": UNKNOWN, "<image>": IMAGE}
     vocabulary = {character: number for number, character in enumerate(CHARACTERS, 1)} | special
-    vocabulary |= {f"<{number}>": number for number in range(len(CHARACTERS) + 1, BEGIN)}  # saved tokenizers have no holes
+    vocabulary |= {
+        f"<{number}>": number for number in range(len(CHARACTERS) + 1, BEGIN)
+    }  # saved tokenizers have no holes
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         extra_special_tokens=names or ["<image>"],
-    )  # fmt: skip
+    )
 
 
 def llava_processor(chat_template: str | None = None) -> Any:
@@ -54,9 +60,13 @@ def llava_processor(chat_template: str | None = None) -> Any:
 
     images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     return LlavaProcessor(
-        images, tokenizer(), patch_size=2, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        images,
+        tokenizer(),
+        patch_size=2,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=chat_template,
-    )  # fmt: skip
+    )
 
 
 def other_processors(tokens: int = 4) -> dict[str, Any]:
@@ -77,9 +87,10 @@ def other_processors(tokens: int = 4) -> dict[str, Any]:
         hf.Gemma3Processor(hf.Gemma3ImageProcessor(size={"height": 16, "width": 16}), gemma, image_seq_length=tokens),
         hf.Idefics3Processor(idefics, tokenizer(), image_seq_len=4),
         hf.ChameleonProcessor(hf.ChameleonImageProcessor(**cropped), chameleon, image_seq_length=tokens),
-        hf.LlavaNextProcessor(tiled, tokenizer(), patch_size=2, vision_feature_select_strategy="default",
-                              num_additional_image_tokens=1),
-    ]  # fmt: skip
+        hf.LlavaNextProcessor(
+            tiled, tokenizer(), patch_size=2, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        ),
+    ]
     return {type(processor).__name__: processor for processor in found}
 
 

@@ -14,9 +14,7 @@ IMAGE = {"type": "patches", "image_size": 8, "patch": 4, "codes": 4, "channels":
 def png(seed: int, side: int = 8) -> bytes:
     """A random grey picture."""
     content = io.BytesIO()
-    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (side, side)).astype(np.uint8)).save(
-        content, "PNG"
-    )
+    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (side, side)).astype(np.uint8)).save(content, "PNG")
     return content.getvalue()
 
 
@@ -24,9 +22,7 @@ def sample(key: str, *parts: str | bytes, **members: bytes) -> dict[str, bytes]:
     """A document: text parts are given as str, image parts as bytes; `members` replace or add files."""
     files = {f"{number}.png": part for number, part in enumerate(parts) if isinstance(part, bytes)}
     listed = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "file": f"{number}.png"}
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "file": f"{number}.png"}
         for number, part in enumerate(parts)
     ]
     return {"__key__": key, "json": json.dumps({"parts": listed}).encode(), **files, **members}

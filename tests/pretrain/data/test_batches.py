@@ -22,9 +22,7 @@ def step_rows(data, first_row, rows, micro_batch, world, **options) -> dict[str,
     batches = [
         batch
         for rank in range(world)
-        for batch in micro_batches(
-            data.train, first_row, rows, micro_batch, rank, world, step=3, seed=7, **options
-        )
+        for batch in micro_batches(data.train, first_row, rows, micro_batch, rank, world, step=3, seed=7, **options)
     ]
     assert all(batch.tokens.shape == (micro_batch, 128) for batch in batches)
     whole = {name: torch.cat([getattr(batch.context, name) for batch in batches]) for name in NAMES}
@@ -58,9 +56,7 @@ def test_context_says_what_the_rows_say(data):
     padding = context.document < 0
     assert torch.equal(context.modality, modality.masked_fill(padding, -1))
     assert batch.tokens.dtype == torch.int64 and context.key.dtype == torch.int32
-    assert (
-        batch.tokens[context.position == 0].eq(data.vocabulary.bos) | padding[context.position == 0]
-    ).all()
+    assert (batch.tokens[context.position == 0].eq(data.vocabulary.bos) | padding[context.position == 0]).all()
 
 
 def test_noise_keys_differ_between_tokens_rows_and_seeds(data):

@@ -88,23 +88,39 @@ def test_pictures_survive_the_tokenizer(digits):
     codes = tokens[(tokens >= start) & (tokens < stop)] - start
     assert np.array_equal(codes, data.image.encode(pictures[0]))
     assert (
-        data.text.decode(tokens[-1 - len(NAMES[labels[0]]) : -1] - data.vocabulary.range("text")[0])
-        == NAMES[labels[0]]
+        data.text.decode(tokens[-1 - len(NAMES[labels[0]]) : -1] - data.vocabulary.range("text")[0]) == NAMES[labels[0]]
     )
 
 
 def test_train_tokenizer_saves_what_the_pipeline_loads(digits, tmp_path, capsys):
-    arguments = ["--path", str(digits), "--vocab-size", "280", "--image-size", "8", "--patch", "2", "--codes", "64",
-                 "--channels", "1", "--out", str(tmp_path)]  # fmt: skip
+    arguments = [
+        "--path",
+        str(digits),
+        "--vocab-size",
+        "280",
+        "--image-size",
+        "8",
+        "--patch",
+        "2",
+        "--codes",
+        "64",
+        "--channels",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     assert train_tokenizer.main(arguments) == 0
     files = capsys.readouterr().out.splitlines()[-2:]
     assert files == [str(tmp_path / "text.json"), str(tmp_path / "image.safetensors")]
     text = BPEConfig(vocab_size=280, path=files[0])
     image = PatchesConfig(image_size=8, patch=2, codes=64, channels=1, path=files[1])
     asked = DataConfig(path=str(digits), sequence_length=64, text=text, image=image)
-    trained = asked.model_copy(update={
-        "text": text.model_copy(update={"path": None}), "image": image.model_copy(update={"path": None}),
-    })  # fmt: skip
+    trained = asked.model_copy(
+        update={
+            "text": text.model_copy(update={"path": None}),
+            "image": image.model_copy(update={"path": None}),
+        }
+    )
     given, own = (open_data(config, seed=0, log=lambda line: None) for config in (asked, trained))
     assert given.fingerprint == own.fingerprint
     assert len(given.text.encode("seven")) == 1

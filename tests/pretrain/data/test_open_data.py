@@ -95,10 +95,12 @@ def test_tokens_of_a_document(config):
         expected = [
             words.bos,
             *(text + np.array(data.text.encode(f"text {number}"))),
-            words.begin("image"), *(image + data.image.encode(picture)), words.end("image"),
+            words.begin("image"),
+            *(image + data.image.encode(picture)),
+            words.end("image"),
             *(text + np.array(data.text.encode("after"))),
             words.eos,
-        ]  # fmt: skip
+        ]
         assert document(data, number).tolist() == expected
     assert data.train.documents.keys.tolist() == [f"{n:03d}" for n in range(10)]
     assert len(data.validation.documents) == 2
@@ -132,17 +134,13 @@ def test_fingerprint_follows_content_and_tokenizers(config, folder):
 
 
 def test_splits_must_not_share_a_shard(config):
-    with pytest.raises(
-        DataError, match=r"^data.validation: '\*.tar' and data.train: .* both match a-train-0.tar"
-    ):
+    with pytest.raises(DataError, match=r"^data.validation: '\*.tar' and data.train: .* both match a-train-0.tar"):
         opened(config, validation="*.tar")
 
 
 @pytest.mark.parametrize("key", ["train", "validation"])
 def test_missing_shards_name_the_key(config, key):
-    with pytest.raises(
-        DataError, match=rf"^data.{key}: no shard in .* matches 'z\*'; it holds a-train-0.tar, a-val"
-    ):
+    with pytest.raises(DataError, match=rf"^data.{key}: no shard in .* matches 'z\*'; it holds a-train-0.tar, a-val"):
         opened(config, **{key: "z*"})
 
 
@@ -185,9 +183,7 @@ def test_broken_documents_are_skipped_counted_and_named(config, folder):
     write_shard(folder / "b-train-0.tar", [broken for broken, _ in BROKEN])
     # The shard joins the training set, so the codebook is fitted anew, on the same pictures.
     lines = []
-    data = open_data(
-        config.model_copy(update={"max_broken_documents": len(BROKEN)}), seed=0, log=lines.append
-    )
+    data = open_data(config.model_copy(update={"max_broken_documents": len(BROKEN)}), seed=0, log=lines.append)
     assert [(s.shard, s.key) for s in data.skipped] == [("b-train-0.tar", key) for key in KEYS]
     for skipped, (_, reason) in zip(data.skipped, BROKEN, strict=True):
         assert reason in skipped.reason
@@ -316,9 +312,7 @@ def test_unigram_entropy_against_a_direct_count(config, length):
                     counts[int(row.modality[t])][int(row.tokens[t])] += 1
         for number, modality in enumerate(data.vocabulary.modalities):
             share = np.array(list(counts[number].values())) / counts[number].total()
-            assert data.unigram_entropy(split)[modality] == pytest.approx(
-                -(share * np.log(share)).sum(), abs=1e-12
-            )
+            assert data.unigram_entropy(split)[modality] == pytest.approx(-(share * np.log(share)).sum(), abs=1e-12)
 
 
 def test_data_is_immutable(config):

@@ -39,8 +39,10 @@ def make_documents(lengths: list[list[int]], shards: int = 1) -> Documents:
 
 def random_documents(count: int = 200, seed: int = 0, shards: int = 3) -> Documents:
     random = np.random.RandomState(seed)
-    parts = [[-1 if random.rand() < 0.5 else int(random.randint(0, 30)) for _ in range(random.randint(1, 9))]
-             for _ in range(count)]  # fmt: skip
+    parts = [
+        [-1 if random.rand() < 0.5 else int(random.randint(0, 30)) for _ in range(random.randint(1, 9))]
+        for _ in range(count)
+    ]
     return make_documents(parts, shards)
 
 
@@ -168,8 +170,14 @@ def test_padding_is_small_and_planning_is_fast():
     random = np.random.RandomState(0)
     lengths = np.minimum(random.lognormal(5, 1, 100_000).astype(np.int64) + 1, 4000)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    documents = Documents(VOCABULARY, starts, np.zeros((0, 2), np.int64), [np.zeros(starts[-1], np.int32)],
-                          starts[[0, -1]], np.zeros(len(lengths), np.str_))  # fmt: skip
+    documents = Documents(
+        VOCABULARY,
+        starts,
+        np.zeros((0, 2), np.int64),
+        [np.zeros(starts[-1], np.int32)],
+        starts[[0, -1]],
+        np.zeros(len(lengths), np.str_),
+    )
     begin = time.perf_counter()
     stream = TokenStream(documents, 1024, 0)
     stream.row(0)

@@ -65,7 +65,9 @@ def test_a_prompt_is_how_training_begins(template: str | None) -> None:
 def test_a_template_that_invites_more_than_it_writes() -> None:
     processor = llava_processor(TURN_TEMPLATE)
     prompt = encode(question(0), processor, answers=False)
-    assert processor.tokenizer.decode(prompt["input_ids"][0]).endswith("two</s>\n<s>user\nand sevens?</s>\n<s>assistant\nthink. ")
+    assert processor.tokenizer.decode(prompt["input_ids"][0]).endswith(
+        "two</s>\n<s>user\nand sevens?</s>\n<s>assistant\nthink. "
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,11 @@ def test_other_processors(name: str) -> None:
 
 def test_batches() -> None:
     processor = llava_processor()
-    samples = [encode(question(2), processor), encode(question(0), processor), encode(question(1, TURNS[:1]), processor)]
+    samples = [
+        encode(question(2), processor),
+        encode(question(0), processor),
+        encode(question(1, TURNS[:1]), processor),
+    ]
     padding = padding_id(processor)
     assert padding == PAD
     right, left = collate(samples, padding), collate(samples, padding, side="left")

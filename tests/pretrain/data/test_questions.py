@@ -17,7 +17,10 @@ LINE = {"image": "a.png", "question": "how many?", "answer": "two"}
 
 
 def test_lines_become_questions(tmp_path: Path) -> None:
-    talk = {"images": ["b.png", "c.png"], "turns": [{"question": "x?", "answer": "y"}, {"question": "z?", "answer": "w"}]}
+    talk = {
+        "images": ["b.png", "c.png"],
+        "turns": [{"question": "x?", "answer": "y"}, {"question": "z?", "answer": "w"}],
+    }
     folder = write_questions(tmp_path, [LINE | {"kind": "count"}, "", talk, {"question": "one?", "answer": "1"}])
     first, second, third = read_questions(folder)
     assert first == Question(
@@ -64,8 +67,11 @@ def test_wrong_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"validation.jsonl:1: .*a.png does not decode"):
         read_questions(folder, "validation")[0].pictures()
     (tmp_path / "b").mkdir()
-    for path, message in ((tmp_path / "c", "does not exist"), (tmp_path / "b", "neither .jsonl files nor .tar"),
-                          (folder / "a.png", "unknown extension '.png'")):  # fmt: skip
+    for path, message in (
+        (tmp_path / "c", "does not exist"),
+        (tmp_path / "b", "neither .jsonl files nor .tar"),
+        (folder / "a.png", "unknown extension '.png'"),
+    ):
         with pytest.raises(DataError, match=message):
             sample_questions(path, "train", 1)
 

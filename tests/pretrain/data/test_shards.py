@@ -12,9 +12,7 @@ from tests.pretrain.data.samples import sample, write_shard
 
 @pytest.fixture
 def shard(tmp_path):
-    return write_shard(
-        tmp_path / "x-train.tar", [sample(f"{n:03d}", f"text {n}", bytes(700)) for n in range(10)]
-    )
+    return write_shard(tmp_path / "x-train.tar", [sample(f"{n:03d}", f"text {n}", bytes(700)) for n in range(10)])
 
 
 def header_offset(shard, number: int) -> int:
@@ -91,9 +89,7 @@ def test_truncated(shard, place):
         size["before the end marker"] = tar.offset
     with open(shard, "r+b") as file:
         file.truncate(size[place])
-    with pytest.raises(
-        DataError, match=rf"x-train.tar: the shard is truncated, it ends at byte {size[place]} "
-    ):
+    with pytest.raises(DataError, match=rf"x-train.tar: the shard is truncated, it ends at byte {size[place]} "):
         scan_shard(shard)
 
 

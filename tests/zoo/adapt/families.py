@@ -233,7 +233,13 @@ FAMILIES = {
     "qwen2_5_vl_video": Family(
         qwen_vl(
             "Qwen2_5_VL",
-            {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
+            {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "out_hidden_size": 32,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
         ),
         Inputs((QWEN_CLIP, GRID), qwen_types),
     ),

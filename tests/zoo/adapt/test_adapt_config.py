@@ -28,9 +28,15 @@ def parse(**changes: Any) -> AdaptConfig:
         ({"layers": [3, 1]}, r"adapt\.layers: .*ascending"),
         ({"layers": []}, r"adapt\.layers: .*no layer is named"),
         ({"layers": {"first": 0}}, r"^adapt\.layers\.rule\.first: 0: must be greater than or equal to 1$"),
-        ({"capacity": {"type": "constant", "keep": 0}}, r"^adapt\.capacity\.constant\.keep: 0: must be above 0 and at most 1$"),
+        (
+            {"capacity": {"type": "constant", "keep": 0}},
+            r"^adapt\.capacity\.constant\.keep: 0: must be above 0 and at most 1$",
+        ),
         ({"capacity": {"type": "list", "keep": [0.5, 0]}}, r"^adapt\.capacity\.list\.keep\[1\]: 0: must be above 0"),
-        ({"capacity": {"type": "progressive", "floor": 0}}, r"^adapt\.capacity\.progressive\.floor: 0: must be above 0"),
+        (
+            {"capacity": {"type": "progressive", "floor": 0}},
+            r"^adapt\.capacity\.progressive\.floor: 0: must be above 0",
+        ),
         ({"capacity": {"type": "constant", "keep": 1.5}}, r"above 0 and at most 1"),
         ({"capacity": {"type": "cosine"}}, r"adapt\.capacity.*constant.*progressive"),
         ({"capacity": {"type": "list", "keep": [0.5]}}, r"as many entries as layers"),
@@ -57,7 +63,11 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "changes, depth, message",
     [
-        ({"layers": [1, 4]}, 4, "^layers: 4 is out of range; the decoder has layers 0 to 3; leave it out, or give a rule"),
+        (
+            {"layers": [1, 4]},
+            4,
+            "^layers: 4 is out of range; the decoder has layers 0 to 3; leave it out, or give a rule",
+        ),
         ({"layers": [1, 3]}, 4, "3 is the last layer"),
         ({"layers": {"first": 3, "leave_last": 1}}, 4, "no layer of 4 is left"),
     ],

@@ -210,7 +210,9 @@ def test_what_cannot_be_measured(llava: nn.Module, monkeypatch: pytest.MonkeyPat
     text = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
-    with pytest.raises(UserError, match="LlamaForCausalLM has no image token .* text-only model, .* give a multimodal one"):
+    with pytest.raises(
+        UserError, match="LlamaForCausalLM has no image token .* text-only model, .* give a multimodal one"
+    ):
         arank.measure(text, [])
     with pytest.raises(UserError, match="there is no sample"):
         arank.measure(llava, [])
@@ -222,7 +224,9 @@ def test_what_cannot_be_measured(llava: nn.Module, monkeypatch: pytest.MonkeyPat
     layer = llava.get_decoder().layers[2]
     with monkeypatch.context() as patch:
         patch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
-        with pytest.raises(UserError, match=r"layer 2 \(LlamaAttention\): attention weights are not available, its eager"):
+        with pytest.raises(
+            UserError, match=r"layer 2 \(LlamaAttention\): attention weights are not available, its eager"
+        ):
             arank.measure(llava, [batch])
     with monkeypatch.context() as patch:
         patch.setattr(type(llava), "set_attn_implementation", lambda self, which: None)

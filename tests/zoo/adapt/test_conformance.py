@@ -324,7 +324,9 @@ def test_memory_saved_is_what_was_promised(case: tuple[Family, nn.Module]) -> No
     left = length - images + kept(family, family.rows[0], 0.25)
     dense = cache_report(before).slots  # a layer with a window holds less
     assert report.slots == tuple(left if i in family.layers else dense[i] for i in range(len(cache.layers)))
-    assert report.dense_bytes == sum(size // slots * n for size, slots, n in zip(held, report.slots, dense, strict=True))
+    assert report.dense_bytes == sum(
+        size // slots * n for size, slots, n in zip(held, report.slots, dense, strict=True)
+    )
     assert [isinstance(layer, RoutedLayer) for layer in cache.layers] == [
         i in family.layers for i in range(len(cache.layers))
     ]

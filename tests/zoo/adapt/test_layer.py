@@ -96,7 +96,7 @@ def test_the_routers_gradient(model: nn.Module, activation: str, branch: str) ->
     gate = {"activation": activation, "branch": branch, "symmetric": activation == "tanh"}
     adapt(model, config(gate=gate, auxiliary={"type": "none"}))
     inputs = LLAVA.inputs(model, ROWS)
-    (_, router), = routers(model)
+    ((_, router),) = routers(model)
 
     def loss() -> Tensor:
         return model(**inputs).logits[:, -1].square().mean()
@@ -212,7 +212,7 @@ def test_a_copy_shares_its_router_and_can_be_restored(model: nn.Module) -> None:
     dense = model(**inputs).logits
     adapt(model, config())
     twin = copy.deepcopy(model)
-    (_, router), = routers(twin)
+    ((_, router),) = routers(twin)
     assert all(layer.router is router for layer in routed_layers(twin))
     assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
     assert torch.equal(restore(twin)(**inputs).logits, dense)

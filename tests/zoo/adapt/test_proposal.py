@@ -46,7 +46,9 @@ def test_budget_takes_the_lowest_and_no_more_than_needed() -> None:
 
 
 def test_budget_out_of_reach() -> None:
-    with pytest.raises(UserError, match=r"skip 0.5: needs a saving of 0.500, but all 4 layers .* save 0.333; keep less"):
+    with pytest.raises(
+        UserError, match=r"skip 0.5: needs a saving of 0.500, but all 4 layers .* save 0.333; keep less"
+    ):
         by_budget(RANKS, skip_savings(6, 0.5), 0.5, "skip 0.5")
 
 

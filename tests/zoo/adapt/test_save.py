@@ -68,7 +68,9 @@ def test_a_changed_base_is_refused(base: Path, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "other")
     found, expected = weights_hash(other)[:12], weights_hash(model)[:12]
     out, changed = (re.escape(str(tmp_path / name)) for name in ("out", "other"))
-    said = f"^{out}: made for .* weights {expected}…, but {changed} .* has {found}…; give the unchanged base with base=$"
+    said = (
+        f"^{out}: made for .* weights {expected}…, but {changed} .* has {found}…; give the unchanged base with base=$"
+    )
     with pytest.raises(UserError, match=said):
         load_adapted(tmp_path / "out", base=tmp_path / "other")
 
@@ -103,5 +105,7 @@ def test_what_cannot_be_saved_or_loaded(base: Path, tmp_path: Path) -> None:
     weights = load_file(tmp_path / "out" / "model.safetensors")
     del weights[next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))]
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"out has no weights model\.language_model\.layers\.0\.mlp\.up_proj\.weight \(1 are"):
+    with pytest.raises(
+        UserError, match=r"out has no weights model\.language_model\.layers\.0\.mlp\.up_proj\.weight \(1 are"
+    ):
         load_adapted(tmp_path / "out")

@@ -127,7 +127,10 @@ def test_generation(model: nn.Module, kind: str) -> None:
 def test_a_prompt_in_parts_has_one_last_token(model: nn.Module) -> None:
     counts = [5, 4, 3]
     features = LLAVA.inputs.features(counts)
-    parts = [LLAVA.inputs.part(model, counts, 0, 23, features[:1]), LLAVA.inputs.part(model, counts, 23, 44, features[1:])]
+    parts = [
+        LLAVA.inputs.part(model, counts, 0, 23, features[:1]),
+        LLAVA.inputs.part(model, counts, 23, 44, features[1:]),
+    ]
     adapt(model, config("attention", group="image"))
     cache = model(**parts[0], use_cache=True).past_key_values
     with pytest.raises(UserError, match="router.type: attention ranks all .* one forward"):

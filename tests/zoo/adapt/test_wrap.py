@@ -81,5 +81,7 @@ def test_patched_and_adapted_models() -> None:
 def test_images_of_another_id() -> None:
     model = adapt(LLAVA.build(), config())
     inputs = LLAVA.inputs(model, ROWS)
-    with pytest.raises(UserError, match="has pictures .* id 63 never occurs in input_ids; .* the model's own processor"):
+    with pytest.raises(
+        UserError, match="has pictures .* id 63 never occurs in input_ids; .* the model's own processor"
+    ):
         model(**inputs | {"input_ids": inputs["input_ids"].clamp(max=62)})
