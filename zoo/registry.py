@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from zoo.config import Config, ConfigError, explain, suggestion
 from zoo.untied import Grouping
 
-SLOTS = ("mixer", "feedforward", "depth", "router", "objective")
+SLOTS = ("mixer", "feedforward", "depth", "router", "objective", "modality")
 _tables: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
 
 
@@ -133,6 +133,7 @@ FeedForwardSlot = _field("feedforward")
 DepthSlot = _field("depth")
 RouterSlot = _field("router")
 ObjectiveSlot = _field("objective")
+ModalitySlot = _field("modality")
 
 
 def parse_block(slot: str, value: Any, path: str) -> BlockConfig:
