@@ -15,9 +15,8 @@ from pretrain import recipe as recipes
 from tests.pretrain.runs import ROOT, tiny_recipe
 from zoo.config import ConfigError
 
-PARTS = {"architectures", "sizes"}
-"""Folders of files that are there to be extended."""
-SHIPPED = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in {"adapt", *PARTS})
+FOLDERS = (".", "tiny", "models", "ablations")
+SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / "recipes" / folder).glob("*.yaml"))
 
 
 @pytest.fixture

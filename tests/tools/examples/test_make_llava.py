@@ -1,4 +1,7 @@
-"""`python -m tools.make_llava`: a folder that Transformers' own classes open, whose first weights are what they claim."""
+"""`python -m tools.examples.make_llava`: a folder that Transformers' own classes open.
+
+Its first weights are what they claim to be.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from pretrain import recipe
 from pretrain.data.prompts import IGNORED, encode
 from pretrain.data.questions import read_questions
-from tools import make_llava
-from tools.make_llava import LlavaFolderConfig
+from tools.examples import make_llava
+from tools.examples.make_llava import LlavaFolderConfig
 
 SIZES: dict[str, Any] = {
     "image_size": 32,
@@ -26,7 +29,7 @@ SIZES: dict[str, Any] = {
     "decoder": {"d_model": 48, "layers": 3, "heads": 3, "d_ff": 64, "positions": 128},
 }
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "adapt"
+RECIPES = Path(__file__).parents[3] / "recipes" / "examples" / "llava"
 CAPTIONS = [
     "A dog\u2019s \u201cfirst\u201d walk, 3.5 km; a DOG\u2019S last.",
     "  Two lines:\n\n the Caf\u00e9 of Brnabi\u0107 \u2014 \u65e5\u672c \U0001f600\ufffd ",
@@ -187,7 +190,7 @@ def test_a_folder_with_a_model_is_kept(folder: Path, data: Path, tmp_path: Path,
     assert "train.jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("llava_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes(path: Path) -> None:
     config = LlavaFolderConfig.parse(recipe.read(path))
     config.check()

@@ -1,7 +1,7 @@
 """Write scikit-learn's handwritten digits as mixed-modal WebDataset shards: a small real data set without a
 download.
 
-    python -m tools.make_digits FOLDER [--shifts 4]
+    python -m tools.examples.make_digits FOLDER [--shifts 4]
 
 Each of the 1,797 pictures (8×8, grey) becomes two documents, its name in English before the picture (to be drawn) and
 after it (to be read). Training pictures are repeated, those to be read shifted by one pixel. The split, 1,500 for

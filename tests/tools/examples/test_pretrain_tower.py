@@ -1,4 +1,4 @@
-"""`python -m tools.pretrain_tower`: the tower learns digits, in place, and the rest of the model stays as it is."""
+"""`python -m tools.examples.pretrain_tower`: the tower learns digits, in place, and the rest of the model stays as it is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from tools import make_digit_grids, make_llava, pretrain_tower
-from tools.make_llava import LlavaFolderConfig
+from tools.examples import make_digit_grids, make_llava, pretrain_tower
+from tools.examples.make_llava import LlavaFolderConfig
 
 SIZES: dict[str, Any] = {
     "image_size": 16,

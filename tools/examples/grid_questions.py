@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tools.make_digits import NAMES
+from tools.examples.make_digits import NAMES
 
 PLURALS = tuple(f"{name}es" if name in ("zero", "six") else f"{name}s" for name in NAMES)
 BLANK, NOTHING = -1, "nothing"

@@ -1,7 +1,7 @@
 """Write grids of scikit-learn's handwritten digits with questions and answers: a real visual question answering set
 without a download.
 
-    python -m tools.make_digit_grids FOLDER [--train 8000] [--frames 4] [--rows 2 --columns 2] ...
+    python -m tools.examples.make_digit_grids FOLDER [--train 8000] [--frames 4] [--rows 2 --columns 2] ...
 
 FOLDER gets `train.jsonl`, `validation.jsonl`, `test.jsonl` and the pictures they name (paths relative to FOLDER). A
 training line is one picture with several turns, `{"image": …, "turns": [{"question", "answer", "kind"}, …], "cells"}`; a
@@ -14,7 +14,7 @@ With `--beside N` also `beside` "What shares a row with the nine?" (the one othe
 it takes two steps, from the digit to its row and from the row to the other digit. `--least 3` makes such rows common.
 Training grids hold few digits more often than many: what "which row" asks is hardly learnt from crowded ones alone.
 
-No digit of a training grid is in a held-out one. Test grids take the 297 digits held out by `tools.make_digits`;
+No digit of a training grid is in a held-out one. Test grids take the 297 digits held out by `tools.examples.make_digits`;
 its 1,500 training digits are divided again, stratified by class, in 1,200 for training and 300 for validation. The
 split is by digit, not by writer: the collection does not say who wrote what. Only training digits are shifted. The
 same arguments give the same bytes, and line i does not depend on the number of lines.
@@ -36,8 +36,8 @@ import tqdm
 from PIL import Image
 from pydantic import Field
 
-from tools.grid_questions import ASK, BLANK, Turn, draw_cells
-from tools.make_digits import SHIFTS, load_digits_split, shift
+from tools.examples.grid_questions import ASK, BLANK, Turn, draw_cells
+from tools.examples.make_digits import SHIFTS, load_digits_split, shift
 from zoo.config import Config, UserError
 
 SPLITS = ("train", "validation", "test")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from zoo.config import UserError
 
-FETCHED = Path(__file__).parents[1] / ".peers" / "mamba_ssm"
+FETCHED = Path(__file__).parents[2] / ".peers" / "mamba_ssm"
 """Where `tools/setup.sh` unpacks the source."""
 
 

@@ -1,6 +1,6 @@
 """Make a small untrained LLaVA folder of Transformers, with tokenizer and processor, for a set of questions.
 
-    python -m tools.make_llava CONFIG.yaml DATA OUT [key.sub=value ...]
+    python -m tools.examples.make_llava CONFIG.yaml DATA OUT [key.sub=value ...]
 
 OUT holds a LlavaForConditionalGeneration (CLIP tower, two-layer projector, Llama decoder) and a LlavaProcessor, both
 opened by plain `from_pretrained`; `pretrain.adapt` trains it. The tokenizer knows DATA's training questions and answers:
@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from pretrain import recipe
 from pretrain.data.questions import read_questions
-from tools.llava_weights import DecoderConfig, TowerConfig, initialise
+from tools.examples.llava_weights import DecoderConfig, TowerConfig, initialise
 from zoo.config import Config, ConfigError, UserError
 
 SPECIAL = {
@@ -170,7 +170,7 @@ def make_processor(config: LlavaFolderConfig, texts: Iterable[str]) -> Any:
 
 
 def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
-    """The LlavaForConditionalGeneration with its first weights, a function of the seed. See `tools.llava_weights`.
+    """The LlavaForConditionalGeneration with its first weights, a function of the seed. See `tools.examples.llava_weights`.
 
     Args:
         vocabulary: number of tokens.

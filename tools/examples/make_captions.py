@@ -1,6 +1,6 @@
 """Write captioned pictures from WebDataset shards as questions about images, as `pretrain.adapt` reads them.
 
-    python -m tools.make_captions SHARDS OUT [--train '*train*.tar'] [--held-out '*val*.tar'] [--question TEXT]
+    python -m tools.examples.make_captions SHARDS OUT [--train '*train*.tar'] [--held-out '*val*.tar'] [--question TEXT]
 
 SHARDS is a folder of shards whose documents (docs/data.md) hold pictures and a text. OUT gets `train.jsonl`,
 `validation.jsonl` (the first half of the held-out documents), `test.jsonl` (the second half), and the pictures' files,

@@ -1,4 +1,4 @@
-"""`python -m tools.make_digit_grids`: what the questions say is what the pictures show, and splits share no digit."""
+"""`python -m tools.examples.make_digit_grids`: what the questions say is what the pictures show, and splits share no digit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pretrain.data.questions import read_questions
-from tools import make_digit_grids as grids
-from tools.make_digits import NAMES, SHIFTS, shift
+from tools.examples import make_digit_grids as grids
+from tools.examples.make_digits import NAMES, SHIFTS, shift
 
 SMALL = ["--train", "12", "--validation", "6", "--test", "6", "--rows", "3", "--columns", "3", "--scale", "2"]
 

@@ -1,4 +1,7 @@
-"""`python -m tools.make_captions`: captions and pictures arrive as they were, held-out ones are divided, odd ones passed over."""
+"""`python -m tools.examples.make_captions`: captions and pictures arrive as they were.
+
+Held-out ones are divided, odd ones passed over.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 
 from pretrain.data.questions import read_questions
 from tests.pretrain.data.samples import png, sample, write_shard
-from tools import make_captions
+from tools.examples import make_captions
 
 
 @pytest.fixture

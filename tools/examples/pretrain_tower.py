@@ -1,10 +1,10 @@
 """Pretrain the vision tower of an untrained LLaVA folder on what its patches show, as LLaVA's own tower comes pretrained.
 
-    python -m tools.pretrain_tower FOLDER DATA [--steps 700] [--batch 8] [--lr 2e-3]
+    python -m tools.examples.pretrain_tower FOLDER DATA [--steps 700] [--batch 8] [--lr 2e-3]
 
-FOLDER is one of `tools.make_llava`, DATA one of `tools.make_digit_grids`. Linear heads read from each patch's output
-which digit the patch is of, if any, and the row and column of its cell; the heads are thrown away, the tower is written
-back into FOLDER. Learnt through a decoder alone, from some answers an image, the same takes many times as long.
+FOLDER is one of `tools.examples.make_llava`, DATA one of `tools.examples.make_digit_grids`. Linear heads read from each
+patch's output which digit the patch is of, if any, and the row and column of its cell; the heads are thrown away, the tower
+is written back into FOLDER. Learnt through a decoder alone, from some answers an image, the same takes many times as long.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def pretrain(
 
     Args:
         model, processor: of Transformers' LLaVA with a CLIP tower.
-        data: folder of `tools.make_digit_grids`.
+        data: folder of `tools.examples.make_digit_grids`.
         batch: pictures a step.
     Returns:
         share of the patches of validation digits that are read rightly.
@@ -108,7 +108,7 @@ def read_pictures(questions: list[Question], side: int) -> list[tuple[Any, np.nd
     found: dict[Any, np.ndarray] = {}
     for question in questions:
         if "cells" not in question.extra:
-            raise UserError(f"{question.source}: has no 'cells'; give a folder of tools.make_digit_grids")
+            raise UserError(f"{question.source}: has no 'cells'; give a folder of tools.examples.make_digit_grids")
         cells = np.array(question.extra["cells"])
         rows, columns = cells.shape[-2:]
         if side % rows or side % columns:
@@ -148,8 +148,8 @@ def accuracy(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of tools.make_llava; its tower is replaced")
-    parser.add_argument("data", type=Path, help="folder of tools.make_digit_grids")
+    parser.add_argument("folder", type=Path, help="folder of tools.examples.make_llava; its tower is replaced")
+    parser.add_argument("data", type=Path, help="folder of tools.examples.make_digit_grids")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=8, help="pictures a step (default: 8)")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if not (options.folder / "config.json").is_file():
-            raise UserError(f"{options.folder}: holds no model; make one with tools.make_llava")
+            raise UserError(f"{options.folder}: holds no model; make one with tools.examples.make_llava")
         kind = json.loads((options.folder / "config.json").read_text()).get("model_type")
         if kind != "llava":
             raise UserError(f"{options.folder}: holds a model of type {kind!r}, not 'llava'")

@@ -1,6 +1,6 @@
 """What a model trained on the digits has learned, by causal evaluation on digits it never saw.
 
-    python -m tools.evaluate_digits RECIPE [key.sub=value ...]
+    python -m tools.examples.evaluate_digits RECIPE [key.sub=value ...]
 
 Reads the run's weights, asks it to name the held-out digits and to draw each digit from its name, lets a classifier
 fitted on real training digits judge the drawings, looks for copies of training images, prints one table and writes
@@ -23,7 +23,7 @@ from sklearn.svm import SVC
 from pretrain import recipe as recipes
 from pretrain import report, run_folder
 from pretrain.data import Data, open_data
-from tools.make_digits import NAMES, SHIFTS, load_digits_split, shift
+from tools.examples.make_digits import NAMES, SHIFTS, load_digits_split, shift
 from zoo.config import UserError
 from zoo.context import CAUSAL, TokenContext
 from zoo.generate import generate, log_likelihood
@@ -48,7 +48,7 @@ class Drawings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.evaluate_digits", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tools.examples.evaluate_digits", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="the recipe the run was started with")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args(arguments)
