@@ -12,7 +12,7 @@ from pretrain.data import DataConfig, open_data
 from tools import train_tokenizer
 from tools.examples import make_digits
 from tools.examples.make_digits import NAMES, from_grey, load_digits_split, shift, to_grey
-from zoo.tokenizers import BPEConfig, PatchesConfig
+from zoo.modalities import BPEConfig, PatchesConfig
 
 
 def read(shard) -> list[dict]:
