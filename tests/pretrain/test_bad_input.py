@@ -126,7 +126,7 @@ WRONG = {
     "imports=[not_there]": ("imports: 'not_there' cannot be imported (ModuleNotFoundError",),
     "kernels.attention=fast": ("kernels.attention: 'fast' is not known; known: auto, ",),
     "data.sequence_length=10": (
-        "data.sequence_length: 10: is too short for one image: 16 codes,",
+        "data.sequence_length: 10: is too short for one image: 16 positions,",
         "set data.sequence_length to at least 20",
     ),
     "train.micro_batch=3": ("train.micro_batch: 3 does not divide train.global_batch 4; choose",),
