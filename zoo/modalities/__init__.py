@@ -1,16 +1,13 @@
 """Modalities: one file a kind, and the vocabulary that joins them."""
 
+from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.modalities.modality import (
     PARTS,
-    Carries,
-    Channels,
-    Ids,
     LearnedConfig,
     LearnedModality,
     Modality,
     ModalityConfig,
     Positions,
-    Vectors,
 )
 from zoo.modalities.patches import Patches
 from zoo.modalities.section import (

@@ -24,35 +24,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from zoo.carries import Carries
 from zoo.registry import BlockConfig
 
 PARTS = ("text", "image", "audio", "video")
 """Types of the parts of a document; a modality of one's own may read parts of another type."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ids:
-    """A position carries one id in [0, size), which gets a range of the vocabulary."""
-
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Vectors:
-    """A position carries a vector of `width` numbers, stored as float32."""
-
-    width: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Channels:
-    """A position carries `count` ids, each in [0, size)."""
-
-    count: int
-    size: int
-
-
-Carries = Ids | Vectors | Channels
 
 
 @dataclasses.dataclass(frozen=True)

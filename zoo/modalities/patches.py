@@ -17,8 +17,9 @@ import safetensors
 import safetensors.numpy
 from PIL import Image
 
+from zoo.carries import Ids
 from zoo.config import UserError
-from zoo.modalities.modality import Ids, LearnedConfig, LearnedModality
+from zoo.modalities.modality import LearnedConfig, LearnedModality
 from zoo.modalities.pictures import Picture, PictureConfig
 from zoo.registry import register
 

@@ -11,8 +11,9 @@ import numpy as np
 import pydantic
 import tokenizers
 
+from zoo.carries import Ids
 from zoo.config import UserError
-from zoo.modalities.modality import Ids, LearnedConfig, LearnedModality, Modality, ModalityConfig
+from zoo.modalities.modality import LearnedConfig, LearnedModality, Modality, ModalityConfig
 from zoo.registry import register
 
 BYTES = 256
