@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.cache import committed
 from pretrain.data.index import Listing
 from pretrain.data.reading import BrokenDocument, read_parts
+from zoo.files import atomic_path
 from zoo.modalities import LearnedConfig, LearnedModality, Modalities, Modality, vocabulary
 from zoo.noise import hash32
 
@@ -37,7 +37,7 @@ def load_modalities(
     ]
     if missing:
         for name, modality in fit(modalities, listings, missing, log).items():
-            with committed(files[name]) as temporary:
+            with atomic_path(files[name]) as temporary:
                 modality.save(temporary)
     return {
         name: config.load(files[name]) if isinstance(config, LearnedConfig) else config.block(config)

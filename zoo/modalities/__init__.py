@@ -4,8 +4,6 @@ from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.modalities.modality import (
     PARTS,
     LearnedConfig,
-    LearnedModality,
-    Modality,
     ModalityConfig,
     Positions,
 )
@@ -20,6 +18,7 @@ from zoo.modalities.section import (
 )
 from zoo.modalities.text import BPE, Bytes
 from zoo.modalities.vocabulary import Vocabulary
+from zoo.slots import LearnedModality, Modality
 
 __all__ = [
     "BPE",

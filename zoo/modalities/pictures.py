@@ -9,7 +9,8 @@ import numpy as np
 import pydantic
 from PIL import Image, ImageOps
 
-from zoo.modalities.modality import Modality, ModalityConfig, Positions
+from zoo.modalities.modality import ModalityConfig, Positions
+from zoo.slots import Modality
 
 
 def open_picture(content: bytes) -> Image.Image:

@@ -13,8 +13,9 @@ import tokenizers
 
 from zoo.carries import Ids
 from zoo.config import UserError
-from zoo.modalities.modality import LearnedConfig, LearnedModality, Modality, ModalityConfig
+from zoo.modalities.modality import LearnedConfig, ModalityConfig
 from zoo.registry import register
+from zoo.slots import LearnedModality, Modality
 
 BYTES = 256
 
