@@ -9,22 +9,21 @@ from zoo.modalities import Modalities
 
 
 class DataConfig(Config):
-    """Where the shards are and how they become rows of tokens.
-
-    path: folder of WebDataset tar shards, relative to the current working directory.
-    train, validation: patterns of shard names inside `path`; `validation: null` for none.
-    sequence_length: T, tokens of a row; a whole item with its markers, such as an image, must fit.
-    max_broken_documents: how many unusable documents may be skipped, over all shards. Each is named.
-    cache: folder for indexes and trained tokenizers; default: a hidden folder inside `path`, or, where that
-        cannot be written, one under the user's cache folder.
-    """
+    """Where the shards are and how they become rows of tokens."""
 
     path: str
+    """Folder of WebDataset tar shards, relative to the current working directory."""
     train: str = "*train*.tar"
+    """Pattern of the training shards' names inside `path`."""
     validation: str | None = "*val*.tar"
+    """Pattern of the validation shards' names; null for none."""
     sequence_length: pydantic.PositiveInt
+    """T, tokens of a row; a whole item with its markers, such as an image, must fit."""
     max_broken_documents: pydantic.NonNegativeInt = 0
+    """How many unusable documents may be skipped, over all shards. Each is named."""
     cache: str | None = None
+    """Folder for indexes and what modalities learn; default: a hidden folder inside `path`, or, where that cannot be
+    written, one under the user's cache folder."""
 
 
 def check_length(config: DataConfig, modalities: Modalities) -> None:

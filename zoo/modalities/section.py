@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import pydantic
 from pydantic_core import PydanticCustomError
 
+from zoo.carries import Ids
 from zoo.config import ConfigError, explain
-from zoo.modalities.modality import Ids, ModalityConfig
+from zoo.modalities.modality import ModalityConfig
 from zoo.modalities.text import Bytes
 from zoo.modalities.vocabulary import TEXT, Vocabulary
 from zoo.registry import BlockConfig, ModalitySlot
