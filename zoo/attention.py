@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -21,7 +20,8 @@ from zoo.untied import Grouping, ModalityLinear, ModalityNorm, Towers, check_tow
 
 @register("mixer", "attention")
 class Attention(nn.Module):
-    """Causal attention inside each document. QK-norm is per head, before rotation (Chameleon, arXiv 2405.09818)."""
+    """Attention inside each document: causal, and in both directions inside an item of the context (Transfusion,
+    arXiv 2408.11039 §3). QK-norm is per head, before rotation (Chameleon, arXiv 2405.09818)."""
 
     class Config(BlockConfig):
         heads: int = Field(gt=0)
@@ -78,7 +78,10 @@ class Attention(nn.Module):
         kernels.choose("attention", self.asked)
 
     def forward(self, x: Tensor, context: TokenContext, state: AttentionState | None = None) -> Tensor:
-        """x (B, T, D) → branch output (B, T, D), 0 at padding."""
+        """x (B, T, D) → branch output (B, T, D), 0 at padding.
+
+        With `state` the tokens continue what it has seen; an item is fed whole, see `AttentionState`.
+        """
         rows, columns, _ = x.shape
         sizes = self.grouping.sizes(context) if self.grouping else ()
         tokens = self.grouping.split(x, context) if self.grouping else x
@@ -95,11 +98,7 @@ class Attention(nn.Module):
         if state is None:
             mixed = kernel.packed_attention(query, key, value, context)
         else:
-            before = state.used
-            key, value, document = state.append(key, value, context.document)
-            slot = torch.arange(state.used, device=x.device)
-            seen = slot[None, :] <= before + torch.arange(columns, device=x.device)[:, None]
-            mask = seen & (context.document[:, None, :, None] == document[:, None, None, :])
+            key, value, mask = state.append(key, value, context)
             mixed = kernel.masked_attention(query, key, value, mask)
         mixed = mixed.reshape(rows, columns, -1)
         if self.grouping:

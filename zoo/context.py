@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from zoo.noise import token_keys
+from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
 
 TOPK, CAUSAL = "topk", "causal"
+Span = tuple[int, int, int]
+"""(row, start, length): where a document or an item stands, as numbers on the host. Several are in row and time order."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,8 +35,8 @@ class Trace:
     decisions: dict[str, Any] = dataclasses.field(default_factory=dict)
     losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
     """name → (sum over tokens, count)."""
-    statistics: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
-    """name → sums, to be added over micro-batches and ranks: for reports."""
+    statistics: RoutingStatistics = dataclasses.field(default_factory=RoutingStatistics)
+    """Counts for reports, to be added over micro-batches and ranks."""
     penalties: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """name → a term of the training loss, weighted, a mean over the forward's tokens (balancing losses)."""
     updates: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
@@ -51,9 +54,17 @@ class Trace:
         if not self.replaying:
             self.losses[name] = (total, count)
 
-    def add_statistics(self, name: str, sums: dict[str, Tensor]) -> None:
+    def add_hits(self, name: str, hits: RouterHits) -> None:
         if not self.replaying:
-            self.statistics[name] = {key: value.detach() for key, value in sums.items()}
+            self.statistics.hits[name] = hits
+
+    def add_load(self, name: str, taken: int, offered: int) -> None:
+        if not self.replaying:
+            self.statistics.loads[name] = Load(taken, offered)
+
+    def add_expert_load(self, name: str, rows: tuple[int, ...]) -> None:
+        if not self.replaying:
+            self.statistics.expert_loads[name] = ExpertLoad(rows)
 
     def add_penalty(self, name: str, value: Tensor) -> None:
         if not self.replaying:
@@ -93,8 +104,13 @@ class TokenContext:
     """counts[b][m]: tokens of modality m in row b, known on the host."""
     single_document: bool
     """Every row is one document, its padding (if any) at the end: plain causal attention is right."""
-    segments: tuple[tuple[int, int, int], ...] | None = None
-    """(row, start, length) of every run of one document, where the host knows them."""
+    item: Tensor | None = None
+    """(B, T) int64, number within its row of the item with bidirectional attention that a position belongs to (an image
+    whose parts all see each other), −1 elsewhere; None where the batch has no such item."""
+    segments: tuple[Span, ...] | None = None
+    """Span of every document, where the host knows them."""
+    item_spans: tuple[Span, ...] | None = ()
+    """Span of every item, where the host knows them; empty where `item` is None."""
     step: int = 0
     routing: str = TOPK
     """"topk": expert choice over the scope, as in training. "causal": auxiliary routers decide token by token."""
@@ -113,6 +129,7 @@ class TokenContext:
         routing: str = TOPK,
         trace: Trace | None = None,
         key: Tensor | None = None,
+        item: Tensor | None = None,
     ) -> TokenContext:
         """Context of a batch.
 
@@ -121,9 +138,11 @@ class TokenContext:
             document: (B, T) ids within the row, −1 for padding; default: each row is one document.
             position: (B, T) index inside the document; default: counted from each document's first token in the row.
             key: (B, T) int32 noise identities; default: hashed from (row, column).
+            item: (B, T) integers, number within its row of the item with bidirectional attention that a position
+                belongs to, −1 elsewhere; default: attention is causal everywhere.
         Raises:
-            ValueError: a modality out of range, a document in two pieces, or padding that `modality` and `document` see
-                differently.
+            ValueError: a modality out of range, a document or an item in two pieces, an item that is not inside one
+                document, or padding that `modality` and `document` see differently.
         """
         modality = modality.to(torch.int64)
         if modality.dim() != 2:
@@ -139,7 +158,11 @@ class TokenContext:
             )
         if not torch.equal(host_modality < 0, host_document < 0):
             raise ValueError("modality and document disagree about padding; both are −1 exactly there")
-        segments = _segments(host_document)
+        segments = _spans(host_document, "document")
+        item_spans: tuple[Span, ...] = ()
+        if item is not None:
+            item_spans = _item_spans(item.cpu().to(torch.int64), host_document)
+            item = item.to(torch.int64) if item_spans else None
         if position is None:
             position = torch.zeros_like(host_document)
             for row, start, length in segments:
@@ -157,7 +180,9 @@ class TokenContext:
             counts=_counts(host_modality, len(modalities)),
             single_document=len({row for row, _, _ in segments}) == len(segments)
             and all(s == 0 for _, s, _ in segments),
+            item=item,
             segments=segments,
+            item_spans=item_spans,
             step=step,
             routing=routing,
             trace=trace,
@@ -217,12 +242,17 @@ class TokenContext:
 
     @property
     def mask(self) -> Tensor:
-        """(B, 1, T, T) bool: query t may see key s ≤ t of its document. Padding sees padding, so no row is empty."""
+        """(B, 1, T, T) bool: query t may see key s of its document if s ≤ t or both belong to the same item.
+
+        Padding sees earlier padding, so that no query sees nothing.
+        """
 
         def compute() -> Tensor:
             time = torch.arange(self.modality.shape[1], device=self.modality.device)
-            same = self.document[:, None, :, None] == self.document[:, None, None, :]
-            return same & (time[:, None] >= time[None, :])
+            seen = time[:, None] >= time[None, :]
+            if self.item is not None:
+                seen = seen | same_item(self.item)
+            return seen & (self.document[:, None, :, None] == self.document[:, None, None, :])
 
         return self.shared("mask", compute)
 
@@ -241,7 +271,8 @@ class TokenContext:
             counts: tokens kept of each row and modality, where the host knows them. Otherwise they depend on the data
                 and are copied to the host here, once.
         Returns:
-            Context of B rows of K tokens with original positions and documents.
+            Context of B rows of K tokens with original positions, documents and items. What was kept of an item is one
+            run again and still sees all of itself.
         """
 
         def take(values: Tensor, padding: int) -> Tensor:
@@ -255,7 +286,9 @@ class TokenContext:
             document=take(self.document, -1),
             key=take(self.key, 0),
             counts=_counts(modality, len(self.modalities)) if counts is None else counts,
+            item=None if self.item is None else take(self.item, -1),
             segments=None,
+            item_spans=() if self.item is None else None,
             _derived={},
         )
 
@@ -270,6 +303,8 @@ class TokenContext:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("modality", "position", "document", "key")
         }
+        if self.item is not None:
+            moved["item"] = self.item.to(device, non_blocking=True)
         return dataclasses.replace(self, **moved, _derived={})
 
 
@@ -278,18 +313,43 @@ def _counts(modality: Tensor, modalities: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in rows.tolist())
 
 
-def _segments(document: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """(row, start, length) of every run of equal document ids ≥ 0, in row and time order; `document` is on the host."""
-    ids = document.numpy()
-    if ids.size == 0:
+def same_item(item: Tensor) -> Tensor:
+    """(B, 1, T, T) bool: both positions belong to the same item; item (B, T), −1 where there is none."""
+    query, key = item[:, None, :, None], item[:, None, None, :]
+    return (query == key) & (query >= 0)
+
+
+def _spans(ids: Tensor, what: str) -> tuple[Span, ...]:
+    """The span of every id ≥ 0; ids (B, T) on the host.
+
+    Raises:
+        ValueError: the places of an id do not stand together; `what` names them.
+    """
+    numbers = ids.numpy()
+    if numbers.size == 0:
         return ()
-    begins = np.ones_like(ids, dtype=bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    begins = np.ones_like(numbers, dtype=bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     rows, starts = np.nonzero(begins)
-    ends = np.append(rows * ids.shape[1] + starts, ids.size)
+    ends = np.append(rows * numbers.shape[1] + starts, numbers.size)
     lengths = np.diff(ends)
-    real = ids[rows, starts] >= 0
-    begun = np.stack((rows, ids[rows, starts]))[:, real]
+    real = numbers[rows, starts] >= 0
+    begun = np.stack((rows, numbers[rows, starts]))[:, real]
     if np.unique(begun, axis=1).shape[1] < begun.shape[1]:
-        raise ValueError("document: an id stands in two places of a row; the tokens of a document stand together")
+        raise ValueError(f"{what}: an id stands in two places of a row; the tokens of one {what} stand together")
     return tuple(zip(rows[real].tolist(), starts[real].tolist(), lengths[real].tolist(), strict=True))
+
+
+def _item_spans(item: Tensor, document: Tensor) -> tuple[Span, ...]:
+    """The span of every item, each inside one document; both (B, T) on the host."""
+    if item.shape != document.shape:
+        raise ValueError(f"item: shape {tuple(item.shape)}; it must be that of modality, {tuple(document.shape)}")
+    spans = _spans(item, "item")
+    for row, start, length in spans:
+        inside = document[row, start : start + length]
+        if int(inside[0]) < 0 or not bool((inside == inside[0]).all()):
+            raise ValueError(
+                f"item: {int(item[row, start])} of row {row}, columns {start} to {start + length - 1}, is not inside "
+                "one document; an item is a part of its document, and padding belongs to none"
+            )
+    return spans

@@ -6,7 +6,10 @@ import dataclasses
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from zoo.context import TokenContext, same_item
 
 
 class State(Protocol):
@@ -23,6 +26,10 @@ class AttentionState:
     """Keys and values seen so far; S slots a row, filled from the left.
 
     Under MoD rows advance unevenly: a column then holds a token in some rows and padding (document −1) in others.
+
+    An item with bidirectional attention is fed whole, in one call: tokens fed earlier are not computed again, so they
+    cannot see what comes later. To compute an item several times after the same prefix (as diffusion sampling does),
+    feed the prefix, then each time feed the item to a `clone`.
     """
 
     key: Tensor
@@ -39,22 +46,32 @@ class AttentionState:
         document = torch.full((rows, slots), -1, dtype=torch.int64, device=like.device)
         return cls(like.new_zeros(shape), like.new_zeros(shape), document)
 
-    def append(self, key: Tensor, value: Tensor, document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add T tokens a row and give everything seen so far: (B, used, Hkv, K) twice and documents (B, used).
+    def append(self, key: Tensor, value: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the T tokens a row of `context` and give everything seen so far.
 
+        Args:
+            key, value: (B, T, Hkv, K).
+        Returns:
+            keys and values (B, S, Hkv, K) of the S tokens seen so far, and which of them each new token may see,
+            (B, 1, T, S) bool: those of its document that came before or belong to its item.
         Raises:
             ValueError: the state was made for fewer tokens.
         """
-        end = self.used + key.shape[1]
+        before, end = self.used, self.used + key.shape[1]
         if end > self.key.shape[1]:
             raise ValueError(
                 f"state: {end} tokens do not fit into {self.key.shape[1]} slots; make it with a larger length"
             )
-        self.key[:, self.used : end] = key
-        self.value[:, self.used : end] = value
-        self.document[:, self.used : end] = document
+        self.key[:, before:end] = key
+        self.value[:, before:end] = value
+        self.document[:, before:end] = context.document
         self.used = end
-        return self.key[:, :end], self.value[:, :end], self.document[:, :end]
+        slot = torch.arange(end, device=key.device)
+        seen = slot[None, :] <= slot[before:, None]
+        if context.item is not None:
+            seen = seen | F.pad(same_item(context.item), (before, 0))
+        mask = seen & (context.document[:, None, :, None] == self.document[:, None, None, :end])
+        return self.key[:, :end], self.value[:, :end], mask
 
     def clone(self) -> AttentionState:
         return AttentionState(self.key.clone(), self.value.clone(), self.document.clone(), self.used)

@@ -22,7 +22,7 @@ import numpy as np
 from pretrain.data.cache import committed
 from pretrain.data.reading import BrokenDocument, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
-from zoo.tokenizers import Vocabulary
+from zoo.modalities import Vocabulary
 
 
 class Skipped(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.zoo.helpers import stream
 from zoo import TokenContext, Trace
+from zoo.routing.statistics import RouterHits, RoutingStatistics
 
 MODALITIES = ("text", "image", "speech")
 
@@ -104,6 +107,48 @@ def test_defaults():
     assert context.key.dtype == torch.int32 and len(context.key.unique()) == 4
 
 
+def test_items():
+    context = stream("t[ii][ii]t|[iii]", "..[ti]tt[i]")
+    assert context.item.tolist() == [[-1, 0, 0, 1, 1, -1, 2, 2, 2], [-1, -1, 0, 0, -1, -1, 1, -1, -1]]
+    assert context.item_spans == ((0, 1, 2), (0, 3, 2), (0, 6, 3), (1, 2, 2), (1, 6, 1))
+    for b, t, s in itertools.product(range(2), range(9), range(9)):
+        same = context.item[b, t] == context.item[b, s] >= 0
+        expected = context.document[b, t] == context.document[b, s] and (s <= t or same)
+        assert context.mask[b, 0, t, s] == expected, (b, t, s)
+
+
+def test_a_batch_without_items_has_none():
+    modality = torch.tensor([[0, 1, 1, -1]])
+    for item in (None, torch.full((1, 4), -1, dtype=torch.int32)):
+        context = TokenContext.from_modality(modality, item=item)
+        assert context.item is None and context.item_spans == ()
+
+
+def test_what_a_router_keeps_of_an_item_is_one_run():
+    context = stream("t[iii]t|[ii]t", "[ti]ttttt.")
+    index = torch.tensor([[1, 3, 4, 6], [1, 2, 0, 0]])
+    narrow = context.select(index, torch.tensor([[True] * 4, [True, True, False, False]]))
+    assert narrow.item.tolist() == [[0, 0, -1, 1], [0, -1, -1, -1]]
+    assert narrow.mask[0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
+    assert stream("tt|t").select(torch.tensor([[0]]), torch.tensor([[True]])).item is None
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ([[0, 0, -1, 0, -1]], "item: an id stands in two places of a row; the tokens of one item stand together"),
+        ([[-1, 0, 0, -1, -1]], "item: 0 of row 0, columns 1 to 2, is not inside one document"),
+        ([[-1, -1, -1, 4, 4]], "item: 4 of row 0, columns 3 to 4, is not inside one document"),
+        ([[-1, -1, -1, -1, 0]], "item: 0 of row 0, columns 4 to 4, is not inside one document"),
+        ([[0, 0]], r"item: shape \(1, 2\); it must be that of modality, \(1, 5\)"),
+    ],
+)
+def test_errors_of_items(item, message):
+    modality, document = torch.tensor([[0, 1, 1, 1, -1]]), torch.tensor([[0, 0, 1, 1, -1]])
+    with pytest.raises(ValueError, match=message):
+        TokenContext.from_modality(modality, document, item=torch.tensor(item))
+
+
 def test_replace_shares_what_was_derived_and_changes_the_rest():
     context = stream("tti|t.")
     other = context.replace(step=5, routing="causal", trace=Trace())
@@ -133,6 +178,8 @@ def test_a_trace_replays_and_takes_nothing_in_while_it_does():
     with trace.replay():
         assert trace.decide("block", lambda: next(decisions)) == "a"
         trace.add_loss("block", torch.ones(()), 1)
-        trace.add_statistics("block", {"said": torch.ones(())})
-    assert not trace.losses and not trace.statistics
+        trace.add_hits("block", RouterHits(2, 1, 1, 0))
+        trace.add_load("block", 1, 2)
+        trace.add_expert_load("block", (1, 1))
+    assert not trace.losses and trace.statistics == RoutingStatistics()
     assert trace.decide("block", lambda: next(decisions)) == "b"

@@ -38,14 +38,19 @@ def packed_attention(*rows: str, heads: int = 4, kv_heads: int = 2, head_dim: in
     return case
 
 
-def selected_attention() -> tuple[Inputs, tuple, Tensor]:
-    context = stream("ttiit|itti", "tti|tit...")
-    index, valid = (
-        torch.tensor([[1, 3, 6, 8], [0, 4, 1, 2]]),
-        torch.tensor([[True] * 4, [True, True, False, False]]),
-    )
-    kept = context.select(index, valid)
-    return {name: random(2, 4, 2, 4) for name in ("query", "key", "value")}, (kept,), valid[:, :, None, None]
+def selected_attention(*rows: str) -> Callable:
+    """Rows of nine tokens, of which some are kept."""
+
+    def case() -> tuple[Inputs, tuple, Tensor]:
+        context = stream(*rows)
+        index, valid = (
+            torch.tensor([[1, 3, 6, 8], [0, 4, 1, 2]]),
+            torch.tensor([[True] * 4, [True, True, False, False]]),
+        )
+        kept = context.select(index, valid)
+        return {name: random(2, 4, 2, 4) for name in ("query", "key", "value")}, (kept,), valid[:, :, None, None]
+
+    return case
 
 
 def masked_attention() -> tuple[Inputs, tuple, Tensor]:
@@ -79,7 +84,15 @@ CASES: dict[tuple[str, str], dict[str, Callable]] = {
         "as many key heads": packed_attention("tti|titi", heads=3, kv_heads=3, head_dim=5),
         "one key head": packed_attention("tti|titi", heads=4, kv_heads=1, head_dim=2),
         "long odd length": packed_attention("t" * 70 + "|" + "i" * 61 + "....", heads=2, kv_heads=1, head_dim=16),
-        "a sub-sequence that a router kept": selected_attention,
+        "a sub-sequence that a router kept": selected_attention("ttiit|itti", "tti|tit..."),
+        "items": packed_attention("t[ii]t|[iii]|tt", "[ti]|t[ii][i]ti", "t[iii]....", "..t[ii]|[t]."),
+        "items in single documents": packed_attention("t[iii]t[ii]", "[iiiiiii]", "ttitit.", "[ii][iiii]."),
+        "items and documents without": packed_attention("tti|t[i]i|it", "ttt|t[ii]|ti", "t|t[ii][iii]t"),
+        "items, one key head": packed_attention("t[ii]|t[iii]", heads=4, kv_heads=1, head_dim=2),
+        "long items": packed_attention(
+            "t" * 50 + "[" + "i" * 37 + "]|ttt|[" + "i" * 61 + "]t...", heads=2, head_dim=16
+        ),
+        "items that a router kept a part of": selected_attention("t[tii]t|[itti]", "[ttit]|tit..."),
     },
     ("attention", "masked_attention"): {"decoding": masked_attention},
     ("experts", "grouped_swiglu"): {
@@ -131,6 +144,8 @@ WIDE: dict[str, Callable] = CASES["attention", "packed_attention"] | {  # heads 
         ("several blocks of odd length", tuple(random_rows(3, 389)), 4, 1, 64),
         ("documents longer than a block", ("t" * 200 + "|" + "i" * 130, "i" * 129 + "|" + "t" * 77), 2, 2, 128),
         ("a width that is no power of two", ("tti|t|itt", "t" * 9), 2, 1, 24),
+        ("items longer than a block", ("t" * 99 + "[" + "i" * 150 + "]|t[ii]", "[" + "i" * 140 + "]tt|[i]t"), 4, 2, 64),
+        ("one document and an item", ("t" * 60 + "[" + "i" * 77 + "]", "[" + "i" * 137 + "]"), 2, 2, 32),
     )
 }
 
@@ -165,8 +180,14 @@ def uneven() -> TokenContext:
     return stream("t" * 70 + "|" + "i" * 61 + "....", "..tt|iii" + "t" * 120, "." * 9)
 
 
-def test_what_flex_sees_is_the_mask():
-    context = uneven()
+def uneven_items() -> TokenContext:
+    """As `uneven`, with items."""
+    return stream("t" * 70 + "|[" + "i" * 60 + "]i....", "..[tt]|iii[" + "t" * 60 + "][" + "t" * 60 + "]", "." * 9)
+
+
+@pytest.mark.parametrize("make", [uneven, uneven_items])
+def test_what_flex_sees_is_the_mask(make):
+    context = make()
     rows, columns = context.shape
     row, query, key = torch.meshgrid(torch.arange(rows), torch.arange(columns), torch.arange(columns), indexing="ij")
     seen = flex.sees(context)(row, torch.zeros_like(row), query, key)
@@ -174,11 +195,12 @@ def test_what_flex_sees_is_the_mask():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("make", [uneven, uneven_items, lambda: stream("t[" + "i" * 130 + "]t")])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_uncompiled_is_the_reference(monkeypatch):
+def test_flex_uncompiled_is_the_reference(make, monkeypatch):
     from torch.nn.attention.flex_attention import flex_attention
 
-    context = uneven()
+    context = make()
     query, key, value = (random(*context.shape, heads, 16) for heads in (4, 2, 2))
     monkeypatch.setattr(flex, "takes", lambda query: True)
     monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
@@ -245,12 +267,18 @@ def test_every_backend_has_the_functions_of_its_operation():
             assert callable(getattr(module, function)), (backend, function)
 
 
-def test_reference_attention_is_a_loop_over_documents_and_tokens():
-    inputs, (context,), _ = packed_attention("tti|tt..", "..t|titi")()
+@pytest.mark.parametrize("rows", [("tti|tt..", "..t|titi"), ("t[ii]|[ii]..", "..[t]|[i][iti]")])
+def test_reference_attention_is_a_loop_over_documents_and_tokens(rows):
+    inputs, (context,), _ = packed_attention(*rows)()
+    item = torch.full_like(context.document, -1) if context.item is None else context.item
     query, key, value = (x.numpy() for x in inputs.values())
     out = reference.packed_attention(*inputs.values(), context).numpy()
     for b, t in np.argwhere(context.valid.numpy()):
-        seen = [s for s in range(t + 1) if context.document[b, s] == context.document[b, t]]
+        seen = [
+            s
+            for s in range(context.shape[1])
+            if context.document[b, s] == context.document[b, t] and (s <= t or item[b, s] == item[b, t] >= 0)
+        ]
         for h in range(4):
             scores = np.array([query[b, t, h] @ key[b, s, h // 2] for s in seen]) / np.sqrt(6)
             weights = np.exp(scores) / np.exp(scores).sum()

@@ -19,7 +19,6 @@ from tests.zoo.helpers import (
     untied,
 )
 from zoo import Trace
-from zoo.routing_statistics import loads
 
 MAMBA = {"type": "mamba", "d_state": 3, "d_conv": 3, "dt_rank": 3}
 MAMBA2 = {"type": "mamba2", "d_state": 5, "d_conv": 3, "head_dim": 1, "groups": 2}
@@ -89,7 +88,7 @@ def test_every_mixer_decodes(mixer, feedforward, depth, chunks):
     decoded = decode(model, tokens, context, CHUNKS[chunks], model.init_state(*context.shape))
     torch.testing.assert_close(decoded, full, rtol=0, atol=1e-10)
     assert full[context.valid].any(-1).all() and not decoded[~context.valid].any()
-    assert depth != "mod" or 0 < loads(trace.statistics)["layers.1"] < 1
+    assert depth != "mod" or 0 < trace.statistics.shares()["layers.1"] < 1
 
 
 @torch.no_grad()
@@ -113,3 +112,54 @@ def test_clone_is_independent_and_reorder_moves_rows():
     rest((tokens + 1) % full.shape[-1], context, other)  # another continuation, while the original is under way
     last = model(tokens[:, 7:], columns(context, 7, 9), states)
     torch.testing.assert_close(last, full[:, 7:], rtol=0, atol=1e-10)
+
+
+ITEMS = {
+    "one document": (["t[iii]t[ii]tt"], [1, 3, 1, 2, 2]),
+    "left padding": (["t[iii]t[ii]tt", "..[ii]t[ii]t[i]"], [4, 1, 2, 2]),
+    "packed": (["t|[ii]|t[ii]tt[i]", "..[ti]|[ii]|.[i]"], [1, 3, 4, 1]),
+}
+"""Rows with items, and chunks that hold each item whole."""
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("rows", ITEMS)
+@pytest.mark.parametrize("layers", LAYERS)
+@torch.no_grad()
+def test_decoding_items_is_the_full_forward(layers, rows, at_once):
+    model = build_model(*LAYERS[layers]).eval()
+    drawn, chunks = ITEMS[rows]
+    context = stream(*drawn, routing="causal")
+    tokens = ids(context)
+    full, plain = model(tokens, context), model(tokens, stream(*drawn, routing="causal").replace(item=None))
+    assert (full - plain).abs().max() > 1e-3  # items matter
+    chunks = [context.shape[1]] if at_once else chunks
+    decoded = decode(model, tokens, context, chunks, model.init_state(*context.shape))
+    torch.testing.assert_close(decoded, full, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_what_was_fed_before_does_not_see_the_rest_of_its_item():
+    model = build_model(layer(feedforward=DENSE)).eval()
+    whole, parts = stream("t[iiii]", routing="causal"), stream("t[ii][ii]", routing="causal")
+    tokens = ids(whole)
+    decoded = decode(model, tokens, whole, [3, 2], model.init_state(1, 5))
+    torch.testing.assert_close(decoded, model(tokens, parts), rtol=0, atol=1e-10)
+    assert (decoded - model(tokens, whole)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@torch.no_grad()
+def test_an_item_is_computed_several_times_after_the_same_prefix(layers):
+    """As diffusion sampling does: each time from a clone of the prefix's states, and the last time is kept."""
+    model = build_model(*LAYERS[layers]).eval()
+    context = stream("tt[iii]tt", "..[iii]t.", routing="causal")
+    last = ids(context)
+    states = model.init_state(*context.shape)
+    parts = [model(last[:, :2], columns(context, 0, 2), states)]
+    item = columns(context, 2, 5)
+    for seed in (7, 8):
+        model(ids(item, seed), item, [state.clone() for state in states])
+    parts.append(model(last[:, 2:5], item, states))
+    parts.append(model(last[:, 5:], columns(context, 5, 7), states))
+    torch.testing.assert_close(torch.cat(parts, 1), model(last, context), rtol=0, atol=1e-10)

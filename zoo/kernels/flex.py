@@ -34,7 +34,7 @@ def missing() -> str | None:
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenContext) -> Tensor:
     """As `reference.packed_attention`. Rows of a single document, heads narrower than 16 and fp64 go by `sdpa`."""
-    if context.single_document or not takes(query):
+    if (context.single_document and context.item is None) or not takes(query):
         return sdpa.packed_attention(query, key, value, context)
     out = compiled()(
         query.transpose(1, 2),
@@ -75,9 +75,16 @@ def block_mask(context: TokenContext) -> object:
 
 def sees(context: TokenContext) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """`context.mask` as a function of (row, head, query, key), each an integer tensor."""
-    document = context.document
+    document, item = context.document, context.item
 
-    def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (document[row, query] == document[row, key]) & (query >= key)
 
-    return mask
+    if item is None:
+        return causal
+
+    def with_items(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = (item[row, query] == item[row, key]) & (item[row, query] >= 0)
+        return causal(row, head, query, key) | inside
+
+    return with_items

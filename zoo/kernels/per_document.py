@@ -18,7 +18,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenCo
 
     Where the host does not know the documents' bounds (a sub-sequence selected by a router) the mask is used.
     """
-    if context.single_document or context.segments is None:
+    if context.single_document or context.segments is None or context.item is not None:
         return sdpa.packed_attention(query, key, value, context)
     rows, columns = query.shape[:2]
     groups = query.shape[2] // key.shape[2]

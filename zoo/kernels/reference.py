@@ -13,12 +13,14 @@ from zoo.kernels.layout import Layout, causal_window
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenContext) -> Tensor:
-    """Causal attention inside each document of a packed row.
+    """Attention inside each document of a packed row: causal, and in both directions inside an item.
+
+    Query t sees key s of its document if s ≤ t or both belong to the same item (`TokenContext.mask`).
 
     Args:
         query: (B, T, H, K).
         key, value: (B, T, Hkv, K); H is a multiple of Hkv (grouped-query attention, head h uses h // (H / Hkv)).
-        context: documents of the tokens.
+        context: documents and items of the tokens.
     Returns:
         (B, T, H, K); what stands at padding is unspecified (finite).
     """

@@ -9,8 +9,9 @@ from zoo.context import TokenContext
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenContext) -> Tensor:
-    """As `reference.packed_attention`. Rows of a single document need no mask and take the causal fast path."""
-    mask = None if context.single_document else context.mask
+    """As `reference.packed_attention`. Rows of a single document without items need no mask and take the
+    causal fast path."""
+    mask = None if context.single_document and context.item is None else context.mask
     return _attention(query, key, value, mask)
 
 

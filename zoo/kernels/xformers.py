@@ -35,10 +35,10 @@ def missing() -> str | None:
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenContext) -> Tensor:
     """As `reference.packed_attention`.
 
-    Rows of a single document, sub-sequences whose documents the host does not know (a router selected them), fp64, and head
-    widths that are no multiple of 8 go by `sdpa`.
+    Rows of a single document, sub-sequences whose documents the host does not know (a router selected them), contexts with
+    items (the package's blocks are causal), fp64, and head widths that are no multiple of 8 go by `sdpa`.
     """
-    if context.single_document or context.segments is None or not takes(query):
+    if context.single_document or context.segments is None or context.item is not None or not takes(query):
         return sdpa.packed_attention(query, key, value, context)
     from xformers.ops import memory_efficient_attention
 

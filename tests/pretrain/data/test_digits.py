@@ -11,7 +11,7 @@ from PIL import Image
 from pretrain.data import DataConfig, open_data
 from tools import make_digits, train_tokenizer
 from tools.make_digits import NAMES, from_grey, load_digits_split, shift, to_grey
-from zoo.tokenizers import BPEConfig, PatchesConfig
+from zoo.modalities import BPEConfig, PatchesConfig
 
 
 def read(shard) -> list[dict]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from zoo.config import ConfigError, UserError
-from zoo.tokenizers import BPEConfig, BytesConfig, PatchesConfig, PatchTokenizer, Vocabulary
+from zoo.modalities import BPEConfig, BytesConfig, PatchesConfig, PatchTokenizer, Vocabulary
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog",
@@ -85,7 +85,7 @@ def test_bpe_shortens_frequent_text_and_keeps_its_size():
 
 def test_bpe_is_a_function_of_its_texts_in_every_process():
     command = (
-        "from zoo.tokenizers import BPEConfig; import random; r = random.Random(0);"
+        "from zoo.modalities import BPEConfig; import random; r = random.Random(0);"
         "print(BPEConfig(vocab_size=400).fit([''.join(r.choices('abcdef ', k=99)) for _ in range(99)]).fingerprint)"
     )
     other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)

@@ -1,8 +1,8 @@
 """Tokenizers of each modality, and the vocabulary that puts them into one id space."""
 
-from zoo.tokenizers.image import ImageTokenizer, PatchesConfig, PatchTokenizer
-from zoo.tokenizers.text import BPEConfig, BPETokenizer, BytesConfig, BytesTokenizer, TextTokenizer
-from zoo.tokenizers.vocabulary import Vocabulary
+from zoo.modalities.patches import ImageTokenizer, PatchesConfig, PatchTokenizer
+from zoo.modalities.text import BPEConfig, BPETokenizer, BytesConfig, BytesTokenizer, TextTokenizer
+from zoo.modalities.vocabulary import Vocabulary
 
 __all__ = [
     "BPEConfig",
