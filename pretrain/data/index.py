@@ -184,4 +184,4 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
     with committed(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
