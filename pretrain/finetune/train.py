@@ -20,7 +20,8 @@ from torch import Tensor
 import zoo.adapt as za
 from pretrain import metrics, run_folder
 from pretrain import recipe as recipes
-from pretrain.engine import Engine, check_values, choose_device, prepare_environment, rank_and_world
+from pretrain.deepspeed_config import check_values
+from pretrain.engine import Engine
 from pretrain.finetune import answers
 from pretrain.finetune import recipe as finetune_recipe
 from pretrain.finetune.prompts import IGNORED
@@ -28,6 +29,7 @@ from pretrain.finetune.questions import Question
 from pretrain.finetune.recipe import AdaptRecipe
 from pretrain.finetune.samples import Batcher, Batches, QuestionBatch, Samples, fingerprint, open_questions
 from pretrain.loop import Loop, command
+from pretrain.process_group import choose_device, prepare_environment, rank_and_world
 from zoo.adapt.family import parts
 from zoo.config import ConfigError, UserError
 from zoo.flops import TRAINING_FACTOR
@@ -113,7 +115,7 @@ class Run(Loop):
             seed=recipe.seed,
             device=device,
         )
-        frozen = engine.broadcast_object(frozen)
+        frozen = engine.ranks.broadcast(frozen)
         start = {"truncated": 0, "base": frozen}
         super().__init__(recipe, engine, config, fingerprint(training), start)
         if self.state["base"] != frozen:
@@ -127,8 +129,8 @@ class Run(Loop):
             batchers[0],
             recipe.train.global_batch,
             recipe.train.micro_batch,
-            engine.rank,
-            engine.world,
+            engine.ranks.rank,
+            engine.ranks.world,
             recipe.data.workers,
         )
         self.stream: Iterator[list[QuestionBatch]] = plan.since(self.state["step"])
@@ -223,7 +225,9 @@ class Run(Loop):
             self.held_out,
             recipe.evaluate.batch or recipe.train.micro_batch,
             recipe.evaluate.generate,
-            answers.Ranks(engine.rank, engine.world, engine.all_reduce_sum, engine.stage == 3 and engine.world > 1),
+            answers.Ranks(
+                engine.ranks.rank, engine.ranks.world, engine.ranks.sum, engine.stage == 3 and engine.ranks.world > 1
+            ),
             engine.device,
             engine.dtype,
         )

@@ -55,10 +55,10 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
     """
     import torch
 
-    from pretrain.engine import choose_device
     from pretrain.finetune import model as models
     from pretrain.finetune.questions import Question, read_questions
     from pretrain.finetune.recipe import AdaptRecipe
+    from pretrain.process_group import choose_device
     from tools.adapt_sweep.judge import judge
     from tools.adapt_sweep.metrics import METRICS
     from tools.adapt_sweep.prompts import Prompts, exchanged, one_an_image

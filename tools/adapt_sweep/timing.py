@@ -13,11 +13,11 @@ import torch
 import tqdm
 
 import zoo.adapt as za
-from pretrain.engine import choose_device
 from pretrain.finetune import model as models
 from pretrain.finetune.questions import read_questions
 from pretrain.finetune.recipe import AdaptRecipe
 from pretrain.finetune.samples import moved
+from pretrain.process_group import choose_device
 from tools.adapt_sweep.plan import Point
 from tools.adapt_sweep.prompts import Prompts
 from tools.adapt_sweep.settings import SweepConfig
