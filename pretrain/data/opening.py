@@ -99,12 +99,14 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         ready = load_modalities(modalities, listings[: len(train)], cache, log)
         name = fingerprint(ready)
         _index(listings, cache, name, ready, words, log)
-    tokens = [shard_tokens(listing, cache, name) for listing in listings]
+    tokens = [shard_tokens(listing, cache, name, ready) for listing in listings]
     skipped = [broken for shard in tokens for broken in shard.skipped]
     _check_broken(skipped, config, log)
     splits = {"train": tokens[: len(train)], "validation": tokens[len(train) :]}
     streams = {
-        split: TokenStream(_documents(split, shards, words), config.sequence_length, seed if split == "train" else None)
+        split: TokenStream(
+            _documents(split, shards, modalities), config.sequence_length, seed if split == "train" else None
+        )
         for split, shards in splits.items()
         if shards
     }
@@ -134,7 +136,7 @@ def _index(
     log: Callable[[str], None],
 ) -> None:
     """Tokenise the shards that have not been."""
-    todo = [listing for listing in listings if shard_tokens(listing, cache, name) is None]
+    todo = [listing for listing in listings if shard_tokens(listing, cache, name, modalities) is None]
     if not todo:
         return
     count = sum(map(len, todo))
@@ -144,8 +146,8 @@ def _index(
             tokenize_shard(listing, cache, name, modalities, words, bar.update)
 
 
-def _documents(split: str, shards: list, words: Vocabulary) -> Documents:
-    documents = Documents.join(shards, words)
+def _documents(split: str, shards: list, modalities: Modalities) -> Documents:
+    documents = Documents.join(shards, vocabulary(modalities), modalities)
     if not len(documents):
         raise DataError(f"data.{split}: none of the documents can be used; see the reasons of the skipped ones")
     return documents
