@@ -18,6 +18,7 @@ import zoo
 from pretrain import metrics, run_folder
 from pretrain import recipe as recipes
 from pretrain.data import Batch, Data, micro_batches, open_data
+from pretrain.describe import blueprint
 from pretrain.engine import (
     Engine,
     check_values,
@@ -76,12 +77,6 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         del lock
 
     return command(load, work)
-
-
-def blueprint(recipe: Recipe) -> zoo.Model:
-    """The model without weights: says what it costs and what it is made of; an engine's own may be partitioned."""
-    with torch.device("meta"):
-        return zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
 
 
 def check_routers(recipe: Recipe) -> None:
