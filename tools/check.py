@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from pretrain import recipe as recipes
+from pretrain.deepspeed_config import check_values
 from pretrain.describe import blueprint
-from pretrain.engine import check_values, choose_device
+from pretrain.process_group import choose_device
 from tools.describe.tree import count
 from zoo.config import UserError
 
