@@ -13,6 +13,7 @@ from zoo.auxiliary import AuxiliaryRouter
 from zoo.context import CAUSAL, TOPK, Trace
 from zoo.model import Model
 from zoo.routing.statistics import RoutingStatistics
+from zoo.slots import Objective
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -31,7 +32,7 @@ def routings(model: nn.Module) -> tuple[str, ...]:
 def evaluate(
     forward: nn.Module,
     model: Model,
-    objective: nn.Module,
+    objective: Objective,
     stream: TokenStream,
     rows: int,
     micro_batch: int,
@@ -55,25 +56,26 @@ def evaluate(
     rows = min(rows, stream.rows_per_epoch)
     chunk = micro_batch * world
     padded = -(-rows // chunk) * chunk
-    batches = [b.to(device) for b in micro_batches(stream, 0, padded, micro_batch, rank, world, 0, 0, end=rows)]
+    batches = micro_batches(stream, 0, padded, micro_batch, rank, world, 0, 0, end=rows)
+    terms = [objective.counts(batch) for batch in batches]
+    batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
     for routing in routings(model):
         sums: dict[str, torch.Tensor] = collections.defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         statistics = RoutingStatistics()
-        for batch in batches:
+        for batch, counts in zip(batches, terms, strict=True):
             trace = Trace()
-            context = batch.context.replace(routing=routing, trace=trace)
-            for name, (total, count) in objective(forward, type(batch)(batch.tokens, context)).items():
+            for name, total in objective(forward, batch.under(routing=routing, trace=trace)).items():
                 sums[f"sum|{name}"] = sums[f"sum|{name}"] + total.double().cpu()
-                sums[f"count|{name}"] = sums[f"count|{name}"] + float(count)
-            for m, total in enumerate(context.totals):
+                sums[f"count|{name}"] = sums[f"count|{name}"] + float(counts[name])
+            for m, total in enumerate(batch.context.totals):
                 sums[f"tokens|{m}"] = sums[f"tokens|{m}"] + total
             statistics += trace.statistics
         names, counted = sorted(sums), statistics.flat(device)  # the same names on every rank, whatever its tokens are
         reduced = all_reduce_sum(torch.cat((torch.stack([sums[name] for name in names]).to(device), counted)))
         totals = dict(zip(names, reduced[: len(names)].tolist(), strict=True))
         statistics = statistics.with_counts(reduced[len(names) :])
-        result |= _losses(totals, routing, objective, model.modalities)
+        result |= _losses(totals, routing, objective)
         if routing == TOPK:
             result |= {f"eval/auxiliary/{key}": value for key, value in statistics.all_hits().rates().items()}
             for name, hits in statistics.hits.items():
@@ -91,20 +93,11 @@ def validation_loss(values: dict[str, float]) -> float:
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
 
 
-def _losses(
-    totals: dict[str, float], routing: str, objective: nn.Module, modalities: tuple[str, ...]
-) -> dict[str, float]:
-    counts = {name: totals[f"count|{name}"] for name in modalities}
-    sums = {
-        name.removeprefix("sum|"): torch.tensor(value, dtype=torch.float64)
-        for name, value in totals.items()
-        if name.startswith("sum|")
-    }
-    result = {f"eval/{routing}/loss": float(objective.combine(sums, counts))}
-    for name in modalities:
-        if counts[name]:
-            result[f"eval/{routing}/loss/{name}"] = totals[f"sum|{name}"] / counts[name]
-    return result
+def _losses(totals: dict[str, float], routing: str, objective: Objective) -> dict[str, float]:
+    sums, counts = ({name: totals[f"{kind}|{name}"] for name in objective.parts} for kind in ("sum", "count"))
+    loss = objective.combine({name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}, counts)
+    parts = objective.report(sums, counts, training=False)
+    return {f"eval/{routing}/loss": float(loss)} | {f"eval/{routing}/loss/{name}": v for name, v in parts.items()}
 
 
 def _mean(values: tuple[float, ...], counts: list[float]) -> float:

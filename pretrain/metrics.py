@@ -88,16 +88,14 @@ def trace_sums(trace: Trace) -> dict[str, torch.Tensor]:
     return sums
 
 
-def step_values(totals: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+def step_values(totals: Mapping[str, float], losses: Mapping[str, float]) -> dict[str, float]:
     """What a log step says of losses and routers.
 
     Args:
-        totals: sums over the whole step and all ranks: losses by modality, `loss`, and what `trace_sums` gave.
-        counts: target tokens of each modality over the whole step.
+        totals: sums over the whole step and all ranks: `loss`, and what `trace_sums` gave.
+        losses: what the objective says of its parts.
     """
-    values = {"loss": totals["loss"]} | {f"loss/{name}": totals[name] / n for name, n in counts.items() if n}
-    if "z_loss" in totals:
-        values["loss/z"] = totals["z_loss"] / max(sum(counts.values()), 1)
+    values = {"loss": totals["loss"]} | {f"loss/{name}": value for name, value in losses.items()}
     if "auxiliary" in totals:
         values["auxiliary/loss"] = totals["auxiliary"]
         hits = {key.removeprefix("router|"): value for key, value in totals.items() if key.startswith("router|")}

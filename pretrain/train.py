@@ -17,7 +17,7 @@ import torch
 import zoo
 from pretrain import metrics, run_folder
 from pretrain import recipe as recipes
-from pretrain.data import Batch, Data, micro_batches, open_data
+from pretrain.data import Data, micro_batches, open_data
 from pretrain.deepspeed_config import check_values
 from pretrain.describe import blueprint
 from pretrain.engine import Engine
@@ -29,6 +29,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
 from pretrain.updates import Updates
 from zoo.auxiliary import AuxiliaryRouter
+from zoo.batch import Batch
 from zoo.config import UserError
 from zoo.context import Trace
 from zoo.flops import TRAINING_FACTOR
@@ -135,7 +136,11 @@ class Run(Loop):
         )
         self.updates = Updates(engine.module, engine.device, engine.ranks.sum)
         self.objective = zoo.build(
-            "objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.blueprint.modalities
+            "objective",
+            recipe.objective,
+            d_model=recipe.model.d_model,
+            modalities=self.blueprint.modalities,
+            heads=recipe.model.own_heads,
         )
         self.cost = self.blueprint.cost(recipe.data.sequence_length)
         # upcycled runs take up the data where the old run stopped
@@ -179,23 +184,22 @@ class Run(Loop):
         )
 
     def counts(self, batches: Sequence[Batch]) -> list[int]:
-        """Target tokens of each modality, then tokens of each."""
-        names = self.blueprint.modalities
-        targets = [self.objective.counts(batch.context) for batch in batches]
-        return [sum(c[name] for c in targets) for name in names] + [
-            sum(batch.context.totals[m] for batch in batches) for m in range(len(names))
+        """Terms of each part of the loss, then tokens of each modality."""
+        terms = [self.objective.counts(batch) for batch in batches]
+        tokens = [batch.context.totals for batch in batches]
+        return [sum(c[name] for c in terms) for name in self.objective.parts] + [
+            sum(n) for n in zip(*tokens, strict=True)
         ]
 
     def _split(self, totals: list[int]) -> tuple[dict[str, int], list[int]]:
-        names = self.blueprint.modalities
-        return dict(zip(names, totals[: len(names)], strict=True)), totals[len(names) :]
+        parts = self.objective.parts
+        return dict(zip(parts, totals[: len(parts)], strict=True)), totals[len(parts) :]
 
     def forward(
         self, batch: Batch, batches: int, totals: list[int], reporting: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         engine, (counts, tokens), trace = self.engine, self._split(totals), Trace()
-        batch = Batch(batch.tokens, batch.context.replace(trace=trace)).to(engine.device)
-        parts = {name: total for name, (total, _) in self.objective(engine.module, batch).items()}
+        parts = self.objective(engine.module, batch.under(trace=trace).to(engine.device))
         main = self.objective.combine(parts, counts)
         loss = main
         if trace.penalties:  # their mean over micro-batches and ranks
@@ -224,7 +228,8 @@ class Run(Loop):
     # -------------------------------------------------------------------------------------------------------- reports
 
     def report(self, sums: dict[str, float], totals: list[int]) -> dict[str, float]:
-        return metrics.step_values(sums, self._split(totals)[0])
+        counts = self._split(totals)[0]
+        return metrics.step_values(sums, self.objective.report(sums, counts, training=True))
 
     def line(self, step: int, report: dict[str, float], progress: metrics.Progress) -> str:
         routers = f"  routers {report['auxiliary/accuracy']:.1%} right" if self.frozen else ""
@@ -271,7 +276,7 @@ class Run(Loop):
             rows = -(-recipe.train.calibrate_rows // micro) * micro
             first = self.state["first_row"] + recipe.train.steps * recipe.train.global_batch
             batches = micro_batches(self.data.train, first, rows, micro, 0, 1, recipe.train.steps, recipe.seed)
-            shares = zoo.calibrate(model, [(b.tokens, b.context) for b in (b.to(engine.device) for b in batches)])
+            shares = zoo.calibrate(model, [batch.to(engine.device) for batch in batches])
             off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
             self.say(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's")
             found = {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}

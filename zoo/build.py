@@ -10,7 +10,7 @@ from torch import nn
 import zoo.kernels
 from zoo.config import Config, ConfigError
 from zoo.model import Model, ModelConfig, initialise
-from zoo.registry import SLOTS, Place, parse_block
+from zoo.registry import SLOTS, BlockConfig, Place, parse_block
 
 
 def build(
@@ -23,6 +23,8 @@ def build(
     norm: str = "pre",
     layers: int = 1,
     kernels: Mapping[str, str] | None = None,
+    vocab_size: int = 0,
+    heads: Mapping[str, BlockConfig] | None = None,
     activation_checkpointing: bool = False,
     seed: int | None = 0,
 ) -> nn.Module:
@@ -30,7 +32,8 @@ def build(
 
     Args:
         config: a mapping with `type:` (for a block), or a validated config.
-        d_model, modalities, norm, layers: where a block stands; a model's config has its own.
+        d_model, modalities, norm, layers, vocab_size: where a block stands; a model's config has its own.
+        heads: for an objective: `ModelConfig.head` of the model that it trains.
         name: dotted name of the block.
         seed: first weights are a function of (seed, parameter name); None leaves them unset.
     Raises:
@@ -53,7 +56,16 @@ def build(
         if d_model < 1 and slot != "objective":
             raise ConfigError(f"build: d_model is {d_model}; give the width of the stream, d_model=…")
         block_config = parse_block(slot, config, name or slot)
-        place = Place(d_model, tuple(modalities), name, norm=norm, layers=layers, kernels=dict(kernels or {}))
+        place = Place(
+            d_model,
+            tuple(modalities),
+            name,
+            norm=norm,
+            layers=layers,
+            kernels=dict(kernels or {}),
+            vocab_size=vocab_size,
+            heads=dict(heads or {}),
+        )
         block_config.check(place, name or slot)
         built = block_config.block(block_config, place)
     else:

@@ -16,7 +16,6 @@ from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.flops import Cost
 from zoo.layers import Linear
 from zoo.registry import BlockConfig, Place, register
-from zoo.roles import Role
 from zoo.slots import Head
 
 
@@ -64,7 +63,7 @@ class IdHead(Linear, Head):
             return F.cross_entropy(wide(prediction), target, reduction="none")
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__(place.d_model, place.vocab_size, role=Role.HEAD)
+        super().__init__(place.d_model, place.vocab_size)
 
     def cost(self) -> Cost:
         return Cost.matmul(self.weight.numel())
@@ -87,7 +86,7 @@ class VectorHead(Linear, Head):
             return (wide(prediction) - target).square().mean(-1)
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__(place.d_model, config.width, role=Role.HEAD)
+        super().__init__(place.d_model, config.width)
 
     def cost(self) -> Cost:
         return Cost.matmul(self.weight.numel())
@@ -114,7 +113,7 @@ class ChannelHead(Linear, Head):
             return losses.view(-1, self.count).mean(-1)
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__(place.d_model, config.count * config.size, role=Role.HEAD)
+        super().__init__(place.d_model, config.count * config.size)
         self.shape = (config.count, config.size)
 
     def forward(self, x: Tensor) -> Tensor:

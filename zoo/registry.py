@@ -11,7 +11,7 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, suggestion
-from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective, Part
+from zoo.slots import Depth, FeedForward, Head, Mixer, Modality, Objective, Part, Stem
 from zoo.untied import Grouping
 
 SLOTS: dict[str, type] = {
@@ -19,6 +19,8 @@ SLOTS: dict[str, type] = {
     "feedforward": FeedForward,
     "depth": Depth,
     "router": Part,
+    "stem": Stem,
+    "head": Head,
     "objective": Objective,
     "modality": Modality,
 }
@@ -57,6 +59,12 @@ class Place:
     """Number of the layer the block belongs to, from 0."""
     norm_grouping: Grouping | None = None
     """Which modalities share the gains of the surrounding block's norms; None: all do."""
+    vocab_size: int = 0
+    """Ids of the vocabulary; stems and heads of ids need it."""
+    heads: Mapping[str, BlockConfig] = dataclasses.field(default_factory=dict)
+    """Head of each modality whose positions carry no ids; objectives need them."""
+    bidirectional: tuple[str, ...] = ()
+    """Modalities whose positions see all of their item; objectives need them."""
 
     def check_modality(self, name: str, key: str) -> None:
         """Raise `ConfigError` at the dotted `key` where `name` is none of the model's modalities."""
@@ -147,6 +155,8 @@ MixerSlot = _field("mixer")
 FeedForwardSlot = _field("feedforward")
 DepthSlot = _field("depth")
 RouterSlot = _field("router")
+StemSlot = _field("stem")
+HeadSlot = _field("head")
 ObjectiveSlot = _field("objective")
 ModalitySlot = _field("modality")
 

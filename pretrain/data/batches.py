@@ -57,7 +57,7 @@ def _batch(stream: TokenStream, numbers: np.ndarray, step: int, seed: int, end: 
         modality,
         document=document,
         position=position,
-        item=item,
+        item=item if int(item.max()) >= 0 else None,
         modalities=stream.documents.vocabulary.modalities,
         step=step,
         key=torch.from_numpy(token_keys(seed, numbers, stream.sequence_length)),

@@ -10,6 +10,7 @@ channels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,15 +40,15 @@ class Items:
     content: Sequence[np.ndarray] = ()
     """What the positions carry, one row each, an array a shard; none where they carry ids."""
 
-    def __post_init__(self) -> None:
-        before = np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])
-        object.__setattr__(self, "_before", before)
-        object.__setattr__(self, "_shards", np.concatenate([[0], np.cumsum([len(c) for c in self.content])]))
+    @functools.cached_property
+    def before(self) -> np.ndarray:
+        """(i + 1,) positions of the items before each."""
+        return np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])
 
-    _before: np.ndarray = dataclasses.field(init=False, repr=False)
-    """(i + 1,) positions of the items before each."""
-    _shards: np.ndarray = dataclasses.field(init=False, repr=False)
-    """(shards + 1,) positions in the shards before each."""
+    @functools.cached_property
+    def shard_starts(self) -> np.ndarray:
+        """(shards + 1,) positions in the shards before each."""
+        return np.concatenate([[0], np.cumsum([len(content) for content in self.content])])
 
     def inside(self, start: int, stop: int) -> np.ndarray:
         """(k, 2) spans of the items in [start, stop) of the whole, which cuts none."""
@@ -55,8 +56,8 @@ class Items:
 
     def carried(self, start: int, stop: int) -> np.ndarray:
         """(n, …) what the n positions of the items in [start, stop) carry; the stretch lies inside one document."""
-        first, last = self._before[np.searchsorted(self.spans[:, 0], [start, stop])].tolist()
-        shard = int(np.searchsorted(self._shards, first, side="right")) - 1
+        first, last = self.before[np.searchsorted(self.spans[:, 0], [start, stop])].tolist()
+        shard = int(np.searchsorted(self.shard_starts, first, side="right")) - 1
         shard = min(shard, len(self.content) - 1)
-        offset = int(self._shards[shard])
+        offset = int(self.shard_starts[shard])
         return self.content[shard][first - offset : last - offset]

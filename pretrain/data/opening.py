@@ -19,6 +19,7 @@ from pretrain.data.fitting import fingerprint, load_modalities
 from pretrain.data.index import Listing, Skipped, list_shard, shard_tokens, tokenize_shard
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
+from zoo.carries import Ids
 from zoo.modalities import Modalities, Modality, Vocabulary, vocabulary
 
 NAMED = 5
@@ -44,7 +45,7 @@ class Data:
         guess.
 
         A target token is one with a predecessor in the same piece of a document; a modality without any is
-        left out.
+        left out, and so is one whose positions carry no ids.
 
         Args:
             split: "train" or "validation".
@@ -60,7 +61,7 @@ class Data:
         entropy = {}
         for number, name in enumerate(self.vocabulary.modalities):
             seen = counts[(modality == number) & (counts > 0)]
-            if seen.size:
+            if seen.size and isinstance(self.modalities[name].config.carries, Ids):
                 share = seen / seen.sum()
                 entropy[name] = float(-(share * np.log(share)).sum())
         return entropy
