@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as limits
-import pydantic
 from pydantic.fields import FieldInfo
 
 from pretrain.adapt_recipe import AdaptRecipe

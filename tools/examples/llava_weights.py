@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.config import Config
 
@@ -74,7 +74,7 @@ def sines(side: int, width: int, fastest: float = 2.0, span: float = 20.0) -> Te
     return torch.cat([rows, columns], -1).reshape(side * side, width)
 
 
-def _near_patches(attention: nn.Module, config: TowerConfig) -> None:
+def _near_patches(attention: Any, config: TowerConfig) -> None:
     """Queries and keys of each head read the same share of the position code, besides a little at random."""
     quarter, size = config.d_model // 4, config.d_model // config.heads
     code = torch.zeros(config.d_model, config.d_model)

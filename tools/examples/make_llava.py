@@ -178,7 +178,7 @@ def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     ids = {role: index for index, role in enumerate(SPECIAL)}
-    ends = {f"{role}_id": ids[role] for role in ("pad_token", "bos_token", "eos_token")}
+    ends: dict[str, Any] = {f"{role}_id": ids[role] for role in ("pad_token", "bos_token", "eos_token")}
     vision, decoder = config.vision, config.decoder
     llava = LlavaConfig(
         vision_config=CLIPVisionConfig(
