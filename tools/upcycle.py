@@ -23,7 +23,7 @@ from pretrain import recipe as recipes
 from pretrain import run_folder
 from pretrain.data import open_data
 from pretrain.evaluate import evaluate
-from tools.describe import count
+from tools.describe.tree import count
 from zoo.config import UserError
 from zoo.upcycle import upcycle
 
