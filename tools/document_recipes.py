@@ -19,8 +19,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types as limits
 from pydantic.fields import FieldInfo
 
-from pretrain.adapt_recipe import AdaptRecipe
+from pretrain.finetune.recipe import AdaptRecipe
 from pretrain.recipe import Recipe
+from tools.adapt_sweep.settings import SweepConfig
+from tools.examples.make_llava import LlavaFolderConfig
 from zoo import registry
 from zoo.config import Config
 
@@ -29,8 +31,10 @@ MARKER = "<!-- Written by `python -m tools.document_recipes`: edit the docstring
 ROOTS: Sequence[tuple[str, type[Config]]] = (
     ("Keys of a pretraining", Recipe),
     ("Keys of a fine-tuning", AdaptRecipe),
+    ("Keys of a sweep of adaptations", SweepConfig),
+    ("Keys of a small LLaVA", LlavaFolderConfig),
 )
-"""Heading and config of each kind of recipe; the blocks stand after the first."""
+"""Heading and config of each kind of file; the blocks stand after the first."""
 PLAIN = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`", Any: "anything"}
 SIGNS = {limits.Gt: ">", limits.Ge: "≥", limits.Lt: "<", limits.Le: "≤"}
 
@@ -41,9 +45,10 @@ def meanings(config: type[Config]) -> dict[str, str]:
     for cls in reversed(config.__mro__):
         if issubclass(cls, Config) and cls is not Config:
             body = _class_of(cls).body
-            for field, text in zip(body, body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and _is_text(text):
-                    found[field.target.id] = " ".join(text.value.value.split())
+            for field, after in zip(body, body[1:], strict=False):
+                text = _text(after)
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and text:
+                    found[field.target.id] = " ".join(text.split())
     return found
 
 
@@ -72,14 +77,16 @@ def _class_of(cls: type) -> ast.ClassDef:
     return node
 
 
-def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def _text(node: ast.stmt) -> str | None:
+    """The text of a statement that is nothing but a text, as docstrings are."""
+    value = node.value if isinstance(node, ast.Expr) else None
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
 
 
 def _blocks(seen: dict[type[Config], str]) -> Iterator[str]:
     for slot in registry.SLOTS:
         for name in registry.known(slot):
-            config = registry.resolve_type(slot, name)
+            config = registry.config_of(slot, name)
             text = vars(config).get("__doc__") or vars(config.block).get("__doc__")
             yield from _section(config, f"{slot}: {name}", f"{name}.", seen, text)
 
@@ -115,7 +122,7 @@ def _row(name: str, field: FieldInfo, meaning: str, seen: dict[type[Config], str
     value = _spelled(field.annotation, seen)
     slot = _slot(field.metadata)
     if slot:
-        value = f"a {slot} block"
+        value = _block(slot)
     bounds = [f"{SIGNS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in field.metadata if type(m) in SIGNS]
     cells = (f"`{name}`", ", ".join([value, *bounds]), _default(field), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -144,12 +151,16 @@ def _slot(metadata: Sequence[Any]) -> str | None:
     return None
 
 
+def _block(slot: str) -> str:
+    return f"{'an' if slot[0] in 'aeio' else 'a'} {slot} block"
+
+
 def _spelled(annotation: Any, seen: dict[type[Config], str]) -> str:
     """A type in the words of YAML."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         slot = _slot(inner[1:])
-        return f"a {slot} block" if slot else _spelled(inner[0], seen)
+        return _block(slot) if slot else _spelled(inner[0], seen)
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in inner)
     if origin in (Union, types.UnionType):
@@ -158,11 +169,13 @@ def _spelled(annotation: Any, seen: dict[type[Config], str]) -> str:
             return " or ".join(["number", "fraction such as `1/4`", *(_spelled(part, seen) for part in inner[1:])])
         return " or ".join(dict.fromkeys(_spelled(part, seen) for part in inner))
     if origin is list:
-        return f"list of {_spelled(inner[0], seen)}"
+        each = _spelled(inner[0], seen)
+        return "list, keys below" if each == "keys below" else f"list of {each}"
     if origin is tuple:
         return f"[{', '.join(_spelled(part, seen) for part in inner)}]"
     if origin is dict:
-        return f"mapping to {_spelled(inner[1], seen)}"
+        each = _spelled(inner[1], seen)
+        return "mapping" if each == "anything" else f"mapping of names to {each}"
     if isinstance(annotation, type) and issubclass(annotation, Config):
         where = seen.get(annotation)
         return f"as `{where}`" if where else "keys below"

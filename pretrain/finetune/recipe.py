@@ -19,10 +19,11 @@ class LoraConfig(Config):
     `modules_to_save`."""
 
     r: int = Field(gt=0)
-    """Rank."""
+    """Rank of the update of each linear map."""
     alpha: float = Field(gt=0)
     """The update is scaled by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """On the input of the adapters."""
     targets: list[str] | None = Field(None, min_length=1)
     """Names of the linear maps in a decoder layer, such as [q_proj, v_proj]; null: all of them."""
     modules_to_save: list[str] = Field(default_factory=list)
