@@ -105,7 +105,10 @@ def _section(
         yield inspect.cleandoc(text)
     seen[config] = heading
     meaning = meanings(config)
-    rows = [_row(name, field, meaning.get(name, ""), seen) for name, field in config.model_fields.items()]
+    rows = [
+        _row(name, field, meaning.get(name) or _first_sentence(field), seen)
+        for name, field in config.model_fields.items()
+    ]
     if rows:
         yield "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows])
     for name, field in config.model_fields.items():
@@ -132,14 +135,25 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, registry.BlockConfig):
-        return f"`{{type: {value.type_name}}}`"
-    if isinstance(value, Config):
+    if isinstance(value, Config) and not isinstance(value, registry.BlockConfig):
         return "its defaults"
-    plain = {None: "null", True: "true", False: "false"}
-    if isinstance(value, bool | None):
-        return f"`{plain[value]}`"
-    return f"`{list(value) if isinstance(value, tuple) else value}`"
+    return f"`{_yaml(value)}`"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, registry.BlockConfig):
+        return f"{{type: {value.type_name}}}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_yaml(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def _first_sentence(field: FieldInfo) -> str:
+    """What the docstring of the one config that stands in a field begins with; empty for other fields."""
+    inner = list(_configs(field.annotation))
+    return inspect.cleandoc(inner[0].__doc__ or "").split("\n\n")[0].replace("\n", " ") if len(inner) == 1 else ""
 
 
 def _slot(metadata: Sequence[Any]) -> str | None:

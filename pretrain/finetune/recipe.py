@@ -15,7 +15,7 @@ from zoo.config import Config
 
 
 class LoraConfig(Config):
-    """`lora:`, the adapters of PEFT (arXiv 2106.09685) on linear maps of the decoder; all else is frozen, but the routers and
+    """Adapters of PEFT (arXiv 2106.09685) on linear maps of the decoder; all else is frozen, but the routers and
     `modules_to_save`."""
 
     r: int = Field(gt=0)
@@ -32,7 +32,7 @@ class LoraConfig(Config):
 
 
 class QuestionsConfig(Config):
-    """`data:`, questions about images; see `pretrain.finetune.questions`."""
+    """Questions about images; see `pretrain.finetune.questions`."""
 
     path: str
     """Folder with train.jsonl, validation.jsonl, test.jsonl and the images."""
@@ -44,9 +44,10 @@ class QuestionsConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """`evaluate:`, see `pretrain.finetune.answers`."""
+    """How a model is judged: by its loss, and by the answers that it generates; see `pretrain.finetune.answers`."""
 
     split: str = "validation"
+    """The questions it is judged on."""
     samples: int | None = Field(256, gt=0)
     """From the beginning of the split; null: all."""
     batch: int | None = Field(None, gt=0)
@@ -56,7 +57,7 @@ class EvaluateConfig(Config):
 
 
 class AdaptRecipe(RunRecipe):
-    """A whole recipe; the sections stand for themselves."""
+    """The recipe of a fine-tuning. Keys at its top:"""
 
     base: str
     """Folder (or name on the hub) of a multimodal model of Transformers with its processor. One that was adapted before
