@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.roles import ParameterOwner
 from zoo.states import State
 
 if TYPE_CHECKING:
     from zoo.objectives.autoregressive import Batch
 
 
-class Part(nn.Module):
+class Part(ParameterOwner):
     """Base of whatever can be registered for a slot."""
 
     counter_noise: ClassVar[bool] = False
