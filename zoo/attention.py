@@ -97,12 +97,12 @@ class Attention(Mixer, counter_noise=True):
         else:
             key, value, mask = state.append(key, value, context)
             mixed = kernel.masked_attention(query, key, value, mask)
-        mixed = self.grouping.split(mixed, context).flatten(1)
+        mixed = self.grouping.split(mixed.flatten(2), context)
         return self.grouping.merge(self.o_proj(mixed, sizes), context)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
-        """(n, H·K) → (n, H, K)."""
-        return x.view(-1, heads, self.head_dim)
+        """(…, H·K) → (…, H, K)."""
+        return x.view(*x.shape[:-1], heads, self.head_dim)
 
     def init_state(self, rows: int, length: int, like: Tensor) -> AttentionState:
         """State for `rows` rows of at most `length` tokens, with the dtype and device of `like`."""

@@ -102,8 +102,9 @@ class Recurrent(Mixer):
     def forward(self, x: Tensor, context: TokenContext, state: MambaState | None = None) -> Tensor:
         """x (B, T, D) → branch output (B, T, D), 0 at padding."""
         layout = Layout.of(context, self.grouping, None if state is None else state.document)
-        rows, sizes = self.grouping.split(x, context), self.grouping.sizes(context)
-        return self.grouping.unsort(self.project(rows, sizes, layout, state), context)
+        rows = self.grouping.split(x, context).flatten(0, -2)
+        y = self.project(rows, self.grouping.sizes(context), layout, state)
+        return self.grouping.unsort(y, context).view_as(x)
 
     def convolve(self, values: Tensor, layout: Layout, state: MambaState | None) -> tuple[Tensor, Tensor | None]:
         """values (R, W) → (R, W) after convolution and SiLU; and the state's next window."""

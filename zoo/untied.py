@@ -56,7 +56,8 @@ def check_towers(towers: Towers | None, modalities: Sequence[str], path: str, un
 class Grouping:
     """Which modalities share weights, and the order of rows sorted by those who do.
 
-    With one group weights are tied: the rows are the B·T tokens as they stand, padding included, and nothing is moved.
+    With one group weights are tied: "rows" are then the tokens (B, T, …) as they stand, padding included, and nothing is
+    moved.
     """
 
     group: tuple[int, ...] = ()
@@ -116,10 +117,10 @@ class Grouping:
     def split(self, x: Tensor, context: TokenContext) -> Tensor:
         """x (B, T, …) → (n, …): the tokens that are not padding, sorted by group, in row and time order within each.
 
-        With one group all tokens as they are.
+        With one group x itself.
         """
         if self.tied:
-            return x.reshape(-1, *x.shape[2:])
+            return x
         order, _ = self._orders(context)
         return F.embedding(order, x.reshape(-1, *x.shape[2:]).flatten(1)).view(-1, *x.shape[2:])
 
@@ -133,7 +134,7 @@ class Grouping:
     def unsort(self, rows: Tensor, context: TokenContext) -> Tensor:
         """As `merge`, for rows that nobody reads at padding, or that are 0 there: with one group they are left there."""
         if self.tied:
-            return rows.view(*context.shape, *rows.shape[1:])
+            return rows
         _, inverse = self._orders(context)
         flat = rows.flatten(1)
         if context.padded:

@@ -45,7 +45,7 @@ class Layout:
         """Layout of a context's tokens.
 
         Args:
-            grouping: the rows are those of `grouping.split`; with one group the B·T tokens in time order, padding included.
+            grouping: the rows are those of `grouping.split`; with one group the B·T tokens, flat, padding included.
             before: (B,) id of the document that a decoding state holds, −1 for none; a first token of the same document
                 continues it. None: every sequence begins anew.
         """
