@@ -11,15 +11,16 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, suggestion
-from zoo.slots import Depth, FeedForward, Mixer, Objective, Part
+from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective, Part
 from zoo.untied import TIED, Grouping
 
-SLOTS: dict[str, type[Part]] = {
+SLOTS: dict[str, type] = {
     "mixer": Mixer,
     "feedforward": FeedForward,
     "depth": Depth,
     "router": Part,
     "objective": Objective,
+    "modality": Modality,
 }
 """The slots, and the base of what stands in each."""
 _tables: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
@@ -147,6 +148,7 @@ FeedForwardSlot = _field("feedforward")
 DepthSlot = _field("depth")
 RouterSlot = _field("router")
 ObjectiveSlot = _field("objective")
+ModalitySlot = _field("modality")
 
 
 def parse_block(slot: str, value: Any, path: str) -> BlockConfig:

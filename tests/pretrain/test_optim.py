@@ -151,9 +151,10 @@ def expected(name: str, dimensions: int) -> str:
 @pytest.mark.parametrize("recipe", OURS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_groups_of_every_recipe(recipe: Path) -> None:
     """The same as when groups were found by names, of which this is an independent statement."""
-    data = recipes.read(recipe)["model"]
+    data = recipes.read(recipe)
+    config = {"modalities": list(data["modalities"]), "vocab_size": 64, **data["model"]}
     with torch.device("meta"):
-        model = zoo.build("model", {"vocab_size": 64, **data}, seed=None)
+        model = zoo.build("model", config, seed=None)
     dimensions = {name: parameter.dim() for name, parameter in model.named_parameters()}
     found = {name: group_of(role, muon=True) for name, role in roles(model).items()}
     assert found == {name: expected(name, count) for name, count in dimensions.items()}

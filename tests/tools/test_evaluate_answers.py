@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import zoo.adapt as za
-from pretrain.data.prompts import collate, encode, padding_id
-from pretrain.data.questions import Question, read_questions
+from pretrain.finetune.prompts import collate, encode, padding_id
+from pretrain.finetune.questions import Question, read_questions
+from tests.pretrain.finetune.tuning import ADAPT, write_base, write_data
 from tests.pretrain.runs import ROOT
-from tests.pretrain.tuning import ADAPT, write_base, write_data
 from tools.evaluate_answers import exchanged, main
 from zoo.config import UserError
 
@@ -215,7 +215,11 @@ BAD: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
         "'adapt.layers=[1]': is a key of a recipe, and there is none; give --adapt",
     ),
     "section": ({}, ("--adapt", ONE_TOKEN, "train.steps=1"), "'train.steps=1': only keys of the section adapt"),
-    "no section": ({}, ("--adapt", ROOT / "recipes/adapt/digits_base.yaml"), "digits_base.yaml: has no section adapt"),
+    "no section": (
+        {},
+        ("--adapt", ROOT / "recipes/examples/digits_base.yaml"),
+        "digits_base.yaml: has no section adapt",
+    ),
     "key": ({}, ("--adapt", ONE_TOKEN, "adapt.layer=1"), "adapt.layer: unknown key"),
     "depth": ({}, ("--adapt", ONE_TOKEN), "adapt: layers: 7 is out of range; the decoder has layers 0 to 3"),
     "adapted": ({"model": "adapted"}, ("--adapt", ONE_TOKEN), "is adapted already; leave --adapt out"),

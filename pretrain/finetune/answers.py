@@ -1,0 +1,269 @@
+"""How well a multimodal LLM answers questions: loss, exact match, and what its routers do; see `evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zoo.adapt as za
+from pretrain.finetune.prompts import IGNORED
+from pretrain.finetune.questions import Question
+from pretrain.finetune.samples import Batcher, QuestionBatch, moved
+from zoo.routing.statistics import Load, RouterHits, RoutingStatistics
+
+Reduce = Callable[[Tensor], Tensor]
+Progress = Callable[[int], Any]
+HITS = tuple(field.name for field in dataclasses.fields(RouterHits))
+LOADS = tuple(field.name for field in dataclasses.fields(Load))
+SLACK = 4
+"""Tokens that a generated answer may be longer than the right one: its end, and enough to be seen to be wrong."""
+
+
+def predict(forward: nn.Module, batch: QuestionBatch, trace: za.Trace | None) -> tuple[Tensor, Tensor]:
+    """Logits (B, P, V) in fp32 for the P columns after which any row has a label, and their labels (B, P), else IGNORED.
+
+    Args:
+        trace: of an adapted model; None for a dense one.
+    """
+    labels = batch.labels[:, 1:]
+    columns = (labels != IGNORED).any(0).nonzero()[:, 0]
+    options = {} if trace is None else {"mod_trace": trace, "mod_answers": batch.labels != IGNORED}
+    logits = forward(**batch.inputs, **options, use_cache=False, logits_to_keep=columns).logits
+    return logits.float(), labels[:, columns]
+
+
+def routing_sums(trace: za.Trace | None, layers: Sequence[str]) -> dict[str, Tensor]:
+    """`<layer>|<what>` → sum of what a forward's routers report; all of `layers`, so that ranks agree, zero where no token
+    could be skipped.
+
+    Args:
+        trace: None for a forward of which nothing counts.
+    """
+    sums = {}
+    for layer in layers:
+        statistics = RoutingStatistics() if trace is None else trace.statistics
+        hits = statistics.hits.get(layer, RouterHits(0, 0, 0, 0))
+        load = statistics.loads.get(layer, Load(0, 0))
+        for key, value in zip((*HITS, *LOADS), (*hits.numbers(), *load.numbers()), strict=True):
+            sums[f"{layer}|{key}"] = torch.as_tensor(value, dtype=torch.float32)
+    return sums
+
+
+def routing_values(totals: Mapping[str, float], layers: Sequence[str], each: bool = False) -> dict[str, float]:
+    """Reports from `routing_sums` added up: `skip/<layer>`, the share of the tokens that could be skipped and were, `skip`
+    of all layers together; `auxiliary/{accuracy,precision,recall,always_skip}`, how well routers foresee who is kept.
+
+    Args:
+        each: also `auxiliary/<layer>/…`.
+    """
+    values: dict[str, float] = {}
+    sums = {key: sum(totals[f"{layer}|{key}"] for layer in layers) for key in (*HITS, *LOADS)}
+    if not layers or not sums["offered"]:
+        return values
+    values["skip"] = 1 - sums["taken"] / sums["offered"]
+    for layer in layers:
+        if totals[f"{layer}|offered"]:
+            values[f"skip/{layer}"] = 1 - totals[f"{layer}|taken"] / totals[f"{layer}|offered"]
+    hits = RouterHits(*(sums[key] for key in HITS))
+    values |= {f"auxiliary/{key}": value for key, value in hits.rates().items()}
+    if each:
+        for layer in layers:
+            hits = RouterHits(*(totals[f"{layer}|{key}"] for key in HITS))
+            values |= {f"auxiliary/{layer}/{key}": value for key, value in hits.rates().items()}
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Who evaluates. Every rank takes equally many batches."""
+
+    rank: int = 0
+    world: int = 1
+    reduce: Reduce = lambda tensor: tensor
+    """Sums a tensor over them."""
+    together: bool = False
+    """Whether they must call the model equally often while they generate (ZeRO-3)."""
+
+
+@torch.no_grad()
+def evaluate(
+    forward: nn.Module,
+    model: nn.Module,
+    blueprint: nn.Module,
+    batcher: Batcher,
+    questions: Sequence[Question],
+    batch: int,
+    generate: bool = True,
+    ranks: Ranks | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = lambda samples: None,
+) -> dict[str, float]:
+    """Loss and answers of a model in evaluation; collective over ranks.
+
+    Every answer of a conversation counts, given the right ones before it. A question's `kind` key (one, or one an answer)
+    splits accuracies.
+
+    Args:
+        forward: what is called as the model (an engine's wrapper, or the model itself).
+        model: the model itself, in evaluation; it generates.
+        blueprint: for its layers and their cost; may be on the meta device, or the model itself.
+        batcher: with training=False.
+        questions: at least one.
+        batch: samples a forward.
+        generate: also generate each answer greedily, in batches, with the cache.
+        ranks: who evaluates; default: this process alone.
+        device, dtype: of the model's weights.
+        progress: is called with the size of each batch of this rank: first of questions, then, under `generate`, of answers.
+    Returns:
+        `eval/loss`, nats a token of the answers. `eval/accuracy[/<kind>]`, share of generated answers that are the right
+        text exactly, spaces at the ends apart; absent without `generate`. `eval/forced_accuracy[/<kind>]`, share of answers
+        of which every token is the likeliest after the right ones before it, in one pass: the same for a model that
+        generates greedily and has one way to write an answer. Of an adapted model `eval/skip…` and `eval/auxiliary/…`,
+        as `routing_values` has them. `eval/decoder_flops` of a sample with its answers, as measured,
+        `eval/dense_decoder_flops`, without skipping, and `eval/flops_ratio` of the two.
+    """
+    ranks = ranks or Ranks()
+    layers = [layer.routing.name for layer in za.routed_layers(blueprint)]
+    kinds = sorted({kind for question in questions for kind in kinds_of(question)})
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, value: float | Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value
+
+    for name in ("loss", "tokens", "samples", "flops", "dense"):
+        add(name, 0.0)
+    for kind in kinds:  # all of them on every rank, whatever its share asks
+        for what in ("asked", "forced", "said"):
+            add(f"{what}|{kind}", 0.0)
+    for counted, chunk in _chunks(questions, batch, ranks):
+        made = batcher.batch(chunk)
+        trace = za.Trace() if layers else None
+        logits, labels = predict(forward, made.to(device, dtype), trace)
+        seen = trace if counted and not made.filler else None
+        for name, value in routing_sums(seen, layers).items():
+            add(name, value.to(device))
+        if not counted:
+            continue
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        add("loss", losses.double())
+        add("tokens", made.answers)
+        add("samples", len(chunk))
+        measured = za.traced_flops(blueprint, seen or za.Trace(), made.tokens)
+        add("flops", measured.total)
+        add("dense", sum(za.decoder_flops(blueprint, tokens).prefill for tokens in made.tokens))
+        right, labels = (logits.argmax(-1) == labels).cpu(), labels.cpu()
+        for row, question in enumerate(chunk):
+            for kind, answer in zip(
+                kinds_of(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True
+            ):
+                add(f"asked|{kind}", 1.0)
+                add(f"forced|{kind}", answer)
+        progress(len(chunk))
+    if generate:
+        _generate(model, batcher, questions, batch, ranks, device, dtype, add, progress)
+    names = sorted(sums)
+    totals = dict(zip(names, ranks.reduce(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+    return _values(totals, kinds, layers, generate)
+
+
+def _generate(
+    model: nn.Module,
+    batcher: Batcher,
+    questions: Sequence[Question],
+    batch: int,
+    ranks: Ranks,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    add: Callable[[str, float], None],
+    progress: Progress,
+) -> None:
+    """Count generated answers that are right, as `said|<kind>`."""
+    tokenizer = batcher.processor.tokenizer
+    asked = [
+        (dataclasses.replace(question, turns=question.turns[: turn + 1]), kind)
+        for question in questions
+        for turn, kind in enumerate(kinds_of(question))
+    ]
+    longest = max(len(tokenizer(question.turns[-1][1], add_special_tokens=False).input_ids) for question, _ in asked)
+    for counted, chunk in _chunks(asked, batch, ranks):
+        inputs = batcher.prompts([question for question, _ in chunk])
+        inputs = moved(inputs, device, dtype)
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=longest + SLACK,
+            do_sample=False,
+            num_beams=1,
+            synced_gpus=ranks.together,
+            eos_token_id=ends(model, tokenizer),
+            pad_token_id=batcher.padding,
+        )
+        texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for (question, kind), text in zip(chunk, texts, strict=False):  # a filler's is left
+            if counted and text.strip() == question.turns[-1][1].strip():
+                add(f"said|{kind}", 1.0)
+        progress(counted * len(chunk))
+
+
+def ends(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Ids after which an answer is over."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
+
+
+def _chunks(items: Sequence[Any], size: int, ranks: Ranks) -> list[tuple[bool, Sequence[Any]]]:
+    """This rank's share, `size` at a time; (False, one item) where there is nothing left to take part with."""
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
+    mine = [(True, chunk) for chunk in chunks[ranks.rank :: ranks.world]]
+    idle = -(-len(chunks) // ranks.world) - len(mine)
+    return mine + [(False, items[:1])] * idle
+
+
+def kinds_of(question: Question) -> list[str]:
+    """Of each answer; "" where the question has none."""
+    kind = question.extra.get("kind", "")
+    count = len(question.turns)
+    return [str(each) for each in kind] if isinstance(kind, list) and len(kind) == count else [str(kind)] * count
+
+
+def _answers(whole: Tensor, right: Tensor, labels: Tensor) -> list[float]:
+    """1.0 for each answer of a row whose tokens are all right.
+
+    Args:
+        whole: (T,) labels, in whose runs the answers are seen.
+        right, labels: (P,) at the columns of T where any row has a label.
+    """
+    said = whole != IGNORED
+    starts = said & ~F.pad(said[:-1], (1, 0))
+    number = starts.cumsum(0)[said].tolist()
+    hits = right[labels != IGNORED].tolist()
+    return [
+        float(all(hit for hit, own in zip(hits, number, strict=True) if own == answer))
+        for answer in range(1, number[-1] + 1)
+    ]
+
+
+def _values(
+    totals: Mapping[str, float], kinds: Sequence[str], layers: Sequence[str], generate: bool
+) -> dict[str, float]:
+    values = {"eval/loss": totals["loss"] / max(totals["tokens"], 1)}
+    for name, what in (("accuracy", "said"), ("forced_accuracy", "forced")):
+        if what == "said" and not generate:
+            continue
+        asked = sum(totals[f"asked|{kind}"] for kind in kinds)
+        values[f"eval/{name}"] = sum(totals[f"{what}|{kind}"] for kind in kinds) / asked
+        for kind in filter(None, kinds):
+            values[f"eval/{name}/{kind}"] = totals[f"{what}|{kind}"] / totals[f"asked|{kind}"]
+    values |= {f"eval/{key}": value for key, value in routing_values(totals, layers, each=True).items()}
+    samples = max(totals["samples"], 1)
+    return values | {
+        "eval/decoder_flops": totals["flops"] / samples,
+        "eval/dense_decoder_flops": totals["dense"] / samples,
+        "eval/flops_ratio": totals["flops"] / max(totals["dense"], 1),
+    }

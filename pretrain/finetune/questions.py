@@ -1,0 +1,185 @@
+"""Questions about images: reading them from JSON lines or shards. `prompts.py` turns them into a model's inputs.
+
+A folder holds `train.jsonl`, `validation.jsonl`, `test.jsonl`. A line is a question about images of the folder
+
+    {"image": "images/0.png", "question": "How many sevens?", "answer": "two"}
+
+or a conversation: `"images": ["a.png", "b.png"]` for `image`, `"turns": [{"question": …, "answer": …}, …]` for the pair.
+A line without an image is a text-only question. Other keys are kept beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pretrain.data.errors import DataError
+from pretrain.data.reading import BrokenDocument, read_parts
+from pretrain.data.shards import Entry, find_shards, scan_shard
+from zoo.modalities.pictures import open_picture
+
+KEYS = ("image", "images", "question", "answer", "turns")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One sample: images, and a conversation about them."""
+
+    images: tuple[Path | Image.Image, ...]
+    """They stand before the first question."""
+    turns: tuple[tuple[str, str], ...]
+    """(question, answer); at least one."""
+    source: str
+    """Where it comes from, for messages: file and line."""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What else its line says."""
+
+    def pictures(self) -> list[Image.Image]:
+        """The images in RGB.
+
+        Raises:
+            DataError: a file is no picture.
+        """
+        opened = []
+        for image in self.images:
+            try:
+                opened.append((Image.open(image) if isinstance(image, Path) else image).convert("RGB"))
+            except Exception as error:  # Pillow raises anything for bytes it cannot read
+                raise DataError(f"{self.source}: {image} does not decode ({type(error).__name__}: {error})") from None
+        return opened
+
+
+def read_questions(folder: Path, split: str = "train") -> list[Question]:
+    """All questions of `<folder>/<split>.jsonl`, in order. Images are only checked for being there.
+
+    Raises:
+        DataError: no such file, no line in it, or a line that is no question; names file, line and what is wrong.
+    """
+    path = folder / f"{split}.jsonl"
+    if not path.is_file():
+        there = sorted(each.name for each in folder.glob("*.jsonl"))
+        raise DataError(f"{path}: does not exist; {folder} holds {', '.join(there) or 'no .jsonl file'}")
+    known: set[Path] = set()
+    questions = []
+    with open(path, encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    questions.append(_question(line, folder, f"{path}:{number}", known))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: is no UTF-8 text ({error})") from None
+    if not questions:
+        raise DataError(f"{path}: is empty; write one JSON object a line")
+    return questions
+
+
+def sample_questions(data: Path, split: str, count: int, seed: int = 0) -> list[Question]:
+    """`count` questions with images, or all there are, drawn at random: from JSON lines (a folder of them, or one file),
+    or from the documents of a folder of WebDataset shards, each of whose texts becomes a question without an answer.
+
+    Args:
+        data: the folder, or a .jsonl file.
+        split: of a folder: `<split>.jsonl`, or the shards whose names contain it.
+        seed: of the drawing; the same gives the same questions.
+    Raises:
+        DataError: nothing of the kind is there, it is broken, or no sample has an image.
+    """
+    if data.is_file():
+        if data.suffix != ".jsonl":
+            raise DataError(f"{data}: unknown extension {data.suffix!r}; give a .jsonl file, or a folder")
+        data, split = data.parent, data.stem
+    elif not data.is_dir():
+        raise DataError(f"{data}: does not exist; give a folder of .jsonl files or of .tar shards")
+    if not any(data.glob("*.jsonl")):
+        if not any(data.glob("*.tar")):
+            raise DataError(f"{data}: holds neither .jsonl files nor .tar shards")
+        return _sample_shards(data, split, count, seed)
+    asked = read_questions(data, split)
+    questions = [question for question in asked if question.images]
+    if not questions:
+        raise DataError(
+            f"{data / split}.jsonl: none of its {len(asked)} lines has an image; some must: "
+            '{"image": "a.png", "question": …, "answer": …}'
+        )
+    random.Random(seed).shuffle(questions)
+    return questions[:count]
+
+
+def _question(line: str, folder: Path, source: str, known: set[Path]) -> Question:
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{source}: is no JSON ({error})") from None
+    if not isinstance(item, dict):
+        raise DataError(f"{source}: is {type(item).__name__}, not an object")
+    if "image" in item and "images" in item:
+        raise DataError(f"{source}: has both 'image' and 'images'; give one of them")
+    names = [item["image"]] if "image" in item else item.get("images", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"{source}: 'image' must be the name of a file, 'images' a list of such names")
+    images = tuple(folder / name for name in names)
+    for image in images:
+        if image not in known and not image.is_file():
+            raise DataError(f"{source}: its image {str(image)!r} does not exist; names are relative to the folder")
+        known.add(image)
+    extra = {key: value for key, value in item.items() if key not in KEYS}
+    return Question(images, tuple(_turns(item, source)), source, extra)
+
+
+def _turns(item: Mapping[str, Any], source: str) -> Iterator[tuple[str, str]]:
+    if "turns" in item and ("question" in item or "answer" in item):
+        raise DataError(f"{source}: has both 'turns' and 'question' or 'answer'; give one of them")
+    turns = item.get("turns", [item])
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{source}: 'turns' must be a list of objects with 'question' and 'answer'")
+    for number, turn in enumerate(turns):
+        where = f"turns[{number}]: " if "turns" in item else ""
+        for key in ("question", "answer"):
+            value = turn.get(key) if isinstance(turn, dict) else None
+            if not isinstance(value, str) or not value.strip():
+                raise DataError(f"{source}: {where}{key!r} must be a text that is not empty, got {value!r}")
+        yield turn["question"], turn["answer"]
+
+
+def _sample_shards(folder: Path, split: str, count: int, seed: int) -> list[Question]:
+    """Documents are drawn from all shards; those without an image, or broken, are passed over."""
+    entries = [
+        (shard, entry) for shard in find_shards(folder, f"*{split}*.tar", "split") for entry in scan_shard(shard)
+    ]
+    total = len(entries)
+    random.Random(seed).shuffle(entries)
+    questions: list[Question] = []
+    broken: list[str] = []
+    for shard, entry in entries:
+        if len(questions) == count:
+            break
+        try:
+            question = _document(shard, entry)
+        except BrokenDocument as error:
+            broken.append(f"{shard.name}: {entry.key}: {error}")
+            continue
+        if question.images:
+            questions.append(question)
+    if not questions:
+        why = f"; {len(broken)} are broken, such as {broken[0]}" if broken else ""
+        raise DataError(
+            f"{folder}: none of the {total} documents of *{split}*.tar has an image that can be read{why}; some must"
+        )
+    return questions
+
+
+def _document(shard: Path, entry: Entry) -> Question:
+    texts, images = [], []
+    with open(shard, "rb") as file:
+        for part in read_parts(file, entry, {"text": bytes.decode, "image": open_picture}):
+            if part.type == "text":
+                texts.append(part.item)
+            elif part.type == "image":
+                images.append(part.item)
+    return Question(tuple(images), (("\n".join(texts), ""),), f"{shard.name}: {entry.key}")
