@@ -9,7 +9,6 @@ import zoo.kernels
 from zoo.config import Config, ConfigError
 from zoo.model import Model, ModelConfig, initialise
 from zoo.registry import SLOTS, Place, parse_block
-from zoo.slots import Part
 
 ELSEWHERE = {
     "depth": "a depth block stands round another; build the layer that has `depth:`",
@@ -22,8 +21,8 @@ ELSEWHERE = {
 @overload
 def build(slot: Literal["model"], config: Mapping[str, Any] | Config, **options: Any) -> Model: ...
 @overload
-def build(slot: str, config: Mapping[str, Any] | Config, **options: Any) -> Part: ...
-def build(slot: str, config: Mapping[str, Any] | Config, **options: Any) -> Model | Part:
+def build(slot: str, config: Mapping[str, Any] | Config, **options: Any) -> Any: ...
+def build(slot: str, config: Mapping[str, Any] | Config, **options: Any) -> Any:
     """`build_model(config, …)` for the slot "model", else `build_block(slot, config, …)`, with the options of that one."""
     return build_model(config, **options) if slot == "model" else build_block(slot, config, **options)
 
@@ -65,8 +64,8 @@ def build_block(
     layers: int = 1,
     kernels: Mapping[str, str] | None = None,
     seed: int | None = 0,
-) -> Part:
-    """Build one block; the options say where in a model it would stand.
+) -> Any:
+    """Build one block, an instance of the slot's base (`zoo.slots`); the options say where in a model it would stand.
 
     Args:
         slot: `mixer`, `feedforward` or `objective`.

@@ -112,6 +112,11 @@ def known(slot: str) -> list[str]:
     return list(_tables[slot])
 
 
+def config_of(slot: str, name: str) -> type[BlockConfig]:
+    """The config of the block that is registered under a name."""
+    return _tables[slot][name].Config
+
+
 def resolve(slot: str, value: Any) -> BlockConfig:
     """The config a mapping with `type:` stands for.
 
