@@ -65,7 +65,7 @@ def test_from_modality(batch):
     assert_describes(context, modality, document)
     starts = {(b, d): row.index(d) for b, row in enumerate(document) for d in {*row} - {-1}}
     segments = [(b, start, document[b].count(d)) for (b, d), start in starts.items()]
-    assert context.segments == tuple(sorted(segments))
+    assert context.document_spans == tuple(sorted(segments))
     for b, t in real(modality):
         assert context.position[b, t] == t - starts[b, document[b][t]]
     by_hand = all(
@@ -94,7 +94,7 @@ def test_select_keeps_positions_documents_and_keys(batch, data):
     for b, row in enumerate(kept):
         assert narrow.position[b, : len(row)].tolist() == context.position[b, row].tolist()
         assert narrow.key[b, : len(row)].tolist() == context.key[b, row].tolist()
-    assert narrow.step == 3 and narrow.segments is None
+    assert narrow.step == 3 and narrow.spans is None
 
 
 def test_defaults():
@@ -102,7 +102,7 @@ def test_defaults():
     assert context.modalities == ("text", "image")
     assert context.document.tolist() == [[0, 0, 0, -1]] and context.position[0, :3].tolist() == [0, 1, 2]
     assert (context.step, context.routing, context.trace) == (0, "topk", None)
-    assert context.single_document and context.segments == ((0, 0, 3),)
+    assert context.single_document and context.document_spans == ((0, 0, 3),)
     assert context.key.dtype == torch.int32 and len(context.key.unique()) == 4
 
 
