@@ -14,12 +14,12 @@ import zoo.adapt as za
 from pretrain.data.prompts import IGNORED
 from pretrain.data.questions import Question
 from pretrain.data.samples import Batcher, QuestionBatch, moved
-from zoo.routing_statistics import rates
+from zoo.routing.statistics import Load, RouterHits, RoutingStatistics
 
 Reduce = Callable[[Tensor], Tensor]
 Progress = Callable[[int], Any]
-HITS = ("total", "chosen", "said", "both")
-LOADS = ("taken", "offered")
+HITS = tuple(field.name for field in dataclasses.fields(RouterHits))
+LOADS = tuple(field.name for field in dataclasses.fields(Load))
 SLACK = 4
 """Tokens that a generated answer may be longer than the right one: its end, and enough to be seen to be wrong."""
 
@@ -46,11 +46,11 @@ def routing_sums(trace: za.Trace | None, layers: Sequence[str]) -> dict[str, Ten
     """
     sums = {}
     for layer in layers:
-        statistics = (
-            {} if trace is None else trace.statistics.get(layer, {}) | trace.statistics.get(f"{layer}/load", {})
-        )
-        for key in (*HITS, *LOADS):
-            sums[f"{layer}|{key}"] = statistics.get(key, torch.zeros(()))
+        statistics = RoutingStatistics() if trace is None else trace.statistics
+        hits = statistics.hits.get(layer, RouterHits(0, 0, 0, 0))
+        load = statistics.loads.get(layer, Load(0, 0))
+        for key, value in zip((*HITS, *LOADS), (*hits.numbers(), *load.numbers()), strict=True):
+            sums[f"{layer}|{key}"] = torch.as_tensor(value, dtype=torch.float32)
     return sums
 
 
@@ -69,11 +69,12 @@ def routing_values(totals: Mapping[str, float], layers: Sequence[str], each: boo
     for layer in layers:
         if totals[f"{layer}|offered"]:
             values[f"skip/{layer}"] = 1 - totals[f"{layer}|taken"] / totals[f"{layer}|offered"]
-    values |= {f"auxiliary/{key}": value for key, value in rates(sums).items()}
+    hits = RouterHits(*(sums[key] for key in HITS))
+    values |= {f"auxiliary/{key}": value for key, value in hits.rates().items()}
     if each:
         for layer in layers:
-            hits = rates({key: totals[f"{layer}|{key}"] for key in HITS})
-            values |= {f"auxiliary/{layer}/{key}": value for key, value in hits.items()}
+            hits = RouterHits(*(totals[f"{layer}|{key}"] for key in HITS))
+            values |= {f"auxiliary/{layer}/{key}": value for key, value in hits.rates().items()}
     return values
 
 

@@ -12,7 +12,7 @@ from pretrain.data import TokenStream, micro_batches
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.context import CAUSAL, TOPK, Trace
 from zoo.model import Model
-from zoo.routing_statistics import loads, rates
+from zoo.routing.statistics import RoutingStatistics
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,6 +59,7 @@ def evaluate(
     result: dict[str, float] = {}
     for routing in routings(model):
         sums: dict[str, torch.Tensor] = collections.defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        statistics = RoutingStatistics()
         for batch in batches:
             trace = Trace()
             context = batch.context.replace(routing=routing, trace=trace)
@@ -67,22 +68,20 @@ def evaluate(
                 sums[f"count|{name}"] = sums[f"count|{name}"] + float(count)
             for m, total in enumerate(context.totals):
                 sums[f"tokens|{m}"] = sums[f"tokens|{m}"] + total
-            for name, statistics in trace.statistics.items():
-                for key, value in statistics.items():
-                    sums[f"statistic|{name}|{key}"] = sums[f"statistic|{name}|{key}"] + value.double().cpu()
-        names = sorted(sums)  # the same on every rank: blocks report whatever their tokens are
-        reduced = all_reduce_sum(torch.stack([sums[name] for name in names]).to(device))
-        totals = dict(zip(names, reduced.tolist(), strict=True))
+            statistics += trace.statistics
+        names, counted = sorted(sums), statistics.flat(device)  # the same names on every rank, whatever its tokens are
+        reduced = all_reduce_sum(torch.cat((torch.stack([sums[name] for name in names]).to(device), counted)))
+        totals = dict(zip(names, reduced[: len(names)].tolist(), strict=True))
+        statistics = statistics.with_counts(reduced[len(names) :])
         result |= _losses(totals, routing, objective, model.modalities)
-        statistics = _statistics(totals)
         if routing == TOPK:
-            result |= {f"eval/auxiliary/{key}": value for key, value in _all_rates(statistics).items()}
-            for name, values in router_report(statistics).items():
-                result |= {f"eval/auxiliary/{name}/{key}": value for key, value in values.items()}
-        elif loads(statistics):
+            result |= {f"eval/auxiliary/{key}": value for key, value in statistics.all_hits().rates().items()}
+            for name, hits in statistics.hits.items():
+                result |= {f"eval/auxiliary/{name}/{key}": value for key, value in hits.rates().items()}
+        elif statistics.shares():
             counts = [totals[f"tokens|{m}"] for m in range(len(model.modalities))]
             length = stream.sequence_length
-            result["eval/causal/flops_per_token"] = _mean(model.cost(length, loads(statistics)).flops, counts)
+            result["eval/causal/flops_per_token"] = _mean(model.cost(length, statistics.shares()).flops, counts)
             result["eval/nominal_flops_per_token"] = _mean(model.cost(length).flops, counts)
     return result
 
@@ -90,11 +89,6 @@ def evaluate(
 def validation_loss(values: dict[str, float]) -> float:
     """The one number a checkpoint is judged by: the causal loss, or the top-k one of a model without causal routers."""
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
-
-
-def router_report(statistics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Rates of each auxiliary router by name, from summed statistics."""
-    return {name: rates(sums) for name, sums in statistics.items() if "said" in sums and sums["total"]}
 
 
 def _losses(
@@ -111,25 +105,6 @@ def _losses(
         if counts[name]:
             result[f"eval/{routing}/loss/{name}"] = totals[f"sum|{name}"] / counts[name]
     return result
-
-
-def _statistics(totals: dict[str, float]) -> dict[str, dict[str, float]]:
-    statistics: dict[str, dict[str, float]] = collections.defaultdict(dict)
-    for name, value in totals.items():
-        if name.startswith("statistic|"):
-            _, block, key = name.split("|")
-            statistics[block][key] = value
-    return dict(statistics)
-
-
-def _all_rates(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Rates over all auxiliary routers together."""
-    sums: dict[str, float] = collections.defaultdict(float)
-    for block in statistics.values():
-        if "said" in block:
-            for key, value in block.items():
-                sums[key] += value
-    return rates(sums) if sums else {}
 
 
 def _mean(values: tuple[float, ...], counts: list[float]) -> float:

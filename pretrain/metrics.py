@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import json
 import os
 import time
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from zoo.context import Trace
-from zoo.routing_statistics import EXPERT, balance, rates
+from zoo.routing.statistics import ExpertLoad, RouterHits
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 """Dense bf16 peak of one device, by a part of its name; model FLOPs utilisation is reported where it is known."""
@@ -82,10 +82,11 @@ def trace_sums(trace: Trace) -> dict[str, torch.Tensor]:
     """What a forward's routers report, as sums: `router|…` hits and misses of all auxiliary routers together, and
     `expert|<block>|…` rows of each expert of every block whose tokens choose."""
     sums: dict[str, torch.Tensor] = {}
-    for name, statistics in trace.statistics.items():
-        if "said" in statistics:
-            add_to(sums, {f"router|{key}": value for key, value in statistics.items()})
-        add_to(sums, {f"expert|{name}|{key}": value for key, value in statistics.items() if key.startswith(EXPERT)})
+    for hits in trace.statistics.hits.values():
+        named = zip(dataclasses.fields(hits), hits.numbers(), strict=True)
+        add_to(sums, {f"router|{field.name}": torch.as_tensor(count) for field, count in named})
+    for name, load in trace.statistics.expert_loads.items():
+        add_to(sums, {f"expert|{name}|{expert}": torch.as_tensor(n) for expert, n in enumerate(load.rows)})
     return sums
 
 
@@ -102,15 +103,18 @@ def step_values(totals: Mapping[str, float], counts: Mapping[str, int]) -> dict[
     if "auxiliary" in totals:
         values["auxiliary/loss"] = totals["auxiliary"]
         hits = {key.removeprefix("router|"): value for key, value in totals.items() if key.startswith("router|")}
-        values |= {f"auxiliary/{key}": value for key, value in rates(hits).items()}
+        values |= {f"auxiliary/{key}": value for key, value in RouterHits(**hits).rates().items()} if hits else {}
     if "balance" in totals:
         values["balance/loss"] = totals["balance"]
-    rows: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    rows: dict[str, dict[int, float]] = {}
     for key, value in totals.items():
         if key.startswith("expert|"):
             _, block, expert = key.split("|")
-            rows[block][expert] = value
-    return values | {f"load/{key}": value for key, value in balance(rows).items()}
+            rows.setdefault(block, {})[int(expert)] = value
+    for block, counts in rows.items():
+        load = ExpertLoad(tuple(counts[expert] for expert in sorted(counts)))
+        values |= {f"load/{block}/{key}": value for key, value in load.balance().items()}
+    return values
 
 
 class Progress:

@@ -145,7 +145,8 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
 
     Args:
         path: of the YAML file. Its `extends: other.yaml` (relative to it) takes that recipe first and lays this one's
-            keys over it; lists are replaced whole. `extends: [one.yaml, two.yaml]` lays the second over the first.
+            keys over it. `extends: [one.yaml, two.yaml]` lays the second over the first. A list replaces a list whole;
+            keys laid over a list of mappings are laid over each of its entries.
         overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
         over: laid over the file's data, before the overrides.
     Raises:
@@ -311,15 +312,23 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`. A mapping with a `type` of its own replaces the whole block."""
+    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is laid
+    over each of them."""
     merged = dict(base)
     for key, value in over.items():
-        inherits = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        if inherits and value.get("type", merged[key].get("type")) == merged[key].get("type"):
-            merged[key] = _merge(merged[key], value)
+        below = merged.get(key)
+        if isinstance(value, Mapping) and _mappings(below):
+            merged[key] = [_merge(entry, value) for entry in below]
+        elif _mappings([below, value]) and value.get("type", below.get("type")) == below.get("type"):
+            merged[key] = _merge(below, value)
         else:
             merged[key] = value
     return merged
+
+
+def _mappings(value: Any) -> bool:
+    """Whether it is a list of mappings, at least one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
 
 
 def _override(data: dict[str, Any], text: str) -> None:

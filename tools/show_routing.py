@@ -139,7 +139,7 @@ def looked_at(model: Any, processor: Any, question: Question) -> tuple[list[Pict
         number, name = layer.routing.layer, layer.routing.name
         if name in trace.decisions:
             kept[number] = trace.decisions[name].keep[0, where].view(-1, side, side).cpu().numpy()
-            load[number] = [float(trace.statistics[f"{name}/load"][key]) for key in ("taken", "offered")]
+            load[number] = trace.statistics.loads[name].numbers()
     pictures = []
     for place, image in enumerate(seen(pixels, processor)):
         own = {number: grids[place] for number, grids in kept.items()}

@@ -19,7 +19,7 @@ from pretrain.data.fitting import SUFFIX, fit_tokenizers
 from pretrain.data.index import list_shard
 from pretrain.data.shards import find_shards
 from zoo.config import UserError
-from zoo.tokenizers import BytesConfig
+from zoo.modalities import BytesConfig
 
 
 def train(config: DataConfig, out: Path) -> list[Path]:

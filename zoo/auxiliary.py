@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoo.context import TokenContext
 from zoo.registry import Place
+from zoo.routing.statistics import RouterHits
 
 
 class AuxiliaryRouter(nn.Module):
@@ -84,13 +85,6 @@ def train_auxiliary(context: TokenContext, name: str, logits: Tensor, chosen: Te
         return
     loss = F.binary_cross_entropy_with_logits(logits, chosen.to(logits.dtype), reduction="sum")
     context.trace.add_loss(name, loss, logits.shape[0])
-    said = logits.detach() > 0
-    context.trace.add_statistics(
-        name,
-        {
-            "total": torch.tensor(float(chosen.numel())),
-            "chosen": chosen.sum().float(),
-            "said": said.sum().float(),
-            "both": (said & chosen).sum().float(),
-        },
-    )
+    predicted = logits.detach() > 0
+    hits = RouterHits(chosen.numel(), chosen.sum(), predicted.sum(), (predicted & chosen).sum())
+    context.trace.add_hits(name, hits)

@@ -7,7 +7,6 @@ makes the causal load that of top-k. Which tokens are preferred, and the main mo
 
 from __future__ import annotations
 
-import collections
 import contextlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.config import UserError
 from zoo.context import CAUSAL, TOPK, TokenContext, Trace
+from zoo.routing.statistics import RoutingStatistics
 
 Batches = Sequence[tuple[Tensor, TokenContext]]
 """(token ids (B, T), their context); gone through several times."""
@@ -83,16 +83,12 @@ def threshold_for(logits: Tensor, share: Fraction) -> float:
 
 def _training_shares(model: nn.Module, batches: Batches) -> dict[str, Fraction]:
     """Share of its candidates that every routed group takes by top-k."""
-    chosen: dict[str, int] = collections.defaultdict(int)
-    total: dict[str, int] = collections.defaultdict(int)
+    statistics = RoutingStatistics()
     for tokens, context in batches:
         trace = Trace()
         model(tokens, context.replace(routing=TOPK, trace=trace))
-        for name, sums in trace.statistics.items():
-            if "chosen" in sums:
-                chosen[name] += int(sums["chosen"])
-                total[name] += int(sums["total"])
-    return {name: Fraction(chosen[name], count) for name, count in total.items() if count}
+        statistics += trace.statistics
+    return {name: Fraction(int(hits.chosen), hits.total) for name, hits in statistics.hits.items() if hits.total}
 
 
 def _causal_logits(model: nn.Module, routers: list[AuxiliaryRouter], batches: Batches) -> list[list[Tensor]]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.noise import token_keys
+from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
 from zoo.spans import Span, Spans
 
 TOPK, CAUSAL = "topk", "causal"
@@ -34,8 +35,8 @@ class Trace:
     decisions: dict[str, Any] = dataclasses.field(default_factory=dict)
     losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
     """name → (sum over tokens, count)."""
-    statistics: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
-    """name → sums, to be added over micro-batches and ranks: for reports."""
+    statistics: RoutingStatistics = dataclasses.field(default_factory=RoutingStatistics)
+    """Counts for reports, to be added over micro-batches and ranks."""
     penalties: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """name → a term of the training loss, weighted, a mean over the forward's tokens (balancing losses)."""
     updates: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
@@ -53,9 +54,17 @@ class Trace:
         if not self.replaying:
             self.losses[name] = (total, count)
 
-    def add_statistics(self, name: str, sums: dict[str, Tensor]) -> None:
+    def add_hits(self, name: str, hits: RouterHits) -> None:
         if not self.replaying:
-            self.statistics[name] = {key: value.detach() for key, value in sums.items()}
+            self.statistics.hits[name] = hits
+
+    def add_load(self, name: str, taken: int, offered: int) -> None:
+        if not self.replaying:
+            self.statistics.loads[name] = Load(taken, offered)
+
+    def add_expert_load(self, name: str, rows: tuple[int, ...]) -> None:
+        if not self.replaying:
+            self.statistics.expert_loads[name] = ExpertLoad(rows)
 
     def add_penalty(self, name: str, value: Tensor) -> None:
         if not self.replaying:

@@ -31,7 +31,6 @@ from zoo.context import CAUSAL, Kept, TokenContext
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routers import Capacity, LinearRouter, Router, Scope, capacity_count, decide, expert_choice, membership
-from zoo.routing_statistics import record_load
 from zoo.schedules import OverLayers, WarmDown, number
 from zoo.states import State
 
@@ -228,10 +227,12 @@ class MixtureOfDepths(nn.Module):
 
     def _report(self, logits: Tensor | None, taken: Tensor, context: TokenContext, inner: TokenContext) -> None:
         """Tell the trace the load, and train the auxiliary router on what was decided."""
-        record_load(context, self.name, sum(inner.row_counts), sum(context.row_counts))
+        if context.trace is None:
+            return
+        context.trace.add_load(self.name, sum(inner.row_counts), sum(context.row_counts))
         for pool in self.pools:
             if pool.modality is not None:
-                record_load(context, pool.name, inner.totals[pool.modality], context.totals[pool.modality])
+                context.trace.add_load(pool.name, inner.totals[pool.modality], context.totals[pool.modality])
         if context.routing != CAUSAL and logits is not None:
             sizes = list(self._candidates(context)[1])
             decisions = zip(self.pools, logits.split(sizes), taken.unsqueeze(-1).split(sizes), strict=True)

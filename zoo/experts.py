@@ -25,7 +25,6 @@ from zoo.feedforward import Dense
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routers import Candidates, Capacity, LinearRouter, Route, Scope, decide, membership
-from zoo.routing_statistics import record_load
 from zoo.states import State
 from zoo.untied import BlockNorm
 
@@ -151,8 +150,10 @@ class ExpertGroup(nn.Module):
 
         everywhere = decide(context, self.name, choose)
         route = everywhere.first(self.count)
-        loads = () if self.router.looks_ahead else everywhere.counts
-        record_load(context, self.name, sum(route.counts), x.shape[0] * self.count, loads)
+        if context.trace is not None:
+            context.trace.add_load(self.name, sum(route.counts), x.shape[0] * self.count)
+            if not self.router.looks_ahead:
+                context.trace.add_expert_load(self.name, everywhere.counts)
         if not causal and logits is not None:
             train_auxiliary(context, self.name, logits, membership(route.token.view(self.count, -1), x.shape[0]))
         self.router.observe(x, scores, everywhere, candidates)

@@ -101,7 +101,7 @@ class Model(nn.Module):
         """Cost a token at sequence length `length`. Embedding and head count whole as active.
 
         Args:
-            load: share of its tokens that each routed block, by name, took (`routing_statistics.loads`); default: nominal.
+            load: share of its tokens that each routed block, by name, took (`RoutingStatistics.shares`); default: nominal.
         """
         modalities = len(self.modalities)
         unmultiplied = self.embedding.weight.numel() + self.norm.weight.numel()

@@ -9,7 +9,7 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, suggestion
-from zoo.tokenizers import BPEConfig, BytesConfig, PatchesConfig, Vocabulary
+from zoo.modalities import BPEConfig, BytesConfig, PatchesConfig, Vocabulary
 
 TEXT_TOKENIZERS = {"bytes": BytesConfig, "bpe": BPEConfig}
 IMAGE_TOKENIZERS = {"patches": PatchesConfig}

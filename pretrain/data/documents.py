@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pretrain.data.index import ShardTokens
-from zoo.tokenizers import Vocabulary
+from zoo.modalities import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pretrain.data.cache import committed
 from pretrain.data.config import DataConfig, vocabulary
 from pretrain.data.index import Listing
 from pretrain.data.reading import BrokenDocument, read_parts
+from zoo.modalities import BytesConfig
 from zoo.noise import hash32
-from zoo.tokenizers import BytesConfig
 
 FIT_CHARACTERS = 1 << 26
 FIT_IMAGES = 1 << 12

@@ -22,7 +22,7 @@ import numpy as np
 from pretrain.data.cache import committed
 from pretrain.data.reading import BrokenDocument, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
-from zoo.tokenizers import Vocabulary
+from zoo.modalities import Vocabulary
 
 
 class Skipped(NamedTuple):
@@ -184,4 +184,4 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
     with committed(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)

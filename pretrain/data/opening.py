@@ -19,7 +19,7 @@ from pretrain.data.fitting import fingerprint, load_tokenizers
 from pretrain.data.index import Listing, Skipped, list_shard, shard_tokens, tokenize_shard
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
-from zoo.tokenizers import ImageTokenizer, TextTokenizer, Vocabulary
+from zoo.modalities import ImageTokenizer, TextTokenizer, Vocabulary
 
 NAMED = 5
 """How many broken documents an error lists."""

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pretrain.data.shards import Entry
-from zoo.tokenizers import Vocabulary
+from zoo.modalities import Vocabulary
 
 MODALITY_OF_PART = {"text": "text", "image": "image", "audio": "speech"}
 

@@ -78,7 +78,7 @@ def scan_shard(path: Path) -> list[Entry]:
         with tarfile.open(path, mode="r:") as tar:
             for info in _members(tar, path):
                 key, extension = base_plus_ext(info.name)
-                if key is not None and info.isfile():
+                if key is not None and extension is not None and info.isfile():
                     members.setdefault(key, []).append(Member(extension, info.offset_data, info.size))
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
@@ -105,7 +105,8 @@ def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
         if info is None:
             return
         yield info
-        tar.members = []  # tarfile keeps every header it has met; a large shard would fill the memory
+        # tarfile keeps every header it has met; those of a large shard would fill the memory
+        tar.members = []  # pyrefly: ignore[missing-attribute]
 
 
 def _check_end(path: Path, offset: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import zoo
 from pretrain import recipe as recipes
 from pretrain.data import Data, open_data
-from pretrain.evaluate import evaluate, router_report, routings, validation_loss
+from pretrain.evaluate import evaluate, routings, validation_loss
 from tests.pretrain.runs import EXPERTS, LAYER, tiny_recipe
 from zoo.auxiliary import AuxiliaryRouter
 
@@ -127,13 +127,3 @@ def test_losses_are_not_rounded_to_fp32(data: Data) -> None:
 
 def test_validation_loss_of_nothing() -> None:
     assert validation_loss({}) == float("inf")
-
-
-def test_router_report() -> None:
-    statistics = {
-        "layers.1": {"total": 10.0, "chosen": 5.0, "said": 4.0, "both": 3.0},
-        "layers.1/load": {"taken": 5.0, "offered": 10.0},
-    }
-    assert router_report(statistics) == {
-        "layers.1": {"accuracy": pytest.approx(0.7), "precision": 0.75, "recall": 0.6, "always_skip": 0.5}
-    }

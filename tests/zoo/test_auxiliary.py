@@ -7,6 +7,7 @@ import torch
 
 from tests.zoo.helpers import MOMA, assert_equal, build_model, ids, layer, mod, stream, values
 from zoo import Trace
+from zoo.routing.statistics import RouterHits
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -44,11 +45,5 @@ def test_the_auxiliary_loss_is_the_cross_entropy_of_the_realised_choice():
     expected = -torch.where(taken, logits.sigmoid(), 1 - logits.sigmoid()).log().sum()
     assert count == 10
     torch.testing.assert_close(total, expected)
-    sums = context.trace.statistics["layers.0"]
-    said = logits > 0
-    assert {k: int(v) for k, v in sums.items()} == {
-        "total": 10,
-        "chosen": 4,
-        "said": int(said.sum()),
-        "both": int((said & taken).sum()),
-    }
+    hits, predicted = context.trace.statistics.hits["layers.0"], logits > 0
+    assert hits == RouterHits(10, 4, int(predicted.sum()), int((predicted & taken).sum()))

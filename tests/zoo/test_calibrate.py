@@ -12,7 +12,7 @@ from tests.zoo.test_model import effect
 from zoo import Trace, UserError
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.calibrate import calibrate, threshold_for
-from zoo.routing_statistics import loads
+from zoo.routing.statistics import RoutingStatistics
 
 BLIND = layer(depth={"type": "mod", "capacity": 0.25}, feedforward=DENSE)
 IMAGES = layer(depth={"type": "mod", "capacity": {"text": 1.0, "image": 0.3}}, feedforward=DENSE)
@@ -28,15 +28,12 @@ def batches(count: int = 3) -> list:
 @torch.no_grad()
 def load(model, data, routing: str) -> dict[str, float]:
     """Share that every block takes, over all of `data`."""
-    sums: dict = {}
+    statistics = RoutingStatistics()
     for tokens, context in data:
         trace = Trace()
         model(tokens, context.replace(routing=routing, trace=trace))
-        for name, statistics in trace.statistics.items():
-            for key, value in statistics.items():
-                sums.setdefault(name, {}).setdefault(key, 0.0)
-                sums[name][key] += float(value)
-    return loads(sums)
+        statistics += trace.statistics
+    return statistics.shares()
 
 
 def test_the_causal_load_becomes_that_of_top_k():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.zoo.helpers import stream
 from zoo import TokenContext, Trace
+from zoo.routing.statistics import RouterHits, RoutingStatistics
 
 MODALITIES = ("text", "image", "speech")
 
@@ -177,6 +178,8 @@ def test_a_trace_replays_and_takes_nothing_in_while_it_does():
     with trace.replay():
         assert trace.decide("block", lambda: next(decisions)) == "a"
         trace.add_loss("block", torch.ones(()), 1)
-        trace.add_statistics("block", {"said": torch.ones(())})
-    assert not trace.losses and not trace.statistics
+        trace.add_hits("block", RouterHits(2, 1, 1, 0))
+        trace.add_load("block", 1, 2)
+        trace.add_expert_load("block", (1, 1))
+    assert not trace.losses and trace.statistics == RoutingStatistics()
     assert trace.decide("block", lambda: next(decisions)) == "b"

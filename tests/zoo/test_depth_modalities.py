@@ -30,7 +30,6 @@ from tests.zoo.test_model import decisive, effect
 from tests.zoo.test_states import CHUNKS, decode
 from tests.zoo.test_states import ROWS as DECODED
 from zoo import ConfigError, Trace
-from zoo.routing_statistics import loads
 
 IMAGES = {"text": 1.0, "image": 0.25}
 CAPACITIES = [IMAGES, {"text": "1/2", "image": 0.25}, {"text": "1/3", "image": 1.0}, {"text": 0.125, "image": 0.5}]
@@ -112,9 +111,8 @@ def test_the_auxiliary_routers_learn_from_candidates_alone():
     routed = build_model(mod({"text": 1.0, "image": 0.5}, feedforward=DENSE)).layers[0]
     routed(values(context), context)
     assert {name: count for name, (_, count) in context.trace.losses.items()} == {"layers.0.image": 7}
-    assert int(context.trace.statistics["layers.0.image"]["chosen"]) == 4  # 2 of 4 and 2 of 3
-    shares = loads({name: {k: float(v) for k, v in sums.items()} for name, sums in context.trace.statistics.items()})
-    assert shares == {"layers.0": 9 / 12, "layers.0.image": 4 / 7}
+    assert int(context.trace.statistics.hits["layers.0.image"].chosen) == 4  # 2 of 4 and 2 of 3
+    assert context.trace.statistics.shares() == {"layers.0": 9 / 12, "layers.0.image": 4 / 7}
 
 
 # ------------------------------------------------------------------------------------------------------------ shapes
@@ -210,8 +208,8 @@ def test_activation_checkpointing_changes_no_bit(scope, routing):
         context = stream(*random_rows(3, 24), trace=Trace(), routing=routing, step=4)
         logits = model(ids(context), context)
         loss = logits.square().mean() + sum(total / max(1, count) for total, count in context.trace.losses.values())
-        flat = {f"{name} {k}": v for name, s in context.trace.statistics.items() for k, v in s.items()}
-        return {"logits": logits, "loss": loss} | gradients(loss, model) | flat
+        counts = {"statistics": context.trace.statistics.flat()}
+        return {"logits": logits, "loss": loss} | gradients(loss, model) | counts
 
     assert_equal(run(checkpointing=True), run(checkpointing=False))
 

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.zoo.helpers import D_FF, D_MODEL, DENSE, build_block, build_model, ids, layer, mod, stream, values
 from zoo import Trace
 from zoo.flops import Cost
-from zoo.routing_statistics import loads
 
 HEADS, HEAD_DIM = 4, D_MODEL // 4
 MIXER = {"type": "attention", "heads": HEADS, "kv_heads": 2}
@@ -89,7 +88,7 @@ def test_the_load_of_a_causal_forward_gives_the_flops_really_used(config):
     model = build_model(config, kernels=REFERENCE).eval()
     context = stream("ttiittiittiiitt", trace=Trace(), routing="causal")
     count = measured(model, ids(context), context)
-    load = loads({name: {k: float(v) for k, v in sums.items()} for name, sums in context.trace.statistics.items()})
+    load = context.trace.statistics.shares()
     cost, kept = model.cost(15, load), 15 * load.get("layers.0", 1.0)
     per_modality = zip(context.totals, cost.flops, cost.router, cost.auxiliary, strict=True)
     expected = sum(n * (flops + router + auxiliary) for n, flops, router, auxiliary in per_modality)

@@ -66,8 +66,8 @@ def test_causal_routing_sees_nothing_that_comes_later_and_top_k_does(layers):
     model = decisive(*layers)
     context = stream("ttiitit|tiitti", "tttiiitttii|t.", "..tiittiitttii", trace=Trace(), routing="causal")
     model(ids(context), context)
-    load = [float(s["taken"] / s["offered"]) for name, s in context.trace.statistics.items() if name.endswith("/load")]
-    assert sum(0.05 < share < 0.95 for share in load) >= 2  # the decisions do vary
+    shares = context.trace.statistics.shares().values()
+    assert sum(0.05 < share < 0.95 for share in shares) >= 2  # the decisions do vary
     for time in range(13):
         assert effect(model, context.replace(trace=None), time) < 1e-12, time
     top_k = context.replace(trace=None, routing="topk")
@@ -130,9 +130,9 @@ def test_activation_checkpointing_changes_no_bit(scope, routing):
         logits = model(ids(context), context)
         loss = logits.square().mean() + sum(total / max(1, count) for total, count in context.trace.losses.values())
         grads = gradients(loss, model)
-        flat = {f"{name} {k}": v for name, s in context.trace.statistics.items() for k, v in s.items()}
+        counts = {"statistics": context.trace.statistics.flat()}
         auxiliary = {f"loss of {name}": total for name, (total, _) in context.trace.losses.items()}
-        return {"logits": logits, "loss": loss} | grads | flat | auxiliary
+        return {"logits": logits, "loss": loss} | grads | counts | auxiliary
 
     assert_equal(run(checkpointing=True), run(checkpointing=False))
 

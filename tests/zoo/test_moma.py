@@ -10,6 +10,7 @@ import torch
 
 from tests.zoo.helpers import D_FF, assert_derivative, build_block, gradients, stream, values
 from zoo import TokenContext, Trace
+from zoo.routing.statistics import Load
 
 THREE = ("text", "image", "speech")
 
@@ -134,8 +135,4 @@ def test_the_trace_holds_the_load_of_every_group():
     context = stream("ttittti", "tii....", trace=Trace())
     block = build_block("feedforward", moma({"text": 3, "image": 1})[0], name="ffn")
     block(values(context), context)
-    statistics = {name: sums for name, sums in context.trace.statistics.items() if name.endswith("/load")}
-    assert {name: (float(sums["taken"]), float(sums["offered"])) for name, sums in statistics.items()} == {
-        "ffn.groups.text/load": (6, 18),
-        "ffn.groups.image/load": (4, 4),
-    }
+    assert context.trace.statistics.loads == {"ffn.groups.text": Load(6, 18), "ffn.groups.image": Load(4, 4)}

@@ -100,7 +100,7 @@ def test_the_step_of_the_context_decides_in_training(scope, capacity, step, kept
     for training, expected in ((True, kept), (False, 4)):
         context = stream(row, step=step, trace=Trace())
         model.train(training)(ids(context), context)
-        assert int(context.trace.statistics["layers.0/load"]["taken"]) == expected
+        assert int(context.trace.statistics.loads["layers.0"].taken) == expected
     without = build_model(layer(depth=depth | {"over_steps": None}, feedforward=DENSE))
     assert model.layers[0].cost(16) == without.layers[0].cost(16)
 

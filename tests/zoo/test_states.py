@@ -19,7 +19,6 @@ from tests.zoo.helpers import (
     untied,
 )
 from zoo import Trace
-from zoo.routing_statistics import loads
 
 MAMBA = {"type": "mamba", "d_state": 3, "d_conv": 3, "dt_rank": 3}
 MAMBA2 = {"type": "mamba2", "d_state": 5, "d_conv": 3, "head_dim": 1, "groups": 2}
@@ -89,7 +88,7 @@ def test_every_mixer_decodes(mixer, feedforward, depth, chunks):
     decoded = decode(model, tokens, context, CHUNKS[chunks], model.init_state(*context.shape))
     torch.testing.assert_close(decoded, full, rtol=0, atol=1e-10)
     assert full[context.valid].any(-1).all() and not decoded[~context.valid].any()
-    assert depth != "mod" or 0 < loads(trace.statistics)["layers.1"] < 1
+    assert depth != "mod" or 0 < trace.statistics.shares()["layers.1"] < 1
 
 
 @torch.no_grad()

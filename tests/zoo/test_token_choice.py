@@ -22,7 +22,6 @@ from tests.zoo.helpers import (
     values,
 )
 from zoo import ConfigError, TokenContext, Trace, build
-from zoo.routing_statistics import balance
 
 THREE = ("text", "image", "speech")
 
@@ -225,7 +224,8 @@ def test_activation_checkpointing_changes_no_bit_and_counts_once():
         loss = logits.square().mean() + sum(context.trace.penalties.values())
         grads = gradients(loss, model)
         trace = context.trace
-        sums = {f"{name} {k}": v for name, s in (trace.statistics | trace.updates).items() for k, v in s.items()}
+        sums = {f"{name} {k}": v for name, s in trace.updates.items() for k, v in s.items()}
+        sums["statistics"] = trace.statistics.flat()
         return {"logits": logits, "loss": loss} | grads | sums | trace.penalties
 
     assert_equal(run(checkpointing=True), run(checkpointing=False))
@@ -270,7 +270,8 @@ def test_the_statistics_of_two_micro_batches_are_those_of_both_together():
     x = values(whole)
 
     def sums(trace: Trace) -> dict:
-        return {f"{name} {k}": v for name, s in (trace.updates | trace.statistics).items() for k, v in s.items()}
+        sums = {f"{name} {k}": v for name, s in trace.updates.items() for k, v in s.items()}
+        return sums | {"statistics": trace.statistics.flat()}
 
     block(x, whole)
     added: dict = {}
@@ -298,8 +299,7 @@ def skewed(kind: str) -> tuple[float, float]:
         if step == 0:
             gate.weight.data[0, 0] += 1.0
         block(x, context)
-        sums = {k: float(v) for k, v in context.trace.statistics["ffn.groups.all/load"].items()}
-        found.append(balance({"ffn.groups.all/load": sums})["ffn.groups.all/imbalance"])
+        found.append(context.trace.statistics.expert_loads["ffn.groups.all"].balance()["imbalance"])
         if kind == "bias":
             gate.update(context.trace.updates[gate.name], step)
         elif kind == "loss":
@@ -314,15 +314,6 @@ def test_balancing_evens_out_a_skewed_router():
     for kind in ("bias", "loss"):
         start, end = skewed(kind)
         assert start > 2 and end < 1.5, (kind, start, end)
-
-
-def test_shares_and_imbalance_by_hand():
-    sums = {"taken": 6.0, "offered": 16.0, "expert 0": 6.0, "expert 1": 2.0}
-    assert balance({"a/load": sums, "b/load": {"taken": 1.0, "offered": 2.0}}) == {
-        "a/0": 0.75,
-        "a/1": 0.25,
-        "a/imbalance": 1.5,
-    }
 
 
 @pytest.mark.parametrize("balance", [{"type": "loss"}, {"type": "bias", "rate": 0.01}, {"type": "none"}])

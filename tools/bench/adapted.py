@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def llava(side: int, width: int, hidden: int) -> nn.Module:
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def prefilling(model: nn.Module, inputs: dict[str, Tensor]) -> Task:
+def prefilling(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any]:
     @torch.no_grad()
     def task() -> Any:
         return model(**inputs, use_cache=True, logits_to_keep=1)
@@ -116,7 +117,7 @@ def prefilling(model: nn.Module, inputs: dict[str, Tensor]) -> Task:
 
 
 def step(model: nn.Module, cache: Any, inputs: dict[str, Tensor]) -> Task:
-    """One token behind `cache`, which stays as it is: its layers put longer tensors in place of theirs."""
+    """One token after `cache`, which stays as it is: its layers put longer tensors in place of theirs."""
     token = inputs["input_ids"][:, -1:]
     mask = torch.ones_like(inputs["input_ids"][:, :1]).expand(-1, inputs["input_ids"].shape[1] + 1)
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,11 +59,12 @@ class Comparison:
             return self.label
         if self.other is None:
             return f"least time / {self.ours}"
+        expected = self.expected or 1.0
         if self.better == LOWER:
-            pair = f"{self.ours} / {self.other}"
-            return pair if self.expected in (None, 1.0) else f"({pair}) / predicted {self.expected:.3f}"
-        pair = f"{self.other} / {self.ours}"
-        return pair if self.expected in (None, 1.0) else f"({pair}) / predicted {1 / self.expected:.2f}"
+            pair, predicted = f"{self.ours} / {self.other}", f"{expected:.3f}"
+        else:
+            pair, predicted = f"{self.other} / {self.ours}", f"{1 / expected:.2f}"
+        return pair if expected == 1.0 else f"({pair}) / predicted {predicted}"
 
     def ratio(self, mode: str) -> Callable[[float, float], float]:
         """The row's ratio from the seconds of ours and of the other."""
@@ -114,7 +116,7 @@ class Row:
         return dataclasses.asdict(self) | {"met": self.met, "aim_met": self.aim_met}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> Row:
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 

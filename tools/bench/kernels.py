@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools import peers
-from tools.bench import packages
+from tools.bench import packages, peers
 from tools.bench.benchmark import (
     HIGHER,
     LOWER,
@@ -147,7 +146,7 @@ def scan_error(settings: Settings) -> Group:
             for part, value in _results(kernel, inputs, layout, torch.float32).items()
         }
         result = errors.pop("y")
-        worst = max(errors, key=errors.get)
+        worst = max(errors, key=errors.__getitem__)
         figures += [
             Row(f"y, {name}", FORWARD, None, None, result, LOWER, 1e-7, None),
             Row(
@@ -195,8 +194,8 @@ def ssd(settings: Settings, peer: str, goal: Goal) -> Group:
 
     kernel = compiled()
     variants = {
-        OURS: Variant(lambda: kernel.ssd(*inputs, layout)[0], inputs),
-        PLAIN: Variant(lambda: chunked.ssd(*inputs, layout)[0], inputs),
+        OURS: Variant(lambda: kernel.ssd(x, dt, bias, A, B, C, D, layout)[0], inputs),
+        PLAIN: Variant(lambda: chunked.ssd(x, dt, bias, A, B, C, D, layout)[0], inputs),
         peer: Variant(theirs, inputs),
     }
     pairs = [Comparison(OURS, peer, HIGHER, goals(goal, goal)), Comparison(PLAIN, peer, HIGHER)]
@@ -234,11 +233,11 @@ def packed_attention(settings: Settings) -> Group:
     lengths = [settings.size(length) for length in LENGTHS]
     document = torch.cat([torch.full((length,), d) for d, length in enumerate(lengths)]).unsqueeze(0)
     context = TokenContext.from_modality(torch.zeros_like(document), document)
-    inputs = [leaf(1, document.shape[1], 8, 64) for _ in range(3)]
+    query, key, value = inputs = [leaf(1, document.shape[1], 8, 64) for _ in range(3)]
     variants = {
-        "per document": Variant(lambda: per_document.packed_attention(*inputs, context), inputs),
-        "bool mask": Variant(lambda: sdpa.packed_attention(*inputs, context), inputs),
-        "no fused kernel": Variant(lambda: masked_attention(*inputs, context.mask), inputs),
+        "per document": Variant(lambda: per_document.packed_attention(query, key, value, context), inputs),
+        "bool mask": Variant(lambda: sdpa.packed_attention(query, key, value, context), inputs),
+        "no fused kernel": Variant(lambda: masked_attention(query, key, value, context.mask), inputs),
     }
     goal = Goal(target=3.0)
     pairs = [

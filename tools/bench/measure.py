@@ -91,17 +91,17 @@ def busy_seconds() -> float | None:
 
 def take(task: Task, calls: int, device: str = "cpu") -> Sample:
     """One sample: `calls` calls, by the device's own clock where it has one."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device == "cuda" else []
     before, cpu, start = busy_seconds(), time.process_time(), time.perf_counter()
-    if device == "cuda":
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
+    if events:
+        events[0].record()
     for _ in range(calls):
         task()
-    if device == "cuda":
-        last.record()
+    if events:
+        events[1].record()
         torch.cuda.synchronize()
     elapsed, own, after = time.perf_counter() - start, time.process_time() - cpu, busy_seconds()
-    wall = first.elapsed_time(last) / 1e3 if device == "cuda" else elapsed
+    wall = events[0].elapsed_time(events[1]) / 1e3 if events else elapsed
     others = None if before is None or after is None else max(0.0, (after - before - own) / elapsed)
     return Sample(wall / calls, own / calls, others)
 

@@ -40,7 +40,7 @@ def importing(folder: Path, stubs: Mapping[str, types.ModuleType | None]) -> Ite
     nothing of it is left."""
     modules, path = dict(sys.modules), list(sys.path)
     sys.path.insert(0, str(folder))
-    sys.modules.update(stubs)
+    sys.modules.update(stubs)  # pyrefly: ignore[no-matching-overload]  # None makes the import of a name fail
     try:
         yield
     finally:
@@ -148,7 +148,7 @@ def mixture_of_transformers(settings: Settings) -> Group:
     """The authors' untied feed-forward with its norms against ours, 4,096 tokens, D=512 F=1536."""
     rows, length, width, hidden = 4, settings.size(1024), settings.size(512), settings.size(1536)
     module = load(settings, "mixture_of_transformers", "src.simple_ModalityUntiedFeedForward")
-    module.merge_modalities = merge  # theirs has room for the tokens of one modality only
+    vars(module)["merge_modalities"] = merge  # theirs has room for the tokens of one modality only
     theirs = module.SimpleModalityUntiedFeedForward(
         width, hidden * 3 // 2, multiple_of=hidden, n_modalities=len(MODALITIES)
     )

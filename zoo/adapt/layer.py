@@ -25,7 +25,6 @@ from zoo.adapt.scores import unlearned
 from zoo.adapt.select import ModRouter, Selection, select
 from zoo.auxiliary import train_auxiliary
 from zoo.config import UserError
-from zoo.routing_statistics import record_load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +121,12 @@ class RoutedDecoderLayer:
 
     def _report(self, context: AdaptContext, logits: Tensor, chosen: Selection) -> None:
         """Tell the trace what was decided, how well the router foresaw it, and its auxiliary loss."""
-        name, fixed = self.routing.name, sum(context.fixed)
+        name = self.routing.name
         keep = chosen.keep.view(context.shape)
         context.trace.decisions[name] = Decision(keep, context.candidates, logits.detach(), chosen.counts)
         learns = self.routing.config.auxiliary.type == "membership"
         train_auxiliary(context, name, (logits if learns else logits.detach())[:, None], chosen.taken[:, None])
-        record_load(context, name, sum(chosen.counts) - fixed, context.candidates.shape[0])
-        record_load(context, f"{name}/tokens", sum(chosen.counts), fixed + context.candidates.shape[0])
+        context.trace.add_load(name, sum(chosen.counts) - sum(context.fixed), context.candidates.shape[0])
 
     def _packed(
         self,

@@ -6,6 +6,8 @@ every step, and indexing a tensor step by step makes each gradient a zero tensor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,9 @@ class _Recurrence(torch.autograd.Function):
     """h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t and y_t = C_t · h_t over time-first values; channels last, they are many."""
 
     @staticmethod
-    def forward(ctx, delta, u, A, B, C, first, state) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, delta: Tensor, u: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """delta, u (T, B, W); A (N, W); B, C (T, B, N); first (T, B); state (B, N, W).
 
         Returns:
@@ -58,7 +62,9 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dy: Tensor, dh: Tensor
+    ) -> tuple[Tensor | None, ...]:
         delta, reset, u, A, B, C, *saved = ctx.saved_tensors
         d_delta, du, dB, dC = (torch.empty_like(v) for v in (delta, u, B, C))
         dA = torch.zeros_like(A)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +62,8 @@ class Arguments:
             **values,
         }
 
-    def call(self, function: ctypes._CFuncPtr, fields: Sequence[str]) -> int:
-        """Call `function` with a pointer to the structure whose 8-byte fields have these names, in order."""
+    def call(self, function: Any, fields: Sequence[str]) -> int:
+        """Call `function`, of a library loaded by ctypes, with a pointer to the structure of these 8-byte fields, in order."""
         words = (ctypes.c_int64 * len(fields))()
         for i, name in enumerate(fields):
             value = self.values.get(name)
@@ -85,7 +86,7 @@ SCAN_FIELDS = (
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
         y = _rows(layout, *x.shape)
         arguments = _conv_arguments(layout, x, weight, bias, y=y)
         arguments.call(compiled.load("conv.c", TAPS=weight.shape[1]).conv_forward, CONV_FIELDS)
@@ -95,7 +96,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         x, weight, bias = ctx.saved_tensors
         layout, sequences = ctx.layout, ctx.layout.row.shape[0]
         dx, dweight, dbias = (
@@ -127,23 +128,26 @@ def causal_conv1d(
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, dt, bias, A, B, C, D, z, state, layout: Layout) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, layout: Layout, state: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        u, _, _, A, *_ = inputs
         sequences, (channels, states) = layout.row.shape[0], A.shape
         y, final = _rows(layout, *u.shape), u.new_empty(sequences, channels, states)
         saved = None
         if any(ctx.needs_input_grad):
             blocks = -(-channels // LANES)
             saved = u.new_empty(sequences, -(-layout.row.shape[1] // CHUNK), blocks, states, LANES)
-        arguments = _scan_arguments(layout, u, dt, bias, A, B, C, D, z, state, y=y, final=final, saved=saved)
+        arguments = _scan_arguments(layout, state, inputs, y=y, final=final, saved=saved)
         arguments.call(compiled.load("scan.c", STATE=states).scan_forward, SCAN_FIELDS)
-        ctx.save_for_backward(u, dt, bias, A, B, C, D, z, state, saved)
+        ctx.save_for_backward(*inputs, state, saved)
         ctx.layout = layout
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dy: Tensor | None, dfinal: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         *inputs, state, saved = ctx.saved_tensors
         u, _, bias, A, B, *_ = inputs
         layout, sequences = ctx.layout, ctx.layout.row.shape[0]
@@ -155,8 +159,8 @@ class _Scan(torch.autograd.Function):
         dD, dbias = u.new_empty(sequences, u.shape[1]), u.new_zeros(sequences, *bias.shape)
         arguments = _scan_arguments(
             layout,
-            *inputs,
             state,
+            inputs,
             saved=saved,
             dy=dy,
             dfinal=None if dfinal is None else dfinal.contiguous(),
@@ -172,12 +176,11 @@ class _Scan(torch.autograd.Function):
         )
         _succeed(arguments.call(compiled.load("scan.c", STATE=A.shape[1]).scan_backward, SCAN_FIELDS))
         sums = dbias.sum(0), dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0)
-        return du, ddt, *sums, dz, None if state is None else dinitial, None
+        return None, None if state is None else dinitial, du, ddt, *sums, dz
 
 
-def _scan_arguments(
-    layout: Layout, u, dt, bias, A, B, C, D, z, state: Tensor | None, **more: Tensor | None
-) -> Arguments:
+def _scan_arguments(layout: Layout, state: Tensor | None, inputs: Sequence[Tensor], **more: Tensor | None) -> Arguments:
+    u, dt, bias, A, B, C, D, z = inputs
     tensors = {"u": u, "dt": dt, "z": z, "B": B, "C": C}
     strides = {f"{name}_stride": value.stride(0) for name, value in tensors.items()}
     return Arguments(
@@ -213,7 +216,7 @@ def selective_scan(
     u32, dt, B, C, z = (_row_major(value) for value in (u, dt, B, C, z))
     bias, A, D = (value.float().contiguous() for value in (bias, A, D))
     state = None if state is None else state.float().contiguous()
-    y, final = _Scan.apply(u32, dt, bias, A, B, C, D, z, state, layout)
+    y, final = _Scan.apply(layout, state, u32, dt, bias, A, B, C, D, z)
     return y.to(u.dtype), final
 
 
@@ -229,7 +232,8 @@ class _Dual(torch.autograd.Function):
     """x (R, H·K), B and C (R, S·N): heads and sets side by side, so that slices of a wider tensor need no copy."""
 
     @staticmethod
-    def forward(ctx, x, dt, bias, A, B, C, D, state, layout: Layout, sets: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, layout: Layout, sets: int, state: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, dt, _, _, B, *_ = inputs
         sequences, heads, states = layout.row.shape[0], dt.shape[1], B.shape[1] // sets
         width = x.shape[1] // heads
         y, final = _rows(layout, *x.shape), x.new_empty(sequences, heads, width, states)
@@ -237,18 +241,20 @@ class _Dual(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             chunks = -(-layout.row.shape[1] // SSD_CHUNK)
             saved = x.new_empty(sequences, chunks, heads, width, -(-states // LANES) * LANES)
-        arguments = _ssd_arguments(layout, sets, x, dt, bias, A, B, C, D, state, y=y, final=final, saved=saved)
+        arguments = _ssd_arguments(layout, sets, state, inputs, y=y, final=final, saved=saved)
         _succeed(arguments.call(compiled.load("ssd.c", STATE=states).ssd_forward, SSD_FIELDS))
-        ctx.save_for_backward(x, dt, bias, A, B, C, D, state, saved)
+        ctx.save_for_backward(*inputs, state, saved)
         ctx.layout, ctx.sets = layout, sets
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dy: Tensor | None, dfinal: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         *inputs, state, saved = ctx.saved_tensors
-        x, dt, bias, A, B, *_ = inputs
+        x, dt, bias, _, B, *_ = inputs
         layout, sequences, sets, heads = ctx.layout, ctx.layout.row.shape[0], ctx.sets, dt.shape[1]
         states = B.shape[1] // sets
         dy = torch.zeros_like(x, memory_format=torch.contiguous_format) if dy is None else dy.contiguous()
@@ -263,8 +269,8 @@ class _Dual(torch.autograd.Function):
         arguments = _ssd_arguments(
             layout,
             sets,
-            *inputs,
             state,
+            inputs,
             saved=saved,
             dy=dy,
             dfinal=None if dfinal is None else dfinal.contiguous(),
@@ -279,12 +285,14 @@ class _Dual(torch.autograd.Function):
         )
         _succeed(arguments.call(compiled.load("ssd.c", STATE=states).ssd_backward, SSD_FIELDS))
         dB, dC = (d.sum(1).transpose(0, 1).reshape(B.shape) for d in (dB, dC))
-        return dx, ddt, dbias.sum(0), dA.sum(0), dB, dC, dD.sum(0), None if state is None else dinitial, None, None
+        sums = dbias.sum(0), dA.sum(0), dB, dC, dD.sum(0)
+        return None, None, None if state is None else dinitial, dx, ddt, *sums
 
 
 def _ssd_arguments(
-    layout: Layout, sets: int, x, dt, bias, A, B, C, D, state: Tensor | None, **more: Tensor | None
+    layout: Layout, sets: int, state: Tensor | None, inputs: Sequence[Tensor], **more: Tensor | None
 ) -> Arguments:
+    x, dt, bias, A, B, C, D = inputs
     tensors = {"x": x, "dt": dt, "B": B, "C": C}
     strides = {f"{name}_stride": value.stride(0) for name, value in tensors.items()}
     heads = dt.shape[1]
@@ -322,5 +330,5 @@ def ssd(
     flat, dt, B_flat, C_flat = (_row_major(v.flatten(1)) for v in (x, dt, B, C))
     bias, A, D = (value.float().contiguous() for value in (bias, A, D))
     state = None if state is None else state.float().contiguous()
-    y, final = _Dual.apply(flat, dt, bias, A, B_flat, C_flat, D, state, layout, B.shape[1])
+    y, final = _Dual.apply(layout, B.shape[1], state, flat, dt, bias, A, B_flat, C_flat, D)
     return y.to(x.dtype).view_as(x), final

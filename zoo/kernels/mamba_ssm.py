@@ -85,8 +85,8 @@ def selective_scan(
     u_t, dt_t, z_t, B_t, C_t = (layout.to_time(value) for value in values)
     if layout.padded:
         dt_t = dt_t.masked_fill((layout.row < 0).unsqueeze(-1), NEVER)
-    if layout.many_documents:
-        place, columns = layout.apart
+    place, columns = layout.apart if layout.many_documents else (None, 0)
+    if place is not None:
         ends = torch.arange(columns, device=u.device) > place[:, -1:]
         u_t, z_t, B_t, C_t = (_spread(value, place, columns, 0.0) for value in (u_t, z_t, B_t, C_t))
         dt_t = _spread(dt_t, place, columns, FORGET)
@@ -106,7 +106,7 @@ def selective_scan(
         return_last_state=True,
     )
     y = y.transpose(1, 2)
-    if layout.many_documents:
+    if place is not None:
         y = y.gather(1, place.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
     return layout.to_rows(y).to(dtype), h.detach()
 

@@ -8,7 +8,7 @@ import pytest
 from pretrain.data.documents import Documents
 from pretrain.data.index import ShardTokens
 from pretrain.data.packing import TokenStream, cut, fill
-from zoo.tokenizers import Vocabulary
+from zoo.modalities import Vocabulary
 
 VOCABULARY = Vocabulary({"text": 100_000, "image": 50})
 IMAGE = 6  # tokens of an image with its begin and end

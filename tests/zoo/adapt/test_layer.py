@@ -17,7 +17,6 @@ from tests.zoo.adapt.families import FAMILIES, IMAGE
 from tests.zoo.adapt.test_conformance import METHODS, ROWS, close, generate
 from tests.zoo.helpers import assert_derivative
 from zoo.adapt import Trace, adapt, adaptation, auxiliary_loss, restore, routed_layers, routers
-from zoo.routing_statistics import rates
 
 LLAVA = FAMILIES["llava"]
 KEEP = 0.4
@@ -121,10 +120,10 @@ def test_the_auxiliary_loss_is_part_of_the_loss_in_training(model: nn.Module) ->
     close(loss - plain, expected / 2)
     assert torch.equal(model(**inputs, labels=labels).loss, loss)  # without a trace of the caller's
     assert "loss" not in model(**inputs)
-    hits = {key: float(value) for key, value in trace.statistics["layers.1"].items()}
+    hits = trace.statistics.hits["layers.1"]
     images = int((inputs["input_ids"] == IMAGE).sum())
-    assert hits["total"] == images and hits["chosen"] == sum(math.ceil(16 * KEEP) for _ in range(3))
-    assert 0 <= rates(hits)["accuracy"] <= 1
+    assert hits.total == images and hits.chosen == sum(math.ceil(16 * KEEP) for _ in range(3))
+    assert 0 <= hits.rates()["accuracy"] <= 1
 
 
 def test_answers_are_routed_in_training_alone(model: nn.Module) -> None:
