@@ -7,9 +7,8 @@ the device to learn one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,13 @@ TOPK, CAUSAL = "topk", "causal"
 class Trace:
     """Collector for one forward: routing decisions, losses, and what routers report or learn from, by block name.
 
-    Use a fresh one for each forward. While activation checkpointing recomputes a layer the trace replays the decisions
-    of the first pass and takes nothing in, so that routes cannot flip and nothing counts twice.
+    Use a fresh one for each forward. Where activation checkpointing recomputes a layer, the layer is given a `replay` of
+    the trace, so that routes cannot flip and nothing counts twice.
     """
 
     decisions: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """name → what the block decided. It holds neither this trace nor a context with it: the cycle would outlive the step.
+    """
     losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
     """name → (sum over tokens, count)."""
     statistics: RoutingStatistics = dataclasses.field(default_factory=RoutingStatistics)
@@ -43,6 +44,7 @@ class Trace:
     """name → sums, to be added over micro-batches and ranks: what the `update` of the module of that name is given once
     an optimizer step. Tensors of any shape; the same names and shapes on every rank."""
     replaying: bool = False
+    """A replay: decisions are repeated, and what is added is dropped."""
 
     def decide(self, name: str, decision: Callable[[], Any]) -> Any:
         """The decision of block `name`: computed and recorded in the first pass, replayed in a recomputation."""
@@ -74,14 +76,9 @@ class Trace:
         if not self.replaying:
             self.updates[name] = {key: value.detach() for key, value in sums.items()}
 
-    @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
-        """The region in which a checkpointed layer is recomputed."""
-        self.replaying = True
-        try:
-            yield
-        finally:
-            self.replaying = False
+    def replay(self) -> Trace:
+        """A trace with the same decisions, for computing a layer once more: it repeats them and takes nothing in."""
+        return Trace(decisions=self.decisions, replaying=True)
 
 
 @dataclasses.dataclass(frozen=True)

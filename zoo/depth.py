@@ -158,6 +158,7 @@ class MixtureOfDepths(nn.Module):
         scores = self.router(candidates, key, noise.salt(self.name, context.step))  # (n, 1)
         logits = None if self.auxiliary is None else self.auxiliary(candidates, sizes)
         taken, index, valid, inner = decide(context, self.name, lambda: self._select(scores, logits, context))
+        inner = inner.replace(trace=context.trace)
         self._report(logits, taken, context, inner)
         flat_index = (index + torch.arange(rows, device=x.device)[:, None] * columns).reshape(-1)
         kept = F.embedding(flat_index, flat).view(rows, -1, width).masked_fill(~valid.unsqueeze(-1), 0.0)
@@ -179,7 +180,10 @@ class MixtureOfDepths(nn.Module):
     def _select(
         self, scores: Tensor, logits: Tensor | None, context: TokenContext
     ) -> tuple[Tensor, Tensor, Tensor, TokenContext]:
-        """taken (n,) bool among the candidates, columns kept (B, K), which of them are real (B, K), their context."""
+        """taken (n,) bool among the candidates, columns kept (B, K), which of them are real (B, K), their context.
+
+        The context has no trace: the trace keeps what is returned here, and a cycle would outlive the step.
+        """
         members, sizes = self._candidates(context)
         kept = None
         if context.routing == CAUSAL:
@@ -200,7 +204,7 @@ class MixtureOfDepths(nn.Module):
         largest = max(1, *totals)  # the block runs even when nothing is kept: every rank uses every parameter
         index = keep.logical_not().sort(dim=1, stable=True).indices[:, :largest]  # kept columns first, in time order
         valid = torch.arange(largest, device=keep.device) < torch.tensor(totals, device=keep.device)[:, None]
-        return taken, index, valid, context.select(index, valid, kept)
+        return taken, index, valid, context.replace(trace=None).select(index, valid, kept)
 
     def _share(self, pool: Pool, context: TokenContext) -> Fraction:
         """Capacity of a pool at the context's step."""

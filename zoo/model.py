@@ -110,16 +110,18 @@ class Model(nn.Module):
 
 
 def _recomputed(layer: nn.Module, x: Tensor, context: TokenContext) -> Tensor:
-    trace = context.trace
-    assert trace is not None
-    return checkpoint(
-        layer,
-        x,
-        context,
-        use_reentrant=False,
-        preserve_rng_state=False,  # all noise is a function of the tokens' keys
-        context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
-    )
+    """The layer's output; of all it computes only x is kept, the backward pass computes the rest again."""
+    assert context.trace is not None
+    first = [
+        context
+    ]  # the first pass takes it out: the trace's losses hold the graph, so the graph must not hold the trace
+    again = context.replace(trace=context.trace.replay())
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, first.pop() if first else again)
+
+    # all noise is a function of the tokens' keys
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]

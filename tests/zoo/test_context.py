@@ -172,14 +172,18 @@ def test_errors(modality, document, message):
         TokenContext.from_modality(torch.tensor(modality), None if document is None else torch.tensor(document))
 
 
-def test_a_trace_replays_and_takes_nothing_in_while_it_does():
+def test_a_replay_repeats_decisions_and_takes_nothing_in():
     trace, decisions = Trace(), iter("ab")
     assert trace.decide("block", lambda: next(decisions)) == "a"
-    with trace.replay():
-        assert trace.decide("block", lambda: next(decisions)) == "a"
-        trace.add_loss("block", torch.ones(()), 1)
-        trace.add_hits("block", RouterHits(2, 1, 1, 0))
-        trace.add_load("block", 1, 2)
-        trace.add_expert_load("block", (1, 1))
-    assert not trace.losses and trace.statistics == RoutingStatistics()
+    replay = trace.replay()
+    assert replay.decide("block", lambda: next(decisions)) == "a"
+    replay.add_loss("block", torch.ones(()), 1)
+    replay.add_penalty("block", torch.ones(()))
+    replay.add_hits("block", RouterHits(2, 1, 1, 0))
+    replay.add_load("block", 1, 2)
+    replay.add_expert_load("block", (1, 1))
+    replay.add_update("block", {"sum": torch.ones(())})
+    for taken in (trace, replay):
+        assert not taken.losses and not taken.penalties and not taken.updates
+        assert taken.statistics == RoutingStatistics()
     assert trace.decide("block", lambda: next(decisions)) == "b"
