@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pretrain.data.cache import committed
 from pretrain.data.reading import BrokenDocument, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
-from zoo.modalities import Vocabulary
+from zoo.files import atomic_path
+from zoo.modalities import Modality, Vocabulary
 
 
 class Skipped(NamedTuple):
@@ -120,7 +120,7 @@ def tokenize_shard(
     listing: Listing,
     cache: Path,
     fingerprint: str,
-    tokenizers: Mapping[str, Any],
+    modalities: Mapping[str, Modality],
     vocabulary: Vocabulary,
     advance: Callable[[int], Any],
 ) -> None:
@@ -133,7 +133,7 @@ def tokenize_shard(
             local.file = open(listing.shard, "rb")
             files.append(local.file)
         try:
-            return tokenize(local.file, entry, tokenizers, vocabulary)
+            return tokenize(local.file, entry, modalities, vocabulary)
         except BrokenDocument as broken:
             return str(broken)
 
@@ -157,7 +157,7 @@ def tokenize_shard(
         for file in files:
             file.close()
     record, flat = _names(listing, cache, fingerprint)
-    with committed(flat) as temporary, open(temporary, "wb") as file:
+    with atomic_path(flat) as temporary, open(temporary, "wb") as file:
         np.save(file, np.concatenate([np.zeros(0, np.int32), *runs]))
     _save(
         record,  # last: where it exists, the tokens do too
@@ -183,5 +183,5 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
-    with committed(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

@@ -72,7 +72,7 @@ UNKNOWN = {
         "model.layers[1].depth.router.activaton: unknown key",
         "did you mean 'activation'?",
     ),
-    "data.image.patchs=2": ("data.image.patchs: unknown key", "did you mean 'patch'?"),
+    "modalities.image.patchs=2": ("modalities.image.patchs: unknown key", "did you mean 'patch'?"),
     "optimizer.weight_deacy=1": ("optimizer.weight_deacy: unknown key", "did you mean 'weight_decay'?"),
     "schedule.warmup=3": ("schedule.warmup: unknown key", "did you mean 'warmup_steps'?"),
     "train.step=3": ("train.step: unknown key", "did you mean 'steps'?"),
@@ -103,8 +103,17 @@ WRONG = {
     "model.d_model='32'": ("model.d_model: '32': must be a valid integer",),
     "model.d_model=-1": ("model.d_model: -1: must be greater than 0",),
     "model.layers=3": ("model.layers: 3: must be a list",),
-    "model.modalities=[text]": ("model.modalities: ['text'] but data has tokenizers for ['text', 'image']",),
-    "model.vocab_size=10": ("model.vocab_size: 10 is less than the 276 ids of data's tokenizers; remove the key",),
+    "model.modalities=[text]": ("model.modalities: ['text'], but the section modalities has ['text', 'image']",),
+    "data.image={type: patches}": (
+        "data.image: is modalities.image now, a section of its own beside data; move it there",
+    ),
+    "data.text.type=bpe": ("data.text: is modalities.text now",),
+    "modalities.image.type=patch": ("modalities.image.type: 'patch' is not known; known: ", "did you mean 'patches'?"),
+    "modalities={image: {type: patches}}": ("modalities: has image, but no text",),
+    "modalities={}": ("modalities: has none, but no text",),
+    "modalities={1: {type: bytes}}": ("must be a text; quote it",),
+    "modalities=bpe": ("modalities: 'bpe': must be a mapping",),
+    "model.vocab_size=10": ("model.vocab_size: 10 is less than the 276 ids of the modalities; remove the key",),
     "train.steps=1.5": ("train.steps: 1.5: must be a valid integer",),
     "train.steps=0": ("train.steps: 0: must be greater than 0",),
     "train.precision=fp16": ("train.precision: 'fp16': must be 'fp32' or 'bf16'",),
@@ -117,7 +126,7 @@ WRONG = {
     "imports=[not_there]": ("imports: 'not_there' cannot be imported (ModuleNotFoundError",),
     "kernels.attention=fast": ("kernels.attention: 'fast' is not known; known: auto, ",),
     "data.sequence_length=10": (
-        "data.sequence_length: 10: is too short for one image: 16 codes,",
+        "data.sequence_length: 10: is too short for one image: 16 positions,",
         "set data.sequence_length to at least 20",
     ),
     "train.micro_batch=3": ("train.micro_batch: 3 does not divide train.global_batch 4; choose",),
@@ -188,14 +197,14 @@ def test_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     import deepspeed
 
-    from pretrain import engine
+    from pretrain import process_group
 
     def taken(**options: Any) -> None:
         raise torch.distributed.DistNetworkError("The server socket has failed to listen: EADDRINUSE")
 
     monkeypatch.setattr(deepspeed, "init_distributed", taken)
     with pytest.raises(UserError, match=r"^port 29500 is in use, .*; choose another: deepspeed --master_port"):
-        engine._start_processes("cpu", 1.0)
+        process_group.join_processes("cpu", 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
