@@ -12,7 +12,7 @@ import yaml
 
 import zoo
 from pretrain import recipe as recipes
-from tests.pretrain.data.processors import llava_processor, picture
+from tests.pretrain.finetune.processors import llava_processor, picture
 from tests.zoo.adapt.families import llava
 from zoo.adapt import AdaptConfig
 from zoo.registry import _tables

@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.prompts import collate, encode, padding_id
-from pretrain.data.questions import sample_questions
+from pretrain.finetune.prompts import collate, encode, padding_id
+from pretrain.finetune.questions import sample_questions
 from zoo.adapt.proposal import Choice, by_budget, by_threshold, flops_savings, skip_savings
 from zoo.config import UserError
 
@@ -121,7 +121,7 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """
     import transformers
 
-    from pretrain.model_folder import cannot_open, open_folder
+    from pretrain.finetune.model_folder import cannot_open, open_folder
     from zoo.adapt.save import check_complete
 
     _, processor = open_folder(name)

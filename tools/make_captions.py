@@ -1,4 +1,4 @@
-"""Write captioned pictures from WebDataset shards as questions about images, as `pretrain.adapt` reads them.
+"""Write captioned pictures from WebDataset shards as questions about images, as `pretrain.finetune` reads them.
 
     python -m tools.make_captions SHARDS OUT [--train '*train*.tar'] [--held-out '*val*.tar'] [--question TEXT]
 

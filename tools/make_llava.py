@@ -3,7 +3,7 @@
     python -m tools.make_llava CONFIG.yaml DATA OUT [key.sub=value ...]
 
 OUT holds a LlavaForConditionalGeneration (CLIP tower, two-layer projector, Llama decoder) and a LlavaProcessor, both
-opened by plain `from_pretrained`; `pretrain.adapt` trains it. The tokenizer knows DATA's training questions and answers:
+opened by plain `from_pretrained`; `pretrain.finetune` trains it. The tokenizer knows DATA's training questions and answers:
 
 * without `vocabulary` by their words, in lower case and without punctuation; a place named by `units`, such as "row 2,
   column 3", is one word, as location tokens are in other models: an address in two words takes many times as long to learn;
@@ -24,7 +24,7 @@ from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pretrain import recipe
-from pretrain.data.questions import read_questions
+from pretrain.finetune.questions import read_questions
 from tools.llava_weights import DecoderConfig, TowerConfig, initialise
 from zoo.config import Config, ConfigError, UserError
 

@@ -2,7 +2,7 @@
 
     python -m tools.show_routing MODEL DATA --out FOLDER [--samples N]
 
-MODEL is a folder that `zoo.adapt.save_adapted` or `pretrain.adapt` wrote. DATA is a folder of JSON lines (`image, question,
+MODEL is a folder that `zoo.adapt.save_adapted` or `pretrain.finetune` wrote. DATA is a folder of JSON lines (`image, question,
 answer`) or of WebDataset shards. FOLDER gets one picture for each image, with a field for each routed layer (skipped
 patches are dark), and skip_ratio.png: the share of image tokens that each layer skips, over all samples.
 
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.prompts import encode
-from pretrain.data.questions import Question, sample_questions
+from pretrain.finetune.prompts import encode
+from pretrain.finetune.questions import Question, sample_questions
 from tools.arank import on_device
 from zoo.config import UserError
 

@@ -150,15 +150,20 @@ def run(
     inputs: dict[str, Tensor],
     dtype: torch.dtype,
     device: str = "cpu",
+    through_final: bool = True,
 ) -> dict[str, Tensor]:
-    """Output, state, and the gradient of every input, in float64."""
+    """Output, state, and the gradient of every input, in float64.
+
+    Args:
+        through_final: whether gradients also come from the final state.
+    """
     leaves = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
     values = [x for name, x in leaves.items() if name != "state"]
     y, state = getattr(module, function)(*values, layout, leaves.get("state"))
     results = {"y": y, "final": state} if state is not None else {"y": y}
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for value in results.values():
-        if value.requires_grad:
+    for name, value in results.items():
+        if value.requires_grad and (through_final or name == "y"):
             probe = torch.linspace(-1, 1, value.numel(), dtype=torch.float64, device=device).view(value.shape)
             loss = loss + (value.to(torch.float64) * probe).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=not y.numel())
@@ -177,31 +182,60 @@ def test_backend_is_the_reference(operation, backend, function, name, dtype):
     assert_near(ours, run(reference, function, layout, inputs, torch.float64), TOLERANCES[dtype])
 
 
+def on_cuda(layout: Layout) -> Layout:
+    fields = {name: value for name, value in vars(layout).items() if name in Layout.__dataclass_fields__}
+    return Layout(**{name: v.cuda() if isinstance(v, Tensor) else v for name, v in fields.items()})
+
+
+def check_mamba_ssm(
+    function: str, layout: Layout, inputs: dict[str, Tensor], dtype: torch.dtype, deterministic: bool
+) -> None:
+    """Output, final state and all gradients of the packages' kernels are the definition's."""
+    if mamba_ssm.missing():
+        pytest.skip(str(mamba_ssm.missing()))
+    inputs = {key: x.to(dtype).to(torch.float64) for key, x in inputs.items()}
+    through_final = function != "selective_scan" or "state" in inputs  # the scan's final state carries no gradient
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        ours = run(mamba_ssm, function, on_cuda(layout), inputs, dtype, "cuda", through_final)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    theirs = run(reference, function, layout, inputs, torch.float64, through_final=through_final)
+    assert_near(ours, theirs, 10 * TOLERANCES[dtype])
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("operation", "function", "name"), [(*key, name) for key, table in CASES.items() for name in table]
 )
-def test_mamba_ssm_is_the_reference(operation, function, name, dtype):
-    assert mamba_ssm.missing() is None
+def test_mamba_ssm_is_the_reference(operation, function, name, dtype, deterministic):
+    layout, inputs = CASES[operation, function][name]()
     if function == "ssd":  # the kernels want powers of two
-        layout, _ = CASES[operation, function][name]()
         inputs = ssd_inputs(layout, "state" in name, heads=4, width=32, sets=2, states=32)
-    else:
-        layout, inputs = CASES[operation, function][name]()
-    inputs = {key: x.to(dtype).to(torch.float64) for key, x in inputs.items()}
-    moved = Layout(
-        **{
-            field: value.cuda() if isinstance(value, Tensor) else value
-            for field, value in vars(layout).items()
-            if field in Layout.__dataclass_fields__
-        }
+    check_mamba_ssm(function, layout, inputs, dtype, deterministic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [1, 7])
+@pytest.mark.parametrize("length", [2_049, 4_096])
+@pytest.mark.parametrize("function", ["selective_scan", "ssd"])
+def test_mamba_ssm_at_lengths_past_one_chunk_is_the_chunked_form(function, length, documents):
+    """Against the plain PyTorch form on the same device in fp32: the definition would step through each token."""
+    if mamba_ssm.missing():
+        pytest.skip(str(mamba_ssm.missing()))
+    bounds = torch.linspace(0, length, documents + 1).long().tolist()
+    text = "|".join("t" * (stop - start) for start, stop in zip(bounds, bounds[1:], strict=False))
+    layout = layout_of(text, text)
+    made = scan_inputs(layout, False) if function == "selective_scan" else ssd_inputs(layout, False, 4, 32, 2, 32)
+    inputs = {key: x.to(torch.float32) for key, x in made.items()}
+    through_final = function == "ssd"
+    ours, theirs = (
+        run(module, function, on_cuda(layout), inputs, torch.float32, "cuda", through_final)
+        for module in (mamba_ssm, chunked)
     )
-    ours = run(mamba_ssm, function, moved, inputs, dtype, "cuda")
-    theirs = run(reference, function, layout, inputs, torch.float64)
-    if function == "selective_scan" and "state" not in inputs:  # its final state carries no gradient
-        ours, theirs = ({key: value[key] for key in ("y", "final")} for value in (ours, theirs))
-    assert_near(ours, theirs, 10 * TOLERANCES[dtype])
+    assert_near(ours, theirs, 1e-2)
 
 
 def steps_of(layout: Layout) -> list[tuple[int, list[tuple[int, bool]]]]:

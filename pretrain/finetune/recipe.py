@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning: which multimodal LLM, made sparse how, tuned on which questions; see `pretrain.adapt`."""
+"""Recipes of fine-tuning: which multimodal LLM, made sparse how, tuned on which questions; see `pretrain.finetune`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoraConfig(Config):
 
 
 class QuestionsConfig(Config):
-    """`data:`, questions about images; see `pretrain.data.questions`."""
+    """`data:`, questions about images; see `pretrain.finetune.questions`."""
 
     path: str
     """Folder with train.jsonl, validation.jsonl, test.jsonl and the images."""
@@ -43,7 +43,7 @@ class QuestionsConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """`evaluate:`, see `pretrain.answers`."""
+    """`evaluate:`, see `pretrain.finetune.answers`."""
 
     split: str = "validation"
     samples: int | None = Field(256, gt=0)
@@ -75,7 +75,7 @@ class AdaptRecipe(RunRecipe):
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> AdaptRecipe:
-    """Read, override and validate a recipe; what the base has to say is checked by `pretrain.adapt_model`.
+    """Read, override and validate a recipe; what the base has to say is checked by `pretrain.finetune.model`.
 
     Args:
         path, overrides: as for `pretrain.recipe.read`.

@@ -1,0 +1,99 @@
+"""Run every tiny recipe's step on a GPU with synchronisation made an error: python -m tools.gpu_check.synchronisation
+
+A copy to the host, or a blocking copy from it, makes the device wait for the host and the host for the device. Prints a line
+for each recipe with the place of its first one; exits 1 where a recipe that needs none has one.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+import zoo
+from pretrain import recipe as recipes
+from zoo.config import UserError
+from zoo.context import TokenContext, Trace
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
+ROWS, LENGTH, VOCABULARY = 4, 256, 400
+DATA_DEPENDENT = (
+    "token_choice",
+    "token_choice_bias",
+    "moma_token_choice",
+    "mixer_gate",
+    "mod",
+    "mod_mamba",
+    "mod_microbatch",
+    "mod_moma",
+    "mod_progressive",
+    "mod_warm_down",
+    "mode_staged",
+    "hybrid_mod_moma",
+)
+"""Recipes of which a block must learn a count that depends on the data: tokens that chose an expert, or of each modality
+among those that a modality-blind depth router kept."""
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("error: there is no CUDA device here; python -m tools.doctor says why", file=sys.stderr)
+        return 2
+    unexpected = 0
+    for path in sorted(RECIPES.glob("*.yaml")):
+        place = first_synchronisation(path, torch.device("cuda"))
+        unexpected += place is not None and path.stem not in DATA_DEPENDENT
+        print(f"{path.stem}: {'none' if place is None else place}", flush=True)
+    print(f"{unexpected} recipes synchronise without a reason")
+    return int(unexpected > 0)
+
+
+def first_synchronisation(path: Path, device: torch.device) -> str | None:
+    """Where the step of a recipe's model first waits for the device; None where it never does."""
+    config = recipes.load(path).model.model_copy(update={"vocab_size": VOCABULARY})
+    model = zoo.build("model", config).to(device).train()
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH)).to(device)
+    try:
+        for armed in (False, True):  # the first step makes what is made once
+            torch.cuda.synchronize(device)
+            _step(model, tokens, _context(device), armed)
+    except RuntimeError as error:
+        return _place(error)
+    return None
+
+
+def _context(device: torch.device) -> TokenContext:
+    """Documents of 100 tokens in which modalities alternate every 32."""
+    column = torch.arange(LENGTH)
+    modality, document = (column // 32 % 2).expand(ROWS, -1), (column // 100).expand(ROWS, -1)
+    return TokenContext.from_modality(modality.contiguous(), document.contiguous(), trace=Trace()).to(device)
+
+
+def _step(model: torch.nn.Module, tokens: torch.Tensor, context: TokenContext, armed: bool) -> None:
+    torch.cuda.set_sync_debug_mode("error" if armed else "default")
+    try:
+        loss = model(tokens, context).float().square().mean()
+        assert context.trace is not None
+        for total, _ in context.trace.losses.values():
+            loss = loss + total
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _place(error: RuntimeError) -> str:
+    """The zoo's line that synchronised; the error itself where it is another one."""
+    if "synchronizing" not in str(error):
+        return f"{type(error).__name__}: {error}"
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "zoo" in Path(frame.filename).parts]
+    return " ← ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in ours[:-3:-1]) or "in the backward pass"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
