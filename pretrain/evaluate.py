@@ -89,7 +89,7 @@ def evaluate(
             for name, hits in totals.routing.hits.items():
                 result |= {f"eval/auxiliary/{name}/{key}": value for key, value in hits.rates().items()}
         elif shares := totals.routing.shares():
-            used, nominal = (model.cost(stream.sequence_length, loads).flops for loads in (shares, {}))
+            used, nominal = (model.cost(stream.sequence_length, loads).flops for loads in (shares, None))
             result["eval/causal/flops_per_token"] = _mean(used, counts.tokens)
             result["eval/nominal_flops_per_token"] = _mean(nominal, counts.tokens)
     return result

@@ -9,6 +9,7 @@ from typing import Any
 
 from zoo.files import atomic_write
 
+
 class Metrics:
     """Writes one object a log step to `metrics.jsonl`, numbers unrounded, and every scalar to TensorBoard.
 

@@ -224,9 +224,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         batches = micro_batches(self.data.train, first, rows, train.micro_batch, 0, 1, train.steps, recipe.seed)
         shares = zoo.calibrate(model, [(b.tokens, b.context) for b in (b.to(device) for b in batches)])
         off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
-        print(
-            f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True
-        )
+        print(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True)
         return {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
 
     def export(self, weights: dict[str, Tensor]) -> None:
