@@ -12,6 +12,7 @@ from torch import Tensor
 import zoo
 from pretrain import run_folder
 from pretrain.data import Batch, Data, micro_batches
+from pretrain.describe import blueprint
 from pretrain.engine import Engine, Gather
 from pretrain.evaluate import StepCounts, count_batches, evaluate, validation_loss
 from pretrain.optim import AUXILIARY_SCALE, freeze_main
@@ -27,12 +28,6 @@ from zoo.context import Trace
 from zoo.flops import TRAINING_FACTOR
 from zoo.model import load_weights
 from zoo.objectives.autoregressive import Z_LOSS
-
-
-def blueprint(recipe: Recipe) -> zoo.Model:
-    """The model without weights: says what it costs and what it is made of; an engine's own may be partitioned."""
-    with torch.device("meta"):
-        return zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
 
 
 def auxiliary_routers(model: torch.nn.Module) -> dict[str, AuxiliaryRouter]:

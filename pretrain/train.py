@@ -15,8 +15,9 @@ from pretrain import recipe as recipes
 from pretrain import run_folder
 from pretrain.data import open_data
 from pretrain.deepspeed_config import check_values
+from pretrain.describe import blueprint
 from pretrain.loop import Loop, command
-from pretrain.pretraining import Pretraining, auxiliary_routers, blueprint
+from pretrain.pretraining import Pretraining, auxiliary_routers
 from pretrain.process_group import choose_device, leave, prepare_environment, rank_and_world
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
@@ -51,7 +52,7 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         config = recipes.launch_config(recipe, world)
         check_routers(recipe)
         run_folder.check_recipe(recipe.folder, recipe)
-        data = open_data(recipe.data, recipe.seed, log=print if rank == 0 else _silent)
+        data = open_data(recipe.data, recipe.modalities, recipe.seed, log=print if rank == 0 else _silent)
         prepare_environment(device)
         check_values(config)
         lock = run_folder.claim(recipe.folder) if rank == 0 else None  # last: until here nothing is written

@@ -45,6 +45,10 @@ def build(
         raise ConfigError(
             f"build: a {slot} block stands inside another; build the layer or the block that has `{slot}:`"
         )
+    elif slot == "modality":
+        raise ConfigError(
+            "build: a modality is no part of a model; see zoo.modalities, parse_modalities makes one ready"
+        )
     elif slot in SLOTS:
         if d_model < 1 and slot != "objective":
             raise ConfigError(f"build: d_model is {d_model}; give the width of the stream, d_model=…")

@@ -17,18 +17,22 @@ from zoo.context import TokenContext, Trace
 from zoo.flops import Cost
 from zoo.layers import Embedding, Linear, RMSNorm
 from zoo.registry import Place
+from zoo.slots import Component, Part
 from zoo.states import State
 
 
 class ModelConfig(Config):
-    """The `model:` section."""
+    """The network: embedding, layers, final norm, output."""
 
     modalities: list[str] = Field(min_length=1)
-    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to."""
+    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they follow
+    from its section `modalities`."""
     d_model: int = Field(gt=0)
+    """Width D of the residual stream."""
     vocab_size: int | None = Field(None, gt=0)
-    """Default: what the data's tokenizers need."""
+    """Default: what the modalities need."""
     layers: list[LayerConfig] = Field(min_length=1)
+    """From the first to the last."""
     repeat: int = Field(1, gt=0)
     """How often the whole pattern of `layers` is repeated."""
 
@@ -65,7 +69,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Mapping[str, str], activation_checkpointing: bool = False) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise ConfigError("model.vocab_size: not set; give it, or a data section whose tokenizers decide it")
+            raise ConfigError("model.vocab_size: not set; give it, or a section `modalities` that decides it")
         place = config.place(kernels)
         self.modalities = place.modalities
         self.activation_checkpointing = activation_checkpointing
@@ -103,13 +107,13 @@ class Model(nn.Module):
         Args:
             load: share of its tokens that each routed block, by name, took (`RoutingStatistics.shares`); default: nominal.
         """
-        modalities = len(self.modalities)
         unmultiplied = self.embedding.weight.numel() + self.norm.weight.numel()
-        ends = Cost.matmul(modalities, self.head.weight.numel()) + Cost.of(modalities, active=unmultiplied)
-        return ends + Cost.total((layer.cost(length, load) for layer in self.layers), modalities)
+        ends = Cost.matmul(self.head.weight.numel()) + Cost.of(active=unmultiplied)
+        whole = ends + Cost.total(layer.cost(length, load) for layer in self.layers)
+        return whole.expand(len(self.modalities))
 
 
-def _recomputed(layer: nn.Module, x: Tensor, context: TokenContext) -> Tensor:
+def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
     trace = context.trace
     assert trace is not None
     return checkpoint(
@@ -117,9 +121,14 @@ def _recomputed(layer: nn.Module, x: Tensor, context: TokenContext) -> Tensor:
         x,
         context,
         use_reentrant=False,
-        preserve_rng_state=False,  # all noise is a function of the tokens' keys
+        preserve_rng_state=not counter_noise_alone(layer),
         context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
     )
+
+
+def counter_noise_alone(layer: Component) -> bool:
+    """Whether a recomputation of the layer draws the same noise without torch's random state; blocks say so."""
+    return all(part.counter_noise for part in layer.modules() if isinstance(part, Part))
 
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
