@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from pretrain.data import TokenStream, micro_batches
+from pretrain.process_group import Ranks
+from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import AuxiliaryRouter
+from zoo.batch import Batch
 from zoo.context import CAUSAL, TOPK, Trace
 from zoo.model import Model
-from zoo.routing.statistics import RoutingStatistics
 from zoo.slots import Objective
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
+ALONE = Ranks()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCounts(Counts):
+    """What batches of packed rows hold."""
+
+    terms: tuple[int, ...]
+    """Of each part of the loss, in the objective's order."""
+    tokens: tuple[int, ...]
+    """Of each modality, in the model's order."""
+
+    def by_part(self, objective: Objective) -> dict[str, int]:
+        """`terms` by the names of the parts."""
+        return dict(zip(objective.parts, self.terms, strict=True))
+
+
+def count_batches(objective: Objective, batches: Sequence[Batch]) -> StepCounts:
+    """What `batches` hold together."""
+    terms = [objective.counts(batch) for batch in batches]
+    return StepCounts(
+        tuple(sum(counts[name] for counts in terms) for name in objective.parts),
+        tuple(sum(numbers) for numbers in zip(*(batch.context.totals for batch in batches), strict=True)),
+    )
 
 
 def routings(model: nn.Module) -> tuple[str, ...]:
@@ -36,55 +61,40 @@ def evaluate(
     stream: TokenStream,
     rows: int,
     micro_batch: int,
+    ranks: Ranks = ALONE,
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    all_reduce_sum: Reduce = lambda tensor: tensor,
 ) -> dict[str, float]:
-    """Mean loss of each modality over the first `rows` rows of a stream.
+    """Mean loss of each modality over the first `rows` rows of a stream; collective.
 
     Args:
-        forward: what is called as the model (the engine's wrapper, or the model itself).
+        forward: what is called as the model (the engine's wrapper, or the model itself), in evaluation mode.
         model: for its blocks and their cost; may be on the meta device.
-        all_reduce_sum: sums a tensor over ranks. Every rank takes the same number of batches.
+        micro_batch: rows a forward pass on one rank.
+        ranks: over which the rows are dealt out, the same number of batches to each.
+        device: of the weights.
     Returns:
         `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; for sparse models, from the top-k pass,
-        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and
-        `eval/auxiliary/<block>/…` of each, and from the causal pass
-        `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
+        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and `eval/auxiliary/<block>/…` of each,
+        and from the causal pass `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
     """
     rows = min(rows, stream.rows_per_epoch)
-    chunk = micro_batch * world
+    chunk = micro_batch * ranks.world
     padded = -(-rows // chunk) * chunk
-    batches = micro_batches(stream, 0, padded, micro_batch, rank, world, 0, 0, end=rows)
-    terms = [objective.counts(batch) for batch in batches]
+    batches = micro_batches(stream, 0, padded, micro_batch, ranks.rank, ranks.world, 0, 0, end=rows)
+    counts = count_batches(objective, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
     for routing in routings(model):
-        sums: dict[str, torch.Tensor] = collections.defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        statistics = RoutingStatistics()
-        for batch, counts in zip(batches, terms, strict=True):
-            trace = Trace()
-            for name, total in objective(forward, batch.under(routing=routing, trace=trace)).items():
-                sums[f"sum|{name}"] = sums[f"sum|{name}"] + total.double().cpu()
-                sums[f"count|{name}"] = sums[f"count|{name}"] + float(counts[name])
-            for m, total in enumerate(batch.context.totals):
-                sums[f"tokens|{m}"] = sums[f"tokens|{m}"] + total
-            statistics += trace.statistics
-        names, counted = sorted(sums), statistics.flat(device)  # the same names on every rank, whatever its tokens are
-        reduced = all_reduce_sum(torch.cat((torch.stack([sums[name] for name in names]).to(device), counted)))
-        totals = dict(zip(names, reduced[: len(names)].tolist(), strict=True))
-        statistics = statistics.with_counts(reduced[len(names) :])
-        result |= _losses(totals, routing, objective)
+        totals = _pass(forward, objective, batches, routing).over(ranks, device)
+        result |= _losses(totals, counts, routing, objective)
         if routing == TOPK:
-            result |= {f"eval/auxiliary/{key}": value for key, value in statistics.all_hits().rates().items()}
-            for name, hits in statistics.hits.items():
+            result |= {f"eval/auxiliary/{key}": value for key, value in totals.routing.all_hits().rates().items()}
+            for name, hits in totals.routing.hits.items():
                 result |= {f"eval/auxiliary/{name}/{key}": value for key, value in hits.rates().items()}
-        elif statistics.shares():
-            counts = [totals[f"tokens|{m}"] for m in range(len(model.modalities))]
-            length = stream.sequence_length
-            result["eval/causal/flops_per_token"] = _mean(model.cost(length, statistics.shares()).flops, counts)
-            result["eval/nominal_flops_per_token"] = _mean(model.cost(length).flops, counts)
+        elif shares := totals.routing.shares():
+            used, nominal = (model.cost(stream.sequence_length, loads).flops for loads in (shares, None))
+            result["eval/causal/flops_per_token"] = _mean(used, counts.tokens)
+            result["eval/nominal_flops_per_token"] = _mean(nominal, counts.tokens)
     return result
 
 
@@ -93,12 +103,23 @@ def validation_loss(values: dict[str, float]) -> float:
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
 
 
-def _losses(totals: dict[str, float], routing: str, objective: Objective) -> dict[str, float]:
-    sums, counts = ({name: totals[f"{kind}|{name}"] for name in objective.parts} for kind in ("sum", "count"))
-    loss = objective.combine({name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}, counts)
-    parts = objective.report(sums, counts, training=False)
-    return {f"eval/{routing}/loss": float(loss)} | {f"eval/{routing}/loss/{name}": v for name, v in parts.items()}
+def _pass(forward: nn.Module, objective: Objective, batches: Sequence[Batch], routing: str) -> Sums:
+    """What this rank's batches give under one routing, summed in fp64 on the host."""
+    sums = Sums()
+    for batch in batches:
+        trace = Trace()
+        parts = objective(forward, batch.under(routing=routing, trace=trace))
+        sums += Sums(parts={name: total.double().cpu() for name, total in parts.items()}, routing=trace.statistics)
+    return sums
 
 
-def _mean(values: tuple[float, ...], counts: list[float]) -> float:
+def _losses(totals: Totals, counts: StepCounts, routing: str, objective: Objective) -> dict[str, float]:
+    terms = counts.by_part(objective)
+    sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.parts.items()}
+    losses = {f"eval/{routing}/loss": float(objective.combine(sums, terms))}
+    means = objective.report(totals.parts, terms, training=False)
+    return losses | {f"eval/{routing}/loss/{name}": value for name, value in means.items()}
+
+
+def _mean(values: Sequence[float], counts: Sequence[int]) -> float:
     return sum(v * c for v, c in zip(values, counts, strict=True)) / max(sum(counts), 1)

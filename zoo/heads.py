@@ -16,6 +16,7 @@ from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.flops import Cost
 from zoo.layers import Linear
 from zoo.registry import BlockConfig, Place, register
+from zoo.roles import Role
 from zoo.slots import Head
 
 
@@ -63,7 +64,7 @@ class IdHead(Linear, Head):
             return F.cross_entropy(wide(prediction), target, reduction="none")
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__(place.d_model, place.vocab_size)
+        super().__init__(place.d_model, place.vocab_size, role=Role.HEAD)
 
     def cost(self) -> Cost:
         return Cost.matmul(self.weight.numel())
@@ -86,7 +87,7 @@ class VectorHead(Linear, Head):
             return (wide(prediction) - target).square().mean(-1)
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__(place.d_model, config.width)
+        super().__init__(place.d_model, config.width, role=Role.HEAD)
 
     def cost(self) -> Cost:
         return Cost.matmul(self.weight.numel())
@@ -113,7 +114,7 @@ class ChannelHead(Linear, Head):
             return losses.view(-1, self.count).mean(-1)
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__(place.d_model, config.count * config.size)
+        super().__init__(place.d_model, config.count * config.size, role=Role.HEAD)
         self.shape = (config.count, config.size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from zoo.flops import Cost
 from zoo.heads import HeadConfig, IdHead
 from zoo.layers import RMSNorm
 from zoo.registry import HeadSlot, Place, StemSlot
+from zoo.roles import ParameterOwner
 from zoo.slots import Component, Part
 from zoo.states import State
 from zoo.stems import IdStem, StemConfig
@@ -216,16 +217,16 @@ class Model(nn.Module):
 
 
 def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
-    trace = context.trace
-    assert trace is not None
-    return checkpoint(
-        layer,
-        x,
-        context,
-        use_reentrant=False,
-        preserve_rng_state=not counter_noise_alone(layer),
-        context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
-    )
+    """The layer's output; of all that the layer computes only x is kept, the backward pass computes the rest again."""
+    assert context.trace is not None
+    # taken out by the first pass: the trace's losses hold the autograd graph, so the graph must not hold the trace
+    first = [context]
+    again = context.replace(trace=context.trace.replay())
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, first.pop() if first else again)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not counter_noise_alone(layer))
 
 
 def counter_noise_alone(layer: Component) -> bool:
@@ -248,9 +249,10 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     """
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not hasattr(module, "initialise"):
+            if not isinstance(module, ParameterOwner):
                 raise TypeError(
-                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator)"
+                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator); derive it "
+                    "from zoo.roles.ParameterOwner, or use what zoo.layers has"
                 )
             digest = hashlib.sha256(f"{seed}:{module_name}.{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, suggestion
 from zoo.slots import Depth, FeedForward, Head, Mixer, Modality, Objective, Part, Stem
-from zoo.untied import Grouping
+from zoo.untied import TIED, Grouping
 
 SLOTS: dict[str, type] = {
     "mixer": Mixer,
@@ -57,8 +57,8 @@ class Place:
     kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layer: int = 0
     """Number of the layer the block belongs to, from 0."""
-    norm_grouping: Grouping | None = None
-    """Which modalities share the gains of the surrounding block's norms; None: all do."""
+    norm_grouping: Grouping = TIED
+    """Which modalities share the gains of the surrounding block's norms."""
     vocab_size: int = 0
     """Ids of the vocabulary; stems and heads of ids need it."""
     heads: Mapping[str, BlockConfig] = dataclasses.field(default_factory=dict)

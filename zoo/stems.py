@@ -15,6 +15,7 @@ from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.flops import Cost
 from zoo.layers import Embedding, Linear
 from zoo.registry import BlockConfig, Place, register
+from zoo.roles import ParameterOwner, Role
 from zoo.slots import Stem
 
 
@@ -71,8 +72,10 @@ class VectorStem(Linear, Stem):
 
 
 @register("stem", "channels")
-class ChannelStem(Stem):
+class ChannelStem(ParameterOwner, Stem):
     """The sum of one embedding a channel."""
+
+    roles = {"weight": Role.EMBEDDING}
 
     class Config(StemConfig):
         count: int = Field(gt=0)
