@@ -15,7 +15,7 @@ from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.flops import Cost
 from zoo.layers import Embedding, Linear
 from zoo.registry import BlockConfig, Place, register
-from zoo.roles import ParameterOwner, Role
+from zoo.roles import Role
 from zoo.slots import Stem
 
 
@@ -72,7 +72,7 @@ class VectorStem(Linear, Stem):
 
 
 @register("stem", "channels")
-class ChannelStem(ParameterOwner, Stem):
+class ChannelStem(Stem):
     """The sum of one embedding a channel."""
 
     roles = {"weight": Role.EMBEDDING}
