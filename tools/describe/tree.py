@@ -71,7 +71,7 @@ def _shown(module: nn.Module) -> bool:
     return hasattr(module, "cost") or isinstance(module, LinearRouter | AuxiliaryRouter | StackedSwiGLU)
 
 
-def _branch(tree: Tree, name: str, module: nn.Module, length: float, modalities: Sequence[str]) -> None:
+def _branch(tree: Tree, name: str, module: Any, length: float, modalities: Sequence[str]) -> None:
     inner = length * float(module.capacity) if hasattr(module, "capacity") else length
     _grow(tree.add(f"{name}  {_label(module, length, modalities)}"), module, inner, modalities, top=False)
 
@@ -85,7 +85,7 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _label(module: nn.Module, length: float, modalities: Sequence[str]) -> str:
+def _label(module: Any, length: float, modalities: Sequence[str]) -> str:
     parameters = sum(p.numel() for p in module.parameters())
     text = f"[cyan]{type(module).__name__}[/cyan]  {count(parameters)}"
     if hasattr(module, "cost"):
