@@ -23,7 +23,7 @@ from pretrain import recipe as recipes
 from pretrain import run_folder
 from pretrain.data import open_data
 from pretrain.evaluate import evaluate
-from tools.describe import count
+from tools.describe.tree import count
 from zoo.config import UserError
 from zoo.upcycle import upcycle
 
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old_model, _ = run_folder.load_model(options.old_run)
         recipe = recipes.load(options.recipe, options.overrides)
         new_model = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
-        result = upcycle(old_model.state_dict(), new_model.state_dict())
+        result = upcycle(old_model.state_dict(), new_model)
         start = run_folder.position(options.old_run)
-        run_folder.save_initial(recipe.folder, result.weights, start)
+        run_folder.save_initial(recipe.folder, run_folder.Initial(result.weights, start))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fresh = sum(value.numel() for value in result.weights.values()) - copied
     print(
         f"{recipe.folder}: {count(copied)} weights from {options.old_run}, {count(fresh)} fresh (routers); data go on "
-        f"at row {start['row']:,}. Start it: python -m pretrain.train {options.recipe}"
+        f"at row {start.row:,}. Start it: python -m pretrain.train {options.recipe}"
     )
     rows = recipe.evaluate.rows if options.rows is None else options.rows
     if rows and recipe.data.validation is not None:
@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def losses(model: zoo.Model, recipe: recipes.Recipe, rows: int) -> dict[str, float]:
-    """Losses of `pretrain.evaluate.evaluate` on the first `rows` held-out rows."""
-    data = open_data(recipe.data, recipe.seed, log=lambda line: None)
+    """Losses of `pretrain.evaluate.evaluate` on the first `rows` held-out rows, of data that have some."""
+    data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None)
+    assert data.validation is not None
     objective = zoo.build("objective", recipe.objective, d_model=recipe.model.d_model, modalities=model.modalities)
     values = evaluate(model, model, objective, data.validation, rows, recipe.train.micro_batch)
     return {name: value for name, value in values.items() if "/loss" in name}

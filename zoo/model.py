@@ -17,6 +17,7 @@ from zoo.context import TokenContext, Trace
 from zoo.flops import Cost
 from zoo.layers import Embedding, Linear, RMSNorm
 from zoo.registry import Place
+from zoo.roles import ParameterOwner, Role
 from zoo.slots import Component, Part
 from zoo.states import State
 
@@ -25,11 +26,12 @@ class ModelConfig(Config):
     """The network: embedding, layers, final norm, output."""
 
     modalities: list[str] = Field(min_length=1)
-    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to."""
+    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they follow
+    from its section `modalities`."""
     d_model: int = Field(gt=0)
     """Width D of the residual stream."""
     vocab_size: int | None = Field(None, gt=0)
-    """Default: what the data's tokenizers need."""
+    """Default: what the modalities need."""
     layers: list[LayerConfig] = Field(min_length=1)
     """From the first to the last."""
     repeat: int = Field(1, gt=0)
@@ -68,7 +70,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Mapping[str, str], activation_checkpointing: bool = False) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise ConfigError("model.vocab_size: not set; give it, or a data section whose tokenizers decide it")
+            raise ConfigError("model.vocab_size: not set; give it, or a section `modalities` that decides it")
         place = config.place(kernels)
         self.modalities = place.modalities
         self.activation_checkpointing = activation_checkpointing
@@ -77,7 +79,7 @@ class Model(nn.Module):
             [layer.build(place.child(f"layers.{i}", layer=i)) for i, (_, layer) in enumerate(config.pattern())]
         )
         self.norm = RMSNorm(config.d_model)
-        self.head = Linear(config.d_model, config.vocab_size)
+        self.head = Linear(config.d_model, config.vocab_size, role=Role.HEAD)
 
     def forward(self, tokens: Tensor, context: TokenContext, states: Sequence[State] | None = None) -> Tensor:
         """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
@@ -113,16 +115,16 @@ class Model(nn.Module):
 
 
 def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
-    trace = context.trace
-    assert trace is not None
-    return checkpoint(
-        layer,
-        x,
-        context,
-        use_reentrant=False,
-        preserve_rng_state=not counter_noise_alone(layer),
-        context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
-    )
+    """The layer's output; of all that the layer computes only x is kept, the backward pass computes the rest again."""
+    assert context.trace is not None
+    # taken out by the first pass: the trace's losses hold the autograd graph, so the graph must not hold the trace
+    first = [context]
+    again = context.replace(trace=context.trace.replay())
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, first.pop() if first else again)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not counter_noise_alone(layer))
 
 
 def counter_noise_alone(layer: Component) -> bool:
@@ -145,9 +147,10 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     """
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not hasattr(module, "initialise"):
+            if not isinstance(module, ParameterOwner):
                 raise TypeError(
-                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator)"
+                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator); derive it "
+                    "from zoo.roles.ParameterOwner, or use what zoo.layers has"
                 )
             digest = hashlib.sha256(f"{seed}:{module_name}.{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -54,7 +54,7 @@ def refused(
     def launched(*arguments: Any) -> None:
         raise AssertionError("the run was launched")
 
-    monkeypatch.setattr(pretrain.train, "Run", launched)
+    monkeypatch.setattr(pretrain.train, "Pretraining", launched)
     monkeypatch.setattr(pretrain.train, "prepare_environment", lambda device: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,7 @@ UNKNOWN = {
         "model.layers[1].depth.router.activaton: unknown key",
         "did you mean 'activation'?",
     ),
-    "data.image.patchs=2": ("data.image.patchs: unknown key", "did you mean 'patch'?"),
+    "modalities.image.patchs=2": ("modalities.image.patchs: unknown key", "did you mean 'patch'?"),
     "optimizer.weight_deacy=1": ("optimizer.weight_deacy: unknown key", "did you mean 'weight_decay'?"),
     "schedule.warmup=3": ("schedule.warmup: unknown key", "did you mean 'warmup_steps'?"),
     "train.step=3": ("train.step: unknown key", "did you mean 'steps'?"),
@@ -103,8 +103,17 @@ WRONG = {
     "model.d_model='32'": ("model.d_model: '32': must be a valid integer",),
     "model.d_model=-1": ("model.d_model: -1: must be greater than 0",),
     "model.layers=3": ("model.layers: 3: must be a list",),
-    "model.modalities=[text]": ("model.modalities: ['text'] but data has tokenizers for ['text', 'image']",),
-    "model.vocab_size=10": ("model.vocab_size: 10 is less than the 276 ids of data's tokenizers; remove the key",),
+    "model.modalities=[text]": ("model.modalities: ['text'], but the section modalities has ['text', 'image']",),
+    "data.image={type: patches}": (
+        "data.image: is modalities.image now, a section of its own beside data; move it there",
+    ),
+    "data.text.type=bpe": ("data.text: is modalities.text now",),
+    "modalities.image.type=patch": ("modalities.image.type: 'patch' is not known; known: ", "did you mean 'patches'?"),
+    "modalities={image: {type: patches}}": ("modalities: has image, but no text",),
+    "modalities={}": ("modalities: has none, but no text",),
+    "modalities={1: {type: bytes}}": ("must be a text; quote it",),
+    "modalities=bpe": ("modalities: 'bpe': must be a mapping",),
+    "model.vocab_size=10": ("model.vocab_size: 10 is less than the 276 ids of the modalities; remove the key",),
     "train.steps=1.5": ("train.steps: 1.5: must be a valid integer",),
     "train.steps=0": ("train.steps: 0: must be greater than 0",),
     "train.precision=fp16": ("train.precision: 'fp16': must be 'fp32' or 'bf16'",),
@@ -117,7 +126,7 @@ WRONG = {
     "imports=[not_there]": ("imports: 'not_there' cannot be imported (ModuleNotFoundError",),
     "kernels.attention=fast": ("kernels.attention: 'fast' is not known; known: auto, ",),
     "data.sequence_length=10": (
-        "data.sequence_length: 10: is too short for one image: 16 codes,",
+        "data.sequence_length: 10: is too short for one image: 16 positions,",
         "set data.sequence_length to at least 20",
     ),
     "train.micro_batch=3": ("train.micro_batch: 3 does not divide train.global_batch 4; choose",),
@@ -303,7 +312,8 @@ def test_broken_documents(
     assert "b-train-0.tar: 101: its JSON is not" in message
 
     opened: list[Any] = []
-    monkeypatch.setattr(pretrain.train, "Run", lambda recipe, data, *rest: opened.append(data) or Finished())
+    monkeypatch.setattr(pretrain.train, "Pretraining", lambda recipe, data, *rest: opened.append(data))
+    monkeypatch.setattr(pretrain.train, "Loop", lambda task, config: Finished())
     path = refused.folder / "recipe.yaml"
     assert pretrain.train.main([str(path), f"data.path={shards}", "data.max_broken_documents=2"]) == 0
     assert [(b.shard, b.key) for b in opened[0].skipped] == [("b-train-0.tar", "100"), ("b-train-0.tar", "101")]
@@ -314,7 +324,7 @@ def test_broken_documents(
 class Finished:
     """A run that has nothing to do."""
 
-    def train(self) -> None:
+    def run(self) -> None:
         pass
 
 
