@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from zoo.heads import HeadConfig, IdHead
 from zoo.layers import RMSNorm
 from zoo.registry import HeadSlot, Place, StemSlot
 from zoo.roles import ParameterOwner
-from zoo.slots import Component, Part
+from zoo.slots import Component, Head, Part, Stem
 from zoo.states import State
 from zoo.stems import IdStem, StemConfig
 
@@ -172,7 +172,7 @@ class Model(nn.Module):
         x = self._enter(tokens, context, content or {})
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
-            for layer in self.layers:
+            for layer in self._components:
                 x = _recomputed(layer, x, context)
         else:
             for i, layer in enumerate(self.layers):
@@ -198,9 +198,13 @@ class Model(nn.Module):
             x = x.reshape(-1, x.shape[-1]).index_add(0, places, stem(rows)).view(x.shape)
         return x
 
-    def init_state(self, rows: int, length: int) -> list[State]:
+    @property
+    def _components(self) -> Iterable[Component]:
+        return cast(Iterable[Component], self.layers)
+
+    def init_state(self, rows: int, length: int) -> list[State | None]:
         """Decoding states of all layers, for `rows` rows of at most `length` tokens."""
-        return [layer.init_state(rows, length, self.norm.weight) for layer in self.layers]
+        return [layer.init_state(rows, length, self.norm.weight) for layer in self._components]
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Cost a token at sequence length `length`. Embedding and head count whole as active.
@@ -209,10 +213,11 @@ class Model(nn.Module):
             load: share of its tokens that each routed block, by name, took (`RoutingStatistics.shares`); default: nominal.
         """
         norm = Cost.of(active=self.norm.weight.numel())
-        whole = self.embedding.cost() + norm + Cost.total(layer.cost(length, load) for layer in self.layers)
+        whole = self.embedding.cost() + norm + Cost.total(layer.cost(length, load) for layer in self._components)
         whole = whole + self.head.cost()
         for name, end in (*self.stems.items(), *self.heads.items()):
-            whole = whole + end.cost().scaled(*(float(name == other) for other in self.modalities))
+            own = cast(Stem | Head, end).cost()
+            whole = whole + own.scaled(*(float(name == other) for other in self.modalities))
         return whole.expand(len(self.modalities))
 
 
