@@ -177,7 +177,7 @@ def evaluate(
 
 
 def _generate(
-    model: nn.Module,
+    model: Any,
     batcher: Batcher,
     questions: Sequence[Question],
     batch: int,
@@ -215,7 +215,7 @@ def _generate(
         progress(counted * len(chunk))
 
 
-def ends(model: nn.Module, tokenizer: Any) -> list[int]:
+def ends(model: Any, tokenizer: Any) -> list[int]:
     """Ids after which an answer is over."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
