@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.context import TokenContext
+from zoo.gather import pick
 from zoo.kernels import sdpa
 from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is one row a document already
 
@@ -28,7 +29,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenCo
     heads, width = query.shape[2:]
     pieces, places = [], []
     for length, index in _by_length(context):
-        batch = [F.embedding(index, x).view(-1, length, heads, width).transpose(1, 2) for x in flat]
+        batch = [pick(x, index.reshape(-1)).view(-1, length, heads, width).transpose(1, 2) for x in flat]
         out = F.scaled_dot_product_attention(*batch, is_causal=True)
         pieces.append(out.transpose(1, 2).reshape(-1, heads * width))
         places.append(index.reshape(-1))
