@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from pydantic import Field, field_validator
@@ -91,16 +92,20 @@ class Model(nn.Module):
             x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
-            for layer in self.layers:
+            for layer in self._components:
                 x = _recomputed(layer, x, context)
         else:
             for i, layer in enumerate(self.layers):
                 x = layer(x, context, None if states is None else states[i])
         return self.head(self.norm(x))
 
-    def init_state(self, rows: int, length: int) -> list[State]:
+    @property
+    def _components(self) -> Iterable[Component]:
+        return cast(Iterable[Component], self.layers)
+
+    def init_state(self, rows: int, length: int) -> list[State | None]:
         """Decoding states of all layers, for `rows` rows of at most `length` tokens."""
-        return [layer.init_state(rows, length, self.norm.weight) for layer in self.layers]
+        return [layer.init_state(rows, length, self.norm.weight) for layer in self._components]
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Cost a token at sequence length `length`. Embedding and head count whole as active.
@@ -110,21 +115,21 @@ class Model(nn.Module):
         """
         unmultiplied = self.embedding.weight.numel() + self.norm.weight.numel()
         ends = Cost.matmul(self.head.weight.numel()) + Cost.of(active=unmultiplied)
-        whole = ends + Cost.total(layer.cost(length, load) for layer in self.layers)
+        whole = ends + Cost.total(layer.cost(length, load) for layer in self._components)
         return whole.expand(len(self.modalities))
 
 
 def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
-    trace = context.trace
-    assert trace is not None
-    return checkpoint(
-        layer,
-        x,
-        context,
-        use_reentrant=False,
-        preserve_rng_state=not counter_noise_alone(layer),
-        context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
-    )
+    """The layer's output; of all that the layer computes only x is kept, the backward pass computes the rest again."""
+    assert context.trace is not None
+    # taken out by the first pass: the trace's losses hold the autograd graph, so the graph must not hold the trace
+    first = [context]
+    again = context.replace(trace=context.trace.replay())
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, first.pop() if first else again)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not counter_noise_alone(layer))
 
 
 def counter_noise_alone(layer: Component) -> bool:
