@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,15 +20,17 @@ from zoo.registry import Place
 from zoo.slots import Component, Part
 from zoo.states import State
 
+MAX_LAYERS = 1024
+
 
 class ModelConfig(Config):
     """The network: embedding, layers, final norm, output."""
 
     modalities: list[str] = Field(min_length=1)
     """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to."""
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=2**18)
     """Width D of the residual stream."""
-    vocab_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(None, gt=0, le=2**24)
     """Default: what the data's tokenizers need."""
     layers: list[LayerConfig] = Field(min_length=1)
     """From the first to the last."""
@@ -41,6 +43,13 @@ class ModelConfig(Config):
         if len(set(modalities)) != len(modalities):
             raise ValueError("names one modality twice; each stands once")
         return modalities
+
+    @model_validator(mode="after")
+    def _few_layers(self) -> ModelConfig:
+        layers = self.repeat * sum(layer.repeat for layer in self.layers)
+        if layers > MAX_LAYERS:
+            raise ValueError(f"has {layers:,} layers, repeats written out; at most {MAX_LAYERS:,}")
+        return self
 
     def pattern(self) -> list[tuple[int, LayerConfig]]:
         """(index in `layers`, config) of every layer of the model, repeats written out."""
