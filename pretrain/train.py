@@ -63,7 +63,7 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         config = recipes.launch_config(recipe, world)
         check_routers(recipe)
         run_folder.check_recipe(recipe.folder, recipe)
-        data = open_data(recipe.data, recipe.seed, log=print if rank == 0 else _silent)
+        data = open_data(recipe.data, recipe.modalities, recipe.seed, log=print if rank == 0 else _silent)
         prepare_environment(device)
         check_values(config)
         lock = run_folder.claim(recipe.folder) if rank == 0 else None  # last: until here nothing is written

@@ -37,7 +37,7 @@ class Config(pydantic.BaseModel):
         return value
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any] | Self, path: str = "") -> Self:
+    def parse(cls, data: Mapping[str, Any] | Config, path: str = "") -> Self:
         """Validate `data` (a mapping as YAML gives it) into this config.
 
         Args:
