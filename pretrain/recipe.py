@@ -22,7 +22,7 @@ from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe_file import read
 from zoo.config import Config, ConfigError, dotted
 from zoo.modalities import ModalitiesSection, default_modalities, in_order, vocabulary
-from zoo.model import ModelConfig
+from zoo.model import MAX_IDS, ModelConfig
 from zoo.objectives.autoregressive import Autoregressive
 from zoo.registry import ObjectiveSlot
 
@@ -154,35 +154,6 @@ def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     return resolve(read(path, overrides, over))
 
 
-<<<<<<< HEAD
-=======
-def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe's data, as yet unchecked.
-
-    Args:
-        path: of the YAML file. Its `extends: other.yaml` (relative to it) takes that recipe first and lays this one's
-            keys over it. `extends: [one.yaml, two.yaml]` lays the second over the first. A list replaces a list whole;
-            keys laid over a list of mappings are laid over each of its entries.
-        overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
-        over: laid over the file's data, before the overrides.
-    Raises:
-        ConfigError: a file that cannot be read or is no YAML, or an override that does not fit.
-    """
-    return overridden(_merge(_read(Path(path), ()), over or {}), overrides)
-
-
-def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`data` with each `key.sub=value` of `overrides` set in it, in place.
-
-    Raises:
-        ConfigError: an override that does not fit.
-    """
-    for text in overrides:
-        _override(data, text)
-    return data
-
-
->>>>>>> main
 def resolve(data: Mapping[str, Any]) -> Recipe:
     """Validate and cross-check a recipe given as a mapping.
 
@@ -205,6 +176,8 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
             f"model.modalities: {recipe.model.modalities}, but the section modalities has {list(words.modalities)}, in "
             "that order; remove the key, it follows from the section"
         )
+    if words.size > MAX_IDS:
+        raise ConfigError(f"modalities: need {words.size:,} ids together; at most {MAX_IDS:,}; make them fewer")
     check_length(recipe.data, recipe.modalities)
     size = recipe.model.vocab_size
     if size is None:

@@ -24,7 +24,15 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     Raises:
         ConfigError: a file that cannot be read or is no YAML, or an override that does not fit.
     """
-    data = _merge(_read(Path(path), ()), over or {})
+    return overridden(_merge(_read(Path(path), ()), over or {}), overrides)
+
+
+def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`data` with each `key.sub=value` of `overrides` set in it, in place.
+
+    Raises:
+        ConfigError: an override that does not fit.
+    """
     for text in overrides:
         _override(data, text)
     return data
@@ -88,9 +96,13 @@ def parse_yaml(text: str, where: str) -> Any:
         value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
+        line = f" line {mark.line + 1}" if mark and "\n" in text else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
-        hint = "recipes are plain data, tags that run code are refused" if "!!python" in text else "correct it"
+        hint = (
+            "recipes are plain data, tags that run code are refused"
+            if "!!python" in text
+            else "correct it, or quote it where it is a text"
+        )
         raise ConfigError(f"{where}:{line} {problem}; {hint}") from None
     except RecursionError:
         raise ConfigError(f"{where}: is nested too deeply; correct it") from None
@@ -181,7 +193,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
     if not equals or not parts:
         raise ConfigError(f"{shown(text)}: an override is key.sub=value, for example train.steps=100")
-    parsed = parse_yaml(value, key.strip())
+    parsed = parse_yaml(value, f"{key.strip()}: {shown(value)}")
     node: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1

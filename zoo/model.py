@@ -20,27 +20,20 @@ from zoo.registry import Place
 from zoo.slots import Component, Part
 from zoo.states import State
 
-MAX_LAYERS = 1024
+MAX_WIDTH, MAX_IDS, MAX_LAYERS = 2**18, 2**24, 1024
+"""Bounds of a model's sizes, far above what can be meant."""
 
 
 class ModelConfig(Config):
     """The network: embedding, layers, final norm, output."""
 
     modalities: list[str] = Field(min_length=1)
-<<<<<<< HEAD
-    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to."""
-    d_model: int = Field(gt=0, le=2**18)
-    """Width D of the residual stream."""
-    vocab_size: int | None = Field(None, gt=0, le=2**24)
-    """Default: what the data's tokenizers need."""
-=======
     """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they follow
     from its section `modalities`."""
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=MAX_WIDTH)
     """Width D of the residual stream."""
-    vocab_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(None, gt=0, le=MAX_IDS)
     """Default: what the modalities need."""
->>>>>>> main
     layers: list[LayerConfig] = Field(min_length=1)
     """From the first to the last."""
     repeat: int = Field(1, gt=0)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from tests.pretrain.fuzzing import case, deepspeed_files
+from tests.pretrain.fuzzing import case
 from tests.pretrain.runs import ROOT
 from tools.check import main
 
