@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
             raise
         except Exception:  # what PyYAML raises for `!!int x` and its like is anything
             what = node.tag.removeprefix("tag:yaml.org,2002:")
-            raise yaml.constructor.ConstructorError(None, None, f"is not a valid {what}", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(None, None, f"no valid {what}", node.start_mark) from None
         if isinstance(value, int) and value.bit_length() > 64:
             raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
         return value
@@ -85,7 +85,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that a YAML text stands for.
+    """The value that the text of a YAML file stands for.
 
     Args:
         where: the file or key it comes from; begins every message.
@@ -96,18 +96,18 @@ def parse_yaml(text: str, where: str) -> Any:
         value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark and "\n" in text else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        hint = (
-            "recipes are plain data, tags that run code are refused"
-            if "!!python" in text
-            else "correct it, or quote it where it is a text"
-        )
-        raise ConfigError(f"{where}:{line} {problem}; {hint}") from None
+        line = f" line {mark.line + 1}" if mark else ""
+        code = "recipes are plain data, tags that run code are refused"
+        hint = code if "!!python" in text else "correct the file"
+        raise ConfigError(f"{where}:{line} {_problem(error)}; {hint}") from None
     except RecursionError:
-        raise ConfigError(f"{where}: is nested too deeply; correct it") from None
+        raise ConfigError(f"{where}: is nested too deeply to be a recipe; correct the file") from None
     check_bounds(value, where)
     return value
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or "not valid YAML"
 
 
 def check_bounds(value: Any, where: str) -> None:
@@ -117,7 +117,9 @@ def check_bounds(value: Any, where: str) -> None:
         item, depth = waiting.pop()
         count += 1
         if depth > MAX_DEPTH:
-            raise ConfigError(f"{where}: is nested too deeply; values may lie {MAX_DEPTH} deep in one another")
+            raise ConfigError(
+                f"{where}: is nested too deeply to be a recipe; values may lie {MAX_DEPTH} deep in one another"
+            )
         if count > MAX_VALUES:
             raise ConfigError(f"{where}: holds too many values; at most {MAX_VALUES:,}, aliases written out")
         if isinstance(item, int) and item.bit_length() > 64:
@@ -193,7 +195,13 @@ def _override(data: dict[str, Any], text: str) -> None:
     parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
     if not equals or not parts:
         raise ConfigError(f"{shown(text)}: an override is key.sub=value, for example train.steps=100")
-    parsed = parse_yaml(value, f"{key.strip()}: {shown(value)}")
+    where = f"{key.strip()}: {shown(value)}"
+    try:
+        parsed = yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = _problem(error) if isinstance(error, yaml.YAMLError) else "it is nested too deeply"
+        raise ConfigError(f"{where} is not valid YAML; quote it ({problem})") from None
+    check_bounds(parsed, where)
     node: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
