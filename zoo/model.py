@@ -17,6 +17,7 @@ from zoo.context import TokenContext, Trace
 from zoo.flops import Cost
 from zoo.layers import Embedding, Linear, RMSNorm
 from zoo.registry import Place
+from zoo.roles import ParameterOwner, Role
 from zoo.slots import Component, Part
 from zoo.states import State
 
@@ -88,7 +89,7 @@ class Model(nn.Module):
             [layer.build(place.child(f"layers.{i}", layer=i)) for i, (_, layer) in enumerate(config.pattern())]
         )
         self.norm = RMSNorm(config.d_model)
-        self.head = Linear(config.d_model, config.vocab_size)
+        self.head = Linear(config.d_model, config.vocab_size, role=Role.HEAD)
 
     def forward(self, tokens: Tensor, context: TokenContext, states: Sequence[State] | None = None) -> Tensor:
         """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
@@ -124,16 +125,16 @@ class Model(nn.Module):
 
 
 def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
-    trace = context.trace
-    assert trace is not None
-    return checkpoint(
-        layer,
-        x,
-        context,
-        use_reentrant=False,
-        preserve_rng_state=not counter_noise_alone(layer),
-        context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
-    )
+    """The layer's output; of all that the layer computes only x is kept, the backward pass computes the rest again."""
+    assert context.trace is not None
+    # taken out by the first pass: the trace's losses hold the autograd graph, so the graph must not hold the trace
+    first = [context]
+    again = context.replace(trace=context.trace.replay())
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, first.pop() if first else again)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not counter_noise_alone(layer))
 
 
 def counter_noise_alone(layer: Component) -> bool:
@@ -156,9 +157,10 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     """
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not hasattr(module, "initialise"):
+            if not isinstance(module, ParameterOwner):
                 raise TypeError(
-                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator)"
+                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator); derive it "
+                    "from zoo.roles.ParameterOwner, or use what zoo.layers has"
                 )
             digest = hashlib.sha256(f"{seed}:{module_name}.{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

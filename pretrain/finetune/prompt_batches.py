@@ -1,0 +1,107 @@
+"""The questions a sweep judges by, encoded once for all models of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pretrain.finetune.answers import kinds_of
+from pretrain.finetune.prompts import IGNORED, collate, encode, padding_id
+from pretrain.finetune.questions import Question
+from zoo.adapt import AdaptConfig, AdaptContext
+from zoo.adapt.family import picture_ids
+
+Shapes = Counter[tuple[int, tuple[int, ...]]]
+"""How often a prompt of so many tokens, with candidates in groups of these sizes, is asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B questions."""
+
+    inputs: dict[str, Tensor]
+    """Of the prompts, padded on the left."""
+    asked: list[Question]
+    """Of each the last answer is asked for."""
+    answers: Tensor | None
+    """(B, A) int64: the right answers with what ends them, IGNORED behind; None where nobody reads them."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt, padding apart."""
+        return self.inputs["attention_mask"].sum(1).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Batches of questions about images."""
+
+    batches: list[Batch]
+    processor: Any
+
+    @classmethod
+    def encode(cls, questions: Sequence[Question], processor: Any, size: int, answers: bool = False) -> Prompts:
+        """`size` a batch; every answer of a conversation is asked for, given the right ones before it.
+
+        Args:
+            answers: encode the right ones too.
+        """
+        asked = [
+            dataclasses.replace(question, turns=question.turns[: turn + 1], extra={"kind": kinds_of(question)[turn]})
+            for question in questions
+            if question.images
+            for turn in range(len(question.turns))
+        ]
+        chunks = [asked[start : start + size] for start in range(0, len(asked), size)]
+        return cls([_batch(chunk, processor, answers) for chunk in chunks], processor)
+
+    def shapes(self, config: AdaptConfig, model_config: Any) -> Shapes:
+        """See `Shapes`."""
+        pictures = picture_ids(model_config, type(model_config).__name__)
+        found: Shapes = Counter()
+        for batch in self.batches:
+            ids = batch.inputs["input_ids"]
+            made = AdaptContext.build(config, pictures, batch.inputs, ids, model_config=model_config)
+            pairs = list(zip(made.rows, made.groups, strict=True))
+            for row, tokens in enumerate(batch.lengths):
+                found[tokens, tuple(size for own, size in pairs if own == row)] += 1
+        return found
+
+
+def one_an_image(questions: Sequence[Question], count: int) -> list[Question]:
+    """The first `count` questions about images that none before was about."""
+    first: dict[tuple, Question] = {}
+    for question in questions:
+        if question.images:
+            first.setdefault(question.images, question)
+    return list(first.values())[:count]
+
+
+def exchanged(questions: Sequence[Question]) -> list[Question]:
+    """The questions about images, each with those of the next question about others, and the last with the first's; none
+    where all are about the same."""
+    about = [question.images for question in one_an_image(questions, len(questions))]
+    if len(about) < 2:
+        return []
+    following = dict(zip(about, [*about[1:], about[0]], strict=True))
+    return [dataclasses.replace(each, images=following[each.images]) for each in questions if each.images]
+
+
+def _batch(asked: list[Question], processor: Any, answers: bool) -> Batch:
+    inputs = collate([encode(question, processor, answers=False) for question in asked], padding_id(processor), "left")
+    right = None
+    if answers:
+        right = pad_sequence([_answer(encode(question, processor)["labels"][0]) for question in asked], True, IGNORED)
+    return Batch(inputs, asked, right)
+
+
+def _answer(labels: Tensor) -> Tensor:
+    """The last run of labels (T,), of a conversation's last answer."""
+    columns = (labels != IGNORED).nonzero()[:, 0]
+    breaks = (columns.diff() > 1).nonzero()[:, 0]
+    return labels[columns[int(breaks[-1]) + 1 if breaks.numel() else 0 :]]
