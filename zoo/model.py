@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +22,9 @@ from zoo.roles import ParameterOwner, Role
 from zoo.slots import Component, Part
 from zoo.states import State
 
+MAX_WIDTH, MAX_IDS, MAX_LAYERS = 2**18, 2**24, 1024
+"""Bounds of a model's sizes, far above what can be meant."""
+
 
 class ModelConfig(Config):
     """The network: embedding, layers, final norm, output."""
@@ -29,9 +32,9 @@ class ModelConfig(Config):
     modalities: list[str] = Field(min_length=1)
     """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they follow
     from its section `modalities`."""
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=MAX_WIDTH)
     """Width D of the residual stream."""
-    vocab_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(None, gt=0, le=MAX_IDS)
     """Default: what the modalities need."""
     layers: list[LayerConfig] = Field(min_length=1)
     """From the first to the last."""
@@ -44,6 +47,13 @@ class ModelConfig(Config):
         if len(set(modalities)) != len(modalities):
             raise ValueError("names one modality twice; each stands once")
         return modalities
+
+    @model_validator(mode="after")
+    def _few_layers(self) -> ModelConfig:
+        layers = self.repeat * sum(layer.repeat for layer in self.layers)
+        if layers > MAX_LAYERS:
+            raise ValueError(f"has {layers:,} layers, repeats written out; at most {MAX_LAYERS:,}")
+        return self
 
     def pattern(self) -> list[tuple[int, LayerConfig]]:
         """(index in `layers`, config) of every layer of the model, repeats written out."""
