@@ -9,7 +9,7 @@ from typing import cast, overload
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +28,9 @@ from zoo.stems import IdStem, StemConfig
 
 _IDS = (IdStem.Config, IdHead.Config, type(None))
 
+MAX_WIDTH, MAX_IDS, MAX_LAYERS = 2**18, 2**24, 1024
+"""Bounds of a model's sizes, far above what can be meant."""
+
 
 class ModelConfig(Config):
     """The network: embedding, layers, final norm, output."""
@@ -35,9 +38,9 @@ class ModelConfig(Config):
     modalities: list[str] = Field(min_length=1)
     """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they follow
     from its section `modalities`."""
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=MAX_WIDTH)
     """Width D of the residual stream."""
-    vocab_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(None, gt=0, le=MAX_IDS)
     """Default: what the modalities need."""
     stem: dict[str, StemSlot] = Field(default_factory=dict)
     """How the positions of a modality enter, by modality. Those that carry ids share the embedding; in a recipe the others
@@ -55,6 +58,13 @@ class ModelConfig(Config):
         if len(set(modalities)) != len(modalities):
             raise ValueError("names one modality twice; each stands once")
         return modalities
+
+    @model_validator(mode="after")
+    def _few_layers(self) -> ModelConfig:
+        layers = self.repeat * sum(layer.repeat for layer in self.layers)
+        if layers > MAX_LAYERS:
+            raise ValueError(f"has {layers:,} layers, repeats written out; at most {MAX_LAYERS:,}")
+        return self
 
     def pattern(self) -> list[tuple[int, LayerConfig]]:
         """(index in `layers`, config) of every layer of the model, repeats written out."""
