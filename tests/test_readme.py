@@ -42,6 +42,18 @@ def test_python(own_block: dict[str, object]) -> None:
     assert own_block["model"].cost(6).flops[0] > 0
 
 
+@pytest.mark.parametrize("modalities", [["text"], ["text", "image"], ["text", "image", "speech"]], ids=len)
+def test_the_own_block_goes_with_any_number_of_modalities(own_block: dict[str, object], modalities: list[str]) -> None:
+    config = {"modalities": modalities, "d_model": 16, "vocab_size": 50}
+    layer = {"mixer": {"type": "attention", "heads": 4}, "feedforward": {"type": "relu2", "d_ff": 24}}
+    model: Any = zoo.build("model", {**config, "layers": [layer, {**layer, "depth": {"type": "mod"}}]})
+    modality = torch.arange(12).view(2, 6) % len(modalities)
+    context = zoo.TokenContext.from_modality(modality, modalities=tuple(modalities))
+    assert model(torch.randint(50, (2, 6)), context).isfinite().all()
+    cost, without = model.cost(6), zoo.build("model", {**config, "layers": [layer]}).cost(6)
+    assert len(cost.flops) == len(modalities) and cost.flops[0] > without.flops[0] > 2 * 2 * 16 * 24
+
+
 def test_yaml(own_block: dict[str, object]) -> None:
     recipe = yaml.safe_load(block("yaml", "my_blocks"))
     model = zoo.build("model", {**recipe["model"], "vocab_size": 100})

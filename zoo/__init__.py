@@ -19,14 +19,19 @@ from zoo.flops import Cost
 from zoo.model import Model, ModelConfig, initialise
 from zoo.objectives import autoregressive  # noqa: F401
 from zoo.registry import BlockConfig, Place, known, register
+from zoo.slots import Depth, FeedForward, Mixer, Objective
 
 __all__ = [
     "BlockConfig",
     "Config",
     "ConfigError",
     "Cost",
+    "Depth",
+    "FeedForward",
+    "Mixer",
     "Model",
     "ModelConfig",
+    "Objective",
     "Place",
     "TokenContext",
     "Trace",

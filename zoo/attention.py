@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo import kernels
 from zoo.config import ConfigError
@@ -14,12 +14,13 @@ from zoo.context import TokenContext
 from zoo.flops import Cost
 from zoo.layers import rotary_tables, rotate
 from zoo.registry import BlockConfig, Place, register
+from zoo.slots import Mixer
 from zoo.states import AttentionState
 from zoo.untied import Grouping, ModalityLinear, ModalityNorm, Towers, check_towers
 
 
 @register("mixer", "attention")
-class Attention(nn.Module):
+class Attention(Mixer, counter_noise=True):
     """Attention inside each document: causal, and in both directions inside an item of the context (Transfusion,
     arXiv 2408.11039 §3). QK-norm is per head, before rotation (Chameleon, arXiv 2405.09818)."""
 
@@ -63,7 +64,6 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim, self.theta = config.width(place), config.rope_theta
-        self.modalities = len(place.modalities)
         inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.grouping = Grouping.of(place.modalities, config.towers) if config.untied else None
         groups = {name: self.grouping.count for name in config.untied} if self.grouping else {}
@@ -116,7 +116,7 @@ class Attention(nn.Module):
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Projections, and scores and mixing at (T + 1) / 2 keys a query."""
-        projections = [p.cost(self.modalities) for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
+        projections = [p.cost() for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
         pairs = 4.0 * self.heads * self.head_dim * (length + 1) / 2
         norms = sum(norm.width for norm in (self.q_norm, self.k_norm) if norm is not None)
-        return Cost.total(projections, self.modalities) + Cost.of(self.modalities, flops=pairs, active=norms)
+        return Cost.total(projections) + Cost.of(flops=pairs, active=norms)

@@ -14,6 +14,7 @@ from zoo.config import Config
 from zoo.context import TokenContext
 from zoo.flops import Cost
 from zoo.registry import DepthSlot, FeedForwardSlot, MixerSlot, Place
+from zoo.slots import Branch, Component
 from zoo.states import State
 from zoo.untied import BlockNorm, Grouping, Towers, check_towers
 
@@ -43,7 +44,7 @@ class LayerConfig(Config):
             if part is not None:
                 part.check(place.child(slot, norm=self.norm), f"{path}.{slot}")
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: Place) -> Component:
         """The layer at `place`, wrapped by its depth router if it has one."""
         if self.depth is None:
             return Block(self, place)
@@ -65,7 +66,7 @@ class BlockState:
         self.feedforward.reorder(index)
 
 
-class Block(nn.Module):
+class Block(Component, counter_noise=True):
     """x + mixer, then + feed-forward, each under its norm."""
 
     def __init__(self, config: LayerConfig, place: Place) -> None:
@@ -74,7 +75,7 @@ class Block(nn.Module):
         self.mixer = config.mixer.block(config.mixer, place.child("mixer", norm=config.norm))
         grouping = Grouping.of(place.modalities, config.towers) if config.untied_norms else None
         self.mixer_norm = self._norm_for(self.mixer, place, grouping)
-        self.feedforward = None
+        self.feedforward = self.feedforward_norm = None
         if config.feedforward is not None:
             self.feedforward = config.feedforward.block(
                 config.feedforward, place.child("feedforward", norm=config.norm, norm_grouping=grouping)
@@ -90,7 +91,7 @@ class Block(nn.Module):
         return x
 
     def _branch(
-        self, x: Tensor, part: nn.Module, norm: nn.Module | None, slot: str, context: TokenContext, state: State | None
+        self, x: Tensor, part: Branch, norm: nn.Module | None, slot: str, context: TokenContext, state: State | None
     ) -> Tensor:
         y = part(x if self.post or norm is None else norm(x, context), context, state)
         if self.post and norm is not None:
@@ -100,20 +101,18 @@ class Block(nn.Module):
         return y
 
     @staticmethod
-    def _norm_for(part: nn.Module, place: Place, grouping: Grouping | None) -> nn.Module | None:
+    def _norm_for(part: Branch, place: Place, grouping: Grouping | None) -> nn.Module | None:
         """Parts that normalise inside themselves (experts gated outside a post-norm) need none here."""
-        return None if getattr(part, "owns_norm", False) else BlockNorm(place.d_model, grouping)
+        return None if part.owns_norm else BlockNorm(place.d_model, grouping)
 
-    def init_state(self, rows: int, length: int, like: Tensor) -> State:
+    def init_state(self, rows: int, length: int, like: Tensor) -> State | None:
         """The mixer's, and the feed-forward's where that has one."""
-        mixer, of_feedforward = self.mixer.init_state(rows, length, like), getattr(self.feedforward, "init_state", None)
-        feedforward = of_feedforward(rows, length, like) if of_feedforward else None
+        mixer = self.mixer.init_state(rows, length, like)
+        feedforward = None if self.feedforward is None else self.feedforward.init_state(rows, length, like)
         return mixer if feedforward is None else BlockState(mixer, feedforward)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Sum of the branches."""
         parts = [self.mixer] if self.feedforward is None else [self.mixer, self.feedforward]
-        costs = [part.cost(length, load) for part in parts]
-        modalities = len(costs[0].flops)
-        norms = [m for name, m in self.named_children() if name.endswith("_norm")]
-        return Cost.total(costs, modalities) + Cost.of(modalities, active=sum(norm.width for norm in norms))
+        gains = sum(norm.width for norm in (self.mixer_norm, self.feedforward_norm) if norm is not None)
+        return Cost.total(part.cost(length, load) for part in parts) + Cost.of(active=gains)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from pydantic_core import PydanticCustomError
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo import noise
 from zoo.auxiliary import AuxiliaryRouter, train_auxiliary
@@ -32,6 +32,7 @@ from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routers import Capacity, LinearRouter, Router, Scope, capacity_count, decide, expert_choice, membership
 from zoo.schedules import OverLayers, WarmDown, number
+from zoo.slots import Component, Depth
 from zoo.states import State
 
 
@@ -65,7 +66,7 @@ class Pool:
 
 
 @register("depth", "mod")
-class MixtureOfDepths(nn.Module):
+class MixtureOfDepths(Depth, counter_noise=True):
     class Config(BlockConfig):
         capacity: Annotated[float | str | dict[str, float | str], pydantic.BeforeValidator(_one_or_each)] = 0.125
         """Share of a scope's tokens that pass through the block, whatever their modality; or one for each modality,
@@ -115,7 +116,7 @@ class MixtureOfDepths(nn.Module):
                     pools.append(Pool(name, index, capacity))
             return tuple(pools)
 
-    def __init__(self, config: Config, place: Place, block: nn.Module) -> None:
+    def __init__(self, config: Config, place: Place, block: Component) -> None:
         super().__init__()
         self.name, self.scope, self.over_steps = place.name, config.scope, config.over_steps
         self.modalities = len(place.modalities)
@@ -239,7 +240,7 @@ class MixtureOfDepths(nn.Module):
             for pool, predicted, chosen in decisions:
                 train_auxiliary(context, pool.name, predicted, chosen)
 
-    def init_state(self, rows: int, length: int, like: Tensor) -> State:
+    def init_state(self, rows: int, length: int, like: Tensor) -> State | None:
         return self.block.init_state(rows, length, like)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
@@ -258,12 +259,5 @@ class MixtureOfDepths(nn.Module):
             if pool.modality is not None:
                 shares[pool.modality], competes[pool.modality] = load.get(pool.name, float(pool.capacity)), 1.0
         main, stand_in = self.router.weight.numel(), 0 if self.auxiliary is None else self.auxiliary.weights
-        routers = Cost.of(self.modalities, router=2.0 * main, active=main) + Cost.of(
-            self.modalities, auxiliary=2.0 * stand_in, active=stand_in
-        )
-        return _each(self.block.cost(share * length, load), shares) + _each(routers, competes)
-
-
-def _each(cost: Cost, factors: list[float]) -> Cost:
-    """`cost` with every modality's part times its own factor."""
-    return Cost(*(tuple(f * value for f, value in zip(factors, part, strict=True)) for part in cost.parts()))
+        routers = Cost.of(router=2.0 * main, active=main) + Cost.of(auxiliary=2.0 * stand_in, active=stand_in)
+        return self.block.cost(share * length, load).scaled(*shares) + routers.scaled(*competes)

@@ -25,6 +25,7 @@ from zoo.feedforward import Dense
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routers import Candidates, Capacity, LinearRouter, Route, Scope, decide, membership
+from zoo.slots import FeedForward
 from zoo.states import State
 from zoo.untied import BlockNorm
 
@@ -160,7 +161,7 @@ class ExpertGroup(nn.Module):
         return route, self.router.weigh(scores, everywhere)[: route.token.shape[0]]
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(FeedForward):
     """Groups of experts over parts of the tokens: gather once, compute, weigh, add once."""
 
     untied_shared = False
@@ -229,7 +230,7 @@ class RoutedExperts(nn.Module):
 
 
 @register("feedforward", "experts")
-class Experts(RoutedExperts):
+class Experts(RoutedExperts, counter_noise=True):
     """A mixture over all tokens, whatever their modality (arXiv 2202.09368; MoMa's "MoE 8x" baseline)."""
 
     class Config(ExpertConfig):

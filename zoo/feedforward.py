@@ -6,16 +6,17 @@ from collections.abc import Mapping
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.context import TokenContext
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, register
+from zoo.slots import FeedForward
 from zoo.untied import Grouping, ModalityLinear, Towers, check_towers
 
 
 @register("feedforward", "dense")
-class Dense(nn.Module):
+class Dense(FeedForward, counter_noise=True):
     """y = (SiLU(x W_gate) ⊙ x W_up) W_out (arXiv 2002.05202), or one such network a modality."""
 
     class Config(BlockConfig):
@@ -31,7 +32,6 @@ class Dense(nn.Module):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
-        self.modalities = len(place.modalities)
         self.grouping = Grouping.of(place.modalities, config.towers) if config.untied else None
         groups = self.grouping.count if self.grouping else 1
         self.w_in = ModalityLinear(place.d_model, 2 * config.d_ff, groups)
@@ -46,4 +46,4 @@ class Dense(nn.Module):
         return self.grouping.merge(y, context) if self.grouping else y
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        return self.w_in.cost(self.modalities) + self.w_out.cost(self.modalities)
+        return self.w_in.cost() + self.w_out.cost()

@@ -16,6 +16,7 @@ from zoo.context import TokenContext
 from zoo.flops import Cost
 from zoo.kernels.layout import Layout
 from zoo.registry import BlockConfig, Place, register
+from zoo.slots import Mixer
 from zoo.states import MambaState
 from zoo.untied import Grouping, ModalityLinear, Towers, check_towers
 
@@ -44,7 +45,7 @@ class RecurrentConfig(BlockConfig):
                 raise ConfigError(f"{path}.untied: {name!r} stands there twice; remove one")
 
 
-class Recurrent(nn.Module):
+class Recurrent(Mixer):
     """The parts of a Mamba mixer that are no projection: convolution, step sizes, decay, and the order of the tokens.
 
     They are shared by all modalities but for the bias of the step sizes: convolution and state mix tokens, so a modality is
@@ -54,7 +55,7 @@ class Recurrent(nn.Module):
     def __init__(self, config: RecurrentConfig, place: Place, operation: str, steps: int, bias_untied: bool) -> None:
         """`steps` is the number of step sizes a token has, `operation` the recurrence's kernel."""
         super().__init__()
-        self.modalities, self.inner, self.d_conv = len(place.modalities), config.expand * place.d_model, config.d_conv
+        self.inner, self.d_conv = config.expand * place.d_model, config.d_conv
         self.grouping = Grouping.of(place.modalities, config.towers) if config.untied else None
         self.steps, self.dt_range = steps, (config.dt_min, config.dt_max, config.dt_floor)
         self.bias_groups = self.groups(bias_untied)
@@ -107,11 +108,11 @@ class Recurrent(nn.Module):
         """The parts that are no matrix product with a weight: convolution, and A_log, D, dt_bias without one."""
         convolution = 2.0 * self.conv_weight.numel()
         vectors = self.A_log.numel() + self.D.numel() + self.steps + self.conv_weight.numel() + self.conv_bias.numel()
-        return Cost.of(self.modalities, flops=convolution, active=vectors)
+        return Cost.of(flops=convolution, active=vectors)
 
 
 @register("mixer", "mamba")
-class Mamba(Recurrent):
+class Mamba(Recurrent, counter_noise=True):
     """Selective state space. Which projections are untied is the ablation grid of Mixture-of-Mamba; all four are its model."""
 
     class Config(RecurrentConfig):
@@ -170,7 +171,5 @@ class Mamba(Recurrent):
         """Projections, convolution, and the recurrence step by step: a channel's state number costs 1 for ΔA, 3 for h and 2
         for C · h; a channel 1 for Δu and 2 for D u. Exponentials and gates are left out, as activations are."""
         parts = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        recurrence = Cost.of(self.modalities, flops=self.inner * (6.0 * self.d_state + 3.0))
-        return (
-            Cost.total((part.cost(self.modalities) for part in parts), self.modalities) + self.own_cost() + recurrence
-        )
+        recurrence = Cost.of(flops=self.inner * (6.0 * self.d_state + 3.0))
+        return Cost.total(part.cost() for part in parts) + self.own_cost() + recurrence

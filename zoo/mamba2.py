@@ -21,7 +21,7 @@ from zoo.untied import ModalityLinear, ModalityNorm
 
 
 @register("mixer", "mamba2")
-class Mamba2(Recurrent):
+class Mamba2(Recurrent, counter_noise=True):
     """y = W_out · RMSNorm(SSD(conv(x), Δ, B, C) ⊙ SiLU(z)); the norm is over the whole inner width."""
 
     class Config(RecurrentConfig):
@@ -94,6 +94,6 @@ class Mamba2(Recurrent):
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Projections, convolution, and the recurrence step by step whatever form the kernel gives it: a state number costs 3
         for h and 2 for C · h, an inner number 1 for Δx and 2 for D x. Exponentials, gate and norm are left out."""
-        parts = Cost.total((part.cost(self.modalities) for part in (self.in_proj, self.out_proj)), self.modalities)
-        recurrence = Cost.of(self.modalities, flops=self.inner * (5.0 * self.d_state + 3.0), active=self.inner)
+        parts = Cost.total(part.cost() for part in (self.in_proj, self.out_proj))
+        recurrence = Cost.of(flops=self.inner * (5.0 * self.d_state + 3.0), active=self.inner)
         return parts + self.own_cost() + recurrence  # the norm's gain is active too

@@ -35,7 +35,7 @@ from zoo.routers import Candidates, Route, Router
 
 
 @register("router", "mixer")
-class MixerGate(Router):
+class MixerGate(Router, counter_noise=True):
     """scores = W [features, 1]; W, and the centroids behind it, are fp32 kept as bits in integer buffers."""
 
     looks_ahead = False

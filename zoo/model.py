@@ -17,6 +17,7 @@ from zoo.context import TokenContext, Trace
 from zoo.flops import Cost
 from zoo.layers import Embedding, Linear, RMSNorm
 from zoo.registry import Place
+from zoo.slots import Component, Part
 from zoo.states import State
 
 
@@ -103,13 +104,13 @@ class Model(nn.Module):
         Args:
             load: share of its tokens that each routed block, by name, took (`RoutingStatistics.shares`); default: nominal.
         """
-        modalities = len(self.modalities)
         unmultiplied = self.embedding.weight.numel() + self.norm.weight.numel()
-        ends = Cost.matmul(modalities, self.head.weight.numel()) + Cost.of(modalities, active=unmultiplied)
-        return ends + Cost.total((layer.cost(length, load) for layer in self.layers), modalities)
+        ends = Cost.matmul(self.head.weight.numel()) + Cost.of(active=unmultiplied)
+        whole = ends + Cost.total(layer.cost(length, load) for layer in self.layers)
+        return whole.expand(len(self.modalities))
 
 
-def _recomputed(layer: nn.Module, x: Tensor, context: TokenContext) -> Tensor:
+def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
     trace = context.trace
     assert trace is not None
     return checkpoint(
@@ -117,9 +118,14 @@ def _recomputed(layer: nn.Module, x: Tensor, context: TokenContext) -> Tensor:
         x,
         context,
         use_reentrant=False,
-        preserve_rng_state=False,  # all noise is a function of the tokens' keys
+        preserve_rng_state=not counter_noise_alone(layer),
         context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
     )
+
+
+def counter_noise_alone(layer: Component) -> bool:
+    """Whether a recomputation of the layer draws the same noise without torch's random state; blocks say so."""
+    return all(part.counter_noise for part in layer.modules() if isinstance(part, Part))
 
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]

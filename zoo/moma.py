@@ -17,7 +17,7 @@ from zoo.registry import Place, register
 
 
 @register("feedforward", "moma")
-class MoMa(RoutedExperts):
+class MoMa(RoutedExperts, counter_noise=True):
     untied_shared = True
 
     class Config(ExpertConfig):

@@ -11,9 +11,17 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, suggestion
+from zoo.slots import Depth, FeedForward, Mixer, Objective, Part
 from zoo.untied import Grouping
 
-SLOTS = ("mixer", "feedforward", "depth", "router", "objective")
+SLOTS: dict[str, type[Part]] = {
+    "mixer": Mixer,
+    "feedforward": FeedForward,
+    "depth": Depth,
+    "router": Part,
+    "objective": Objective,
+}
+"""The slots, and the base of what stands in each."""
 _tables: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
 
 
@@ -63,11 +71,11 @@ class Place:
 
 
 def register(slot: str, name: str) -> Callable[[type], type]:
-    """Class decorator: `name` in `slot` means this class. The class has a nested `Config(BlockConfig)` and is built as
-    `cls(config, place)`.
+    """Class decorator: `name` in `slot` means this class. The class is a subclass of the slot's base (`zoo.slots`), has a
+    nested `Config(BlockConfig)`, and is built from it and its place.
 
     Raises:
-        ConfigError: the slot does not exist, or the name is taken by another class.
+        ConfigError: the slot does not exist, the name is taken by another class, or the class lacks base or config.
     """
     if slot not in _tables:
         raise ConfigError(f"register: slot {slot!r} is not known; slots: {', '.join(SLOTS)}")
@@ -81,6 +89,12 @@ def register(slot: str, name: str) -> Callable[[type], type]:
         config = getattr(cls, "Config", None)
         if not (isinstance(config, type) and issubclass(config, BlockConfig)):
             raise ConfigError(f"register: {cls.__qualname__} has no nested `class Config(BlockConfig)`; add one")
+        base = SLOTS[slot]
+        if not issubclass(cls, base):
+            raise ConfigError(
+                f"register: {cls.__qualname__} is not a {base.__name__}, which is what the slot {slot} holds; write "
+                f"`class {cls.__name__}(zoo.{base.__name__})`"
+            )
         if (
             vars(config).get("block", cls) is not cls
         ):  # a subclass without a Config of its own must not take its parent's

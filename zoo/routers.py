@@ -22,6 +22,7 @@ from zoo import noise
 from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.registry import BlockConfig, Place, register
+from zoo.slots import Part
 from zoo.states import State
 
 Scope = Literal["microbatch", "row"]
@@ -96,7 +97,7 @@ class Candidates:
     context: TokenContext
 
 
-class Router(nn.Module):
+class Router(Part):
     """Base of what stands in a router slot: scores tokens, chooses among them, and weighs what was chosen.
 
     Built as `cls(config, place, outputs)`; the last outputs may be no-op experts. A subclass gives `forward`, and
@@ -159,7 +160,7 @@ class Router(nn.Module):
 
 
 @register("router", "linear")
-class LinearRouter(Router):
+class LinearRouter(Router, counter_noise=True):
     """scores = activation(x W), in fp32 whatever the model's precision; weights start small. Chooses by expert choice.
 
     Sigmoid per expert: a token's weight does not depend on other tokens or experts (MoMa eq. 2).

@@ -43,7 +43,7 @@ class Balance(Config):
 
 
 @register("router", "token_choice")
-class TokenChoiceRouter(LinearRouter):
+class TokenChoiceRouter(LinearRouter, counter_noise=True):
     """Scores a token by a linear map, takes its top-k experts and weighs each by its score."""
 
     looks_ahead = False

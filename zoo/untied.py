@@ -164,9 +164,9 @@ class ModalityLinear(nn.Module):
             return F.linear(rows, self.weight)
         return _GroupedLinear.apply(rows, self.weight, tuple(sizes))
 
-    def cost(self, modalities: int) -> Cost:
+    def cost(self) -> Cost:
         """A token meets one group's weights."""
-        return Cost.matmul(modalities, self.weight.shape[-1] * self.weight.shape[-2])
+        return Cost.matmul(self.weight.shape[-1] * self.weight.shape[-2])
 
 
 class ModalityNorm(nn.Module):

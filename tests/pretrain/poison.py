@@ -14,14 +14,13 @@ BAD: set[int] = set()
 
 
 @zoo.register("feedforward", "poisoned")
-class Poisoned(nn.Module):
+class Poisoned(zoo.FeedForward):
     class Config(zoo.BlockConfig):
         pass
 
     def __init__(self, config: Config, place: zoo.Place) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(place.d_model, place.d_model))
-        self.modalities = len(place.modalities)
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, 0.02, generator=generator)
@@ -32,4 +31,4 @@ class Poisoned(nn.Module):
         return y * math.nan if self.training and context.step in BAD else y
 
     def cost(self, length: float, load: object = None) -> zoo.Cost:
-        return zoo.Cost.matmul(self.modalities, self.weight.numel())
+        return zoo.Cost.matmul(self.weight.numel())

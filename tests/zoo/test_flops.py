@@ -54,7 +54,7 @@ def test_moma_costs_exactly_the_dense_feed_forward(device, kernel):
         moma = build_block("feedforward", config, kernels={"experts": kernel})
     x, here = values(context).to(device), context.to(device)
     tokens, cost = context.modality.numel(), moma.cost(12)
-    assert cost.flops == dense.cost(12).flops == (6 * D_MODEL * D_FF,) * 2
+    assert cost.flops == dense.cost(12).expand(2).flops == (6 * D_MODEL * D_FF,) * 2
     assert measured(dense, x, here) == tokens * cost.flops[0]
     assert measured(moma, x, here) == tokens * (cost.flops[0] + cost.router[0] + cost.auxiliary[0])
     assert cost.router == (2 * D_MODEL * 4,) * 2
@@ -76,7 +76,7 @@ def test_mod_costs_its_block_at_capacity_on_the_kept_length(capacity):
     depth = {"type": "mod", "capacity": capacity}
     routed = build_model(layer(mixer=MIXER, feedforward=DENSE, depth=depth), kernels=REFERENCE).layers[0]
     kept, cost = 16 * capacity, routed.cost(16)
-    assert cost.flops == plain.cost(kept).scaled(capacity).flops
+    assert cost.flops == plain.cost(kept).scaled(capacity).expand(2).flops
     assert cost.router == (2 * D_MODEL,) * 2
     assert cost.auxiliary == (2 * (D_MODEL * D_MODEL // 2 + D_MODEL // 2),) * 2
     expected = cost.flops[0] + cost.router[0] + cost.auxiliary[0] + capacity * (scores(kept) - scores((kept + 1) / 2))
@@ -112,6 +112,20 @@ def test_active_and_total_parameters():
 
 
 def test_costs_add_and_scale():
-    cost = Cost.of(2, flops=3, active=1, router=2) + Cost((1.0, 2.0), (0.0, 0.0), (0.0, 0.0), (5.0, 6.0)).scaled(2)
+    cost = Cost.of(flops=3, active=1, router=2) + Cost((1.0, 2.0), (0.0, 0.0), (0.0, 0.0), (5.0, 6.0)).scaled(2)
     assert cost == Cost((5.0, 7.0), (1.0, 1.0), (2.0, 2.0), (10.0, 12.0))
-    assert Cost.total([], 3) == Cost.of(3)
+    assert cost.scaled(0.5, 2.0).flops == (2.5, 14.0)
+    assert Cost.total([]) == Cost.of() and Cost.total([cost, cost]) == cost.scaled(2)
+
+
+def test_costs_of_unequally_many_modalities_do_not_add():
+    with pytest.raises(ValueError, match="zip"):
+        Cost.matmul(5).expand(2) + Cost.matmul(5).expand(4)
+
+
+@pytest.mark.parametrize("modalities", [1, 2, 3])
+def test_a_cost_that_is_one_for_all_modalities_goes_with_any_number_of_them(modalities):
+    uneven = Cost(*(tuple(float(m) for m in range(modalities)) for _ in range(4)))
+    total = uneven + Cost.matmul(5)
+    assert total.flops == tuple(10.0 + m for m in range(modalities)) and total == Cost.matmul(5) + uneven
+    assert Cost.matmul(5).expand(modalities).active == (5.0,) * modalities

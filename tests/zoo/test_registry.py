@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 
 import zoo
-from tests.zoo.helpers import ATTENTION, build_model, columns, ids, layer, mod, stream
-from zoo import BlockConfig, ConfigError, Cost, Place, TokenContext, register, registry
+from tests.zoo.helpers import ATTENTION, assert_equal, build_model, columns, ids, layer, mod, stream
+from zoo import BlockConfig, ConfigError, Cost, FeedForward, Place, TokenContext, register, registry
+from zoo.model import counter_noise_alone
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def _own_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_tables", copy.deepcopy(registry._tables))
 
 
-class Gain(torch.nn.Module):
+class Gain(FeedForward):
     """A feed-forward of one factor a channel: what a first block of a user may look like."""
 
     class Config(BlockConfig):
@@ -32,7 +33,7 @@ class Gain(torch.nn.Module):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
-        self.start, self.modalities = config.start, len(place.modalities)
+        self.start = config.start
         self.factor = torch.nn.Parameter(torch.empty(place.d_model))
 
     def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
@@ -42,7 +43,7 @@ class Gain(torch.nn.Module):
         return x * self.factor
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        return Cost.of(self.modalities, active=self.factor.numel())
+        return Cost.of(active=self.factor.numel())
 
 
 GAIN = {"type": "gain", "start": 0.25}
@@ -106,6 +107,77 @@ def test_a_block_without_a_config_or_a_slot_is_refused():
         register("ffn", "gain")
     with pytest.raises(ConfigError, match=r"^register: Linear has no nested `class Config\(BlockConfig\)`; add one$"):
         register("feedforward", "linear")(torch.nn.Linear)
+
+
+@pytest.mark.parametrize("slot", ["mixer", "depth", "objective"])
+def test_a_block_that_promises_nothing_is_refused(slot):
+    with pytest.raises(
+        ConfigError, match=rf"^register: Gain is not a (\w+), which is what the slot {slot} holds; write "
+    ):
+        register(slot, "gain")(Gain)
+
+
+def test_what_a_block_leaves_out_is_named_when_it_is_needed():
+    class Bare(zoo.Mixer):
+        class Config(BlockConfig):
+            pass
+
+        def __init__(self, config: Config, place: Place) -> None:
+            super().__init__()
+
+    register("mixer", "bare")(Bare)
+    block = zoo.build("mixer", {"type": "bare"}, d_model=8)
+    context = stream("ti")
+    for missing, call in {
+        "forward": lambda: block(torch.zeros(1, 2, 8), context),
+        "init_state": lambda: block.init_state(1, 2, torch.zeros(1)),
+        "cost": lambda: block.cost(2),
+    }.items():
+        with pytest.raises(NotImplementedError, match=f"^Bare has no {missing}"):
+            call()
+
+
+class Dropped(Gain):
+    """A user's block with torch's own randomness, and one that shows which numbers were drawn."""
+
+    class Config(BlockConfig):
+        pass
+
+    def __init__(self, config: Config, place: Place) -> None:
+        super().__init__(Gain.Config(), place)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor, context: TokenContext, state: None = None) -> torch.Tensor:
+        return self.dropout(super().forward(x, context)) * torch.rand(x.shape[-1], dtype=x.dtype)
+
+
+@pytest.mark.parametrize("wrapped", [layer, mod], ids=["layer", "mod"])
+def test_torch_randomness_of_a_block_is_drawn_again_as_it_was(wrapped):
+    """Activation checkpointing changes no gradient, whatever a user's block draws in the forward pass."""
+    register("feedforward", "dropped")(Dropped)
+    context, grads = stream("ttiitti", "tii", routing="topk"), []
+    for checkpointing in (False, True):
+        config = wrapped(feedforward={"type": "dropped"}, repeat=2)
+        model = build_model(config, activation_checkpointing=checkpointing).train()
+        torch.manual_seed(0)
+        loss = model(ids(context), context).logsumexp(-1).square().mean()
+        loss.backward()
+        grads.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    assert_equal(*grads)
+    assert grads[0]["layers.0.feedforward.factor" if wrapped is layer else "layers.0.block.feedforward.factor"].any()
+
+
+def test_only_a_class_that_says_so_is_recomputed_without_torchs_random_state():
+    class Quiet(Gain, counter_noise=True):
+        pass
+
+    class Heir(Quiet):
+        pass
+
+    assert (Gain.counter_noise, Quiet.counter_noise, Heir.counter_noise) == (False, True, False)
+    register("feedforward", "gain")(Gain)
+    ours, theirs = build_model(layer(), mod()), build_model(layer(feedforward=GAIN), mod(feedforward=GAIN))
+    assert all(map(counter_noise_alone, ours.layers)) and not any(map(counter_noise_alone, theirs.layers))
 
 
 def test_a_subclass_that_keeps_its_parents_config_leaves_the_parent_as_it_was():

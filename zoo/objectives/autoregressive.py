@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.registry import BlockConfig, Place, register
+from zoo.slots import Objective
 
 Z_LOSS = "z_loss"
 
@@ -29,7 +30,7 @@ class Batch(Protocol):
 
 
 @register("objective", "autoregressive")
-class Autoregressive(nn.Module):
+class Autoregressive(Objective, counter_noise=True):
     """Cross-entropy of the next token of the same document. A loss belongs to the modality of the token predicted."""
 
     class Config(BlockConfig):

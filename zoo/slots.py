@@ -1,0 +1,111 @@
+"""What the blocks in the slots of a model promise each other: the base classes of ours and of a user's own.
+
+A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `objective` an
+`Objective`, `router` a `zoo.routers.Router`. A base declares everything that is asked of the block, with a default where
+there is one; what has none raises `NotImplementedError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from zoo.context import TokenContext
+from zoo.flops import Cost
+from zoo.states import State
+
+if TYPE_CHECKING:
+    from zoo.objectives.autoregressive import Batch
+
+
+class Part(nn.Module):
+    """Base of whatever can be registered for a slot."""
+
+    counter_noise: ClassVar[bool] = False
+    """All noise of `forward` is a function of the tokens' keys (`zoo.noise`), so that a recomputation draws the same
+    without help. Otherwise activation checkpointing saves torch's random state and restores it before the recomputation.
+    Every class says so for itself, `class Mine(Mixer, counter_noise=True)`; a subclass does not inherit it."""
+
+    def __init_subclass__(cls, counter_noise: bool = False, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        cls.counter_noise = counter_noise
+
+
+class Component(Part):
+    """Maps a stream of tokens to a stream of tokens, and knows what that costs."""
+
+    def forward(self, x: Tensor, context: TokenContext, state: Any = None) -> Tensor:
+        """x (B, T, D) in time order → (B, T, D), 0 at padding.
+
+        Args:
+            state: from `init_state`, updated in place: the tokens continue those that it has seen. None: they begin.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x, context, state=None)")
+
+    def init_state(self, rows: int, length: int, like: Tensor) -> State | None:
+        """Decoding state for `rows` rows of at most `length` tokens, with the dtype and device of `like`; None for a
+        block that needs none, because it treats every token by itself."""
+        return None
+
+    def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
+        """What a token costs in rows of `length` tokens.
+
+        Args:
+            load: share of its tokens that each routed block, by name, took; None: the nominal share.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no cost(length, load=None)")
+
+
+class Branch(Component):
+    """A mixer or a feed-forward: its output is what is added to the residual stream, without the stream itself.
+
+    Built as `cls(config, place)`.
+    """
+
+    owns_norm: bool = False
+    """It normalises inside itself, as experts do that are gated outside a post-norm: the block adds no norm."""
+
+
+class Mixer(Branch):
+    """Base of the slot `mixer`: lets the tokens of a document see each other."""
+
+    def init_state(self, rows: int, length: int, like: Tensor) -> State | None:
+        raise NotImplementedError(f"{type(self).__name__} has no init_state(rows, length, like), so it cannot decode")
+
+
+class FeedForward(Branch):
+    """Base of the slot `feedforward`: treats tokens one by one."""
+
+
+class Depth(Component):
+    """Base of the slot `depth`: stands round a block and decides which tokens enter it. Its output holds the residual.
+
+    Built as `cls(config, place, block)`.
+    """
+
+    scope: str = "row"
+    """The tokens that compete: those of a "row", or those of the whole "microbatch"."""
+
+    @property
+    def capacity(self) -> Fraction:
+        """Nominal share of all tokens that enter the block."""
+        return Fraction(1)
+
+
+class Objective(Part):
+    """Base of the slot `objective`: what the model is trained for. Built as `cls(config, place)`."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """{part of the loss: (its sum, how many terms that has)}."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(model, batch)")
+
+    def counts(self, context: TokenContext) -> dict[str, int]:
+        """Target tokens of each modality in a batch, on the host."""
+        raise NotImplementedError(f"{type(self).__name__} has no counts(context)")
+
+    def combine(self, sums: dict[str, Tensor], counts: dict[str, float]) -> Tensor:
+        """One loss from the sums of the parts and the target tokens of the whole step; linear in `sums`."""
+        raise NotImplementedError(f"{type(self).__name__} has no combine(sums, counts)")
