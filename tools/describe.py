@@ -26,7 +26,7 @@ from zoo.auxiliary import AuxiliaryRouter
 from zoo.config import UserError
 from zoo.experts import StackedSwiGLU
 from zoo.flops import Cost
-from zoo.routers import LinearRouter
+from zoo.routing.scorer import Scorer
 from zoo.untied import ModalityLinear
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -172,7 +172,7 @@ def _shown(module: nn.Module) -> bool:
     """Blocks and routers; the projections inside a mixer are part of it."""
     if isinstance(module, ModalityLinear):
         return False
-    return hasattr(module, "cost") or isinstance(module, LinearRouter | AuxiliaryRouter | StackedSwiGLU)
+    return hasattr(module, "cost") or isinstance(module, Scorer | AuxiliaryRouter | StackedSwiGLU)
 
 
 def _branch(tree: Tree, name: str, module: nn.Module, length: float, modalities: Sequence[str]) -> None:

@@ -262,12 +262,14 @@ class TokenContext:
         """`counts` of the tokens at which `keep` (B, T) is true; they depend on the data and are copied to the host."""
         return _counts(self.modality.masked_fill(~keep, -1), len(self.modalities))
 
-    def select(self, index: Tensor, valid: Tensor, counts: tuple[tuple[int, ...], ...] | None = None) -> TokenContext:
+    def select(
+        self, index: Tensor, valid: Tensor | None, counts: tuple[tuple[int, ...], ...] | None = None
+    ) -> TokenContext:
         """The context of a kept sub-sequence.
 
         Args:
             index: (B, K) columns kept, ascending within a row; K is the largest row's count.
-            valid: (B, K) bool; False where a shorter row is padded.
+            valid: (B, K) bool; False where a shorter row is padded. None: every row keeps K.
             counts: tokens kept of each row and modality, where the host knows them. Otherwise they depend on the data
                 and are copied to the host here, once.
         Returns:
@@ -276,7 +278,8 @@ class TokenContext:
         """
 
         def take(values: Tensor, padding: int) -> Tensor:
-            return values.gather(1, index).masked_fill(~valid, padding)
+            kept = values.gather(1, index)
+            return kept if valid is None else kept.masked_fill(~valid, padding)
 
         modality = take(self.modality, -1)
         return dataclasses.replace(

@@ -11,6 +11,7 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, suggestion
+from zoo.routing.scorer import Scorer
 from zoo.slots import Depth, FeedForward, Mixer, Objective, Part
 from zoo.untied import Grouping
 
@@ -18,7 +19,7 @@ SLOTS: dict[str, type[Part]] = {
     "mixer": Mixer,
     "feedforward": FeedForward,
     "depth": Depth,
-    "router": Part,
+    "router": Scorer,
     "objective": Objective,
 }
 """The slots, and the base of what stands in each."""

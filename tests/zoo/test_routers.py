@@ -17,7 +17,7 @@ from tests.zoo.helpers import (
     values,
 )
 from zoo import Trace
-from zoo.routers import capacity_count
+from zoo.routing.capacity import capacity_count
 
 
 def routed_layer(block: str, norm: str, gate: str, activation: str) -> torch.nn.Module:
