@@ -24,8 +24,10 @@ from pretrain.adapt_recipe import AdaptRecipe
 from pretrain.data.prompts import IGNORED
 from pretrain.data.questions import Question
 from pretrain.data.samples import Batcher, Batches, QuestionBatch, Samples, fingerprint, open_questions
-from pretrain.engine import Engine, check_values, choose_device, leave, prepare_environment, rank_and_world
+from pretrain.deepspeed_config import check_values
+from pretrain.engine import Engine
 from pretrain.loop import Loop, command
+from pretrain.process_group import choose_device, leave, prepare_environment, rank_and_world
 from zoo.adapt.family import parts
 from zoo.config import ConfigError, UserError
 from zoo.flops import TRAINING_FACTOR
@@ -111,7 +113,7 @@ class Run(Loop):
             seed=recipe.seed,
             device=device,
         )
-        frozen = engine.broadcast_object(frozen)
+        frozen = engine.ranks.broadcast(frozen)
         start = {"truncated": 0, "base": frozen}
         super().__init__(recipe, engine, config, fingerprint(training), start)
         if self.state["base"] != frozen:
@@ -125,8 +127,8 @@ class Run(Loop):
             batchers[0],
             recipe.train.global_batch,
             recipe.train.micro_batch,
-            engine.rank,
-            engine.world,
+            engine.ranks.rank,
+            engine.ranks.world,
             recipe.data.workers,
         )
         self.stream: Iterator[list[QuestionBatch]] = plan.since(self.state["step"])
@@ -221,7 +223,9 @@ class Run(Loop):
             self.held_out,
             recipe.evaluate.batch or recipe.train.micro_batch,
             recipe.evaluate.generate,
-            answers.Ranks(engine.rank, engine.world, engine.all_reduce_sum, engine.stage == 3 and engine.world > 1),
+            answers.Ranks(
+                engine.ranks.rank, engine.ranks.world, engine.ranks.sum, engine.stage == 3 and engine.ranks.world > 1
+            ),
             engine.device,
             engine.dtype,
         )

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.config import UserError
+from zoo.files import atomic_path, atomic_write, checksum, remove_leftovers, sync
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -61,6 +62,7 @@ class CheckpointStore:
 
         def work() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
             for entry in self.folder.iterdir():
                 if entry.name.endswith(".old"):  # died between the two renames of a replacement
                     whole = entry.with_suffix("")
@@ -97,7 +99,7 @@ class CheckpointStore:
 
         _on_rank_zero(engine, prepare, f"the checkpoint of step {step} could not be written")
         checksums, problems = engine.save(temporary)
-        reports = engine.gather_objects((checksums, problems))
+        reports = engine.ranks.gather((checksums, problems))
         written = {name: crc for files, _ in reports for name, crc in files.items()}
         problem = next((f"rank {rank}: {p[0]}" for rank, (_, p) in enumerate(reports) if p), None)
 
@@ -105,18 +107,18 @@ class CheckpointStore:
             if problem:
                 raise OSError(problem)
             text = json.dumps(state, indent=1, allow_nan=True)
-            _write(temporary / STATE, text)
+            atomic_write(temporary / STATE, text)
             files = {name: {"bytes": (temporary / name).stat().st_size, "crc32": crc} for name, crc in written.items()}
             files[STATE] = {"bytes": len(text.encode()), "crc32": zlib.crc32(text.encode())}
             loss = self._loss_of(target) if validation_loss is None else validation_loss
             manifest = _identity(engine) | {
                 "step": step,
-                "world": engine.world,
+                "world": engine.ranks.world,
                 "validation_loss": loss,
                 "files": files,
             }
-            _write(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            _sync_folder(temporary)
+            atomic_write(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            sync(temporary, contents=False)
             self._put_in_place(temporary, target)
             self._point("latest", target.name)
             if loss is not None and loss < self._best_loss():
@@ -125,13 +127,13 @@ class CheckpointStore:
         try:
             _on_rank_zero(engine, commit, f"the checkpoint of step {step} could not be written")
         except CheckpointError:
-            if engine.rank == 0:
+            if engine.ranks.first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            engine.barrier()
+            engine.ranks.barrier()
             raise
-        if engine.rank == 0:
+        if engine.ranks.first:
             self._prune(step)
-        engine.barrier()
+        engine.ranks.barrier()
         return target
 
     def load_newest(self, engine: Engine) -> dict[str, Any] | None:
@@ -144,17 +146,17 @@ class CheckpointStore:
             CheckpointError: where checkpoints are there and none can be read: training must not start over.
             UserError: where the checkpoint is of another model, stage, precision or optimizer.
         """
-        exists = engine.broadcast_object(self._any() if engine.rank == 0 else None)
+        exists = engine.ranks.broadcast(self._any() if engine.ranks.first else None)
         if not exists:
             return None
-        candidates = engine.broadcast_object(self.steps() if engine.rank == 0 else None)
+        candidates = engine.ranks.broadcast(self.steps() if engine.ranks.first else None)
         for step in reversed(candidates):
             folder = self.folder / f"step-{step}"
-            reports = engine.gather_objects(self._damage(folder, engine.rank, engine.world))
+            reports = engine.ranks.gather(self._damage(folder, engine.ranks.rank, engine.ranks.world))
             damage = next((f"rank {rank}: {text}" for rank, text in enumerate(reports) if text), None)
             if damage is None:
                 return self._load(engine, folder)
-            if engine.rank == 0:
+            if engine.ranks.first:
                 self.log(f"checkpoint {folder.name} cannot be read ({damage}); trying the one before")
         raise CheckpointError(
             f"{str(self.folder)!r} holds checkpoints, but none that every rank can read; restore one from a backup, "
@@ -164,11 +166,11 @@ class CheckpointStore:
     def _load(self, engine: Engine, folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         _check_identity(manifest, _identity(engine), folder)
-        universal = manifest["world"] != engine.world and engine.stage > 0
+        universal = manifest["world"] != engine.ranks.world and engine.stage > 0
         if universal:
             if engine.optimizer_type == "muon":
                 raise UserError(
-                    f"{str(folder)!r} was written by {manifest['world']} ranks, this run has {engine.world}; DeepSpeed "
+                    f"{str(folder)!r} was written by {manifest['world']} ranks, this run has {engine.ranks.world}; DeepSpeed "
                     "cannot convert Muon's momentum at stage 1: resume with as many ranks"
                 )
             source = folder
@@ -179,7 +181,7 @@ class CheckpointStore:
             problem = ""
         except Exception as error:  # whatever one rank meets, the others must hear of it
             problem = f"{type(error).__name__}: {error}"
-        problems = [f"rank {rank}: {text}" for rank, text in enumerate(engine.gather_objects(problem)) if text]
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(engine.ranks.gather(problem)) if text]
         if problems:
             raise CheckpointError(f"{str(folder)!r} could not be loaded: {problems[0]}")
         return json.loads((folder.with_name(f"step-{manifest['step']}") / STATE).read_text(encoding="utf-8"))
@@ -201,8 +203,6 @@ class CheckpointStore:
 
     def _damage(self, folder: Path, rank: int, world: int) -> str:
         """What this rank finds wrong; checksums of its share of the files (every world-th) are compared."""
-        from pretrain.engine import checksum
-
         problem = self._problem(folder)
         if problem:
             return problem
@@ -240,15 +240,12 @@ class CheckpointStore:
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
         os.replace(temporary, target)
-        _sync_folder(self.folder)
+        sync(self.folder, contents=False)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(target.with_name(target.name + ".universal"), ignore_errors=True)
 
     def _point(self, pointer: str, name: str) -> None:
-        temporary = self.folder / f"{pointer}.tmp"
-        _write(temporary, name + "\n")
-        os.replace(temporary, self.folder / pointer)
-        _sync_folder(self.folder)
+        atomic_write(self.folder / pointer, name + "\n")
 
     def _prune(self, step: int) -> None:
         """Keep the newest `keep` up to `step` and the best. Later ones belong to a future this run went back from."""
@@ -301,44 +298,25 @@ def _convert(source: Path, target: Path, log: Callable[[str], None]) -> None:
     if target.is_dir():
         return
     log(f"converting {source.name} for another number of ranks")
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     # Relative paths: the converter reads them as patterns, so that a "(" or "+" further up would break it.
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", f"{source.name}/{TAG}", "--output_folder", f"{temporary.name}/{TAG}"]
-    command += ["--num_extract_workers", str(WORKERS), "--num_merge_workers", str(WORKERS)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}")
-    os.replace(temporary, target)
+    with atomic_path(target) as temporary:
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--input_folder", f"{source.name}/{TAG}", "--output_folder", f"{temporary.name}/{TAG}"]
+        command += ["--num_extract_workers", str(WORKERS), "--num_merge_workers", str(WORKERS)]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise OSError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
 
 
 def _on_rank_zero(engine: Engine, work: Callable[[], None], what: str) -> None:
     """Run `work` on rank 0; where it raises OSError, every rank raises CheckpointError beginning with `what`."""
     problem = ""
-    if engine.rank == 0:
+    if engine.ranks.first:
         try:
             work()
         except OSError as error:
             problem = str(error) or type(error).__name__
-    problem = engine.broadcast_object(problem)
+    problem = engine.ranks.broadcast(problem)
     if problem:
         raise CheckpointError(f"{what}: {problem}. Free space or repair the disk; earlier checkpoints are intact")
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make renames and new names in `path` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

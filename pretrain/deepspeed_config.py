@@ -1,8 +1,8 @@
 """The `deepspeed:` section of a recipe: every key checked, "auto" filled in, cross-checked, completed.
 
-DeepSpeed ignores a misspelt top-level key without a word. Here an unknown key is an error, at the top and
-inside each section, before any process group exists; the keys below are those of DeepSpeed 0.19.8. What
-passes goes to DeepSpeed as written. Does not import deepspeed.
+DeepSpeed ignores a misspelt top-level key without a word. Here an unknown key is an error, at the top and inside each
+section, before any process group exists. What passes goes to DeepSpeed as written. Only `check_values` imports
+deepspeed.
 """
 
 from __future__ import annotations
@@ -13,155 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.deepspeed_keys import REFUSED, SCALARS, SECTIONS
 from pretrain.optim import OptimizerConfig
-from zoo.config import ConfigError, suggestion
+from zoo.config import ConfigError, explain, suggestion
 
 ROOT = "deepspeed"
-
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "zero_optimization": (
-        "stage",
-        "contiguous_gradients",
-        "reduce_scatter",
-        "reduce_bucket_size",
-        "use_multi_rank_bucket_allreduce",
-        "allgather_partitions",
-        "allgather_bucket_size",
-        "overlap_comm",
-        "compute_grad_norm",
-        "load_from_fp32_weights",
-        "offload_param",
-        "offload_optimizer",
-        "sub_group_size",
-        "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold",
-        "stage3_model_persistence_threshold",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_gather_16bit_weights_on_model_save",
-        "stage3_module_granularity_threshold",
-        "stage3_use_all_reduce_for_fetch_params",
-        "stage3_allgather_sequential",
-        "ignore_unused_parameters",
-        "round_robin_gradients",
-        "parameter_alignment",
-        "zero_hpz_partition_size",
-        "zero_quantized_weights",
-        "zero_quantized_nontrainable_weights",
-        "zero_quantized_gradients",
-        "memory_efficient_linear",
-        "pipeline_loading_checkpoint",
-        "override_module_apply",
-        "log_trace_cache_warnings",
-        "enable_sanity_checks",
-        "leaf_module",
-    ),
-    "zero_optimization.offload_param": (
-        "device",
-        "nvme_path",
-        "buffer_count",
-        "buffer_size",
-        "max_in_cpu",
-        "pin_memory",
-    ),
-    "zero_optimization.offload_optimizer": (
-        "device",
-        "nvme_path",
-        "buffer_count",
-        "pin_memory",
-        "pipeline_read",
-        "pipeline_write",
-        "fast_init",
-        "ratio",
-        "cpuadam_cores_perc",
-    ),
-    "zero_optimization.leaf_module": ("classes", "names", "name_suffixes"),
-    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"),
-    "fp16": (
-        "enabled",
-        "auto_cast",
-        "loss_scale",
-        "initial_scale_power",
-        "loss_scale_window",
-        "hysteresis",
-        "consecutive_hysteresis",
-        "min_loss_scale",
-    ),
-    "data_types": ("grad_accum_dtype",),
-    "checkpoint": ("tag_validation", "checkpoint_serialization"),
-    "comms_logger": ("enabled", "prof_all", "prof_ops", "verbose", "debug"),
-    "flops_profiler": (
-        "enabled",
-        "recompute_fwd_factor",
-        "profile_step",
-        "module_depth",
-        "top_modules",
-        "detailed",
-        "output_file",
-    ),
-    "aio": (
-        "block_size",
-        "queue_depth",
-        "intra_op_parallelism",
-        "single_submit",
-        "overlap_events",
-        "use_gds",
-    ),
-    "timers": ("throughput",),
-    "timers.throughput": ("enabled", "synchronized"),
-    "tensorboard": ("enabled", "output_path", "job_name"),
-    "csv_monitor": ("enabled", "output_path", "job_name"),
-    "wandb": ("enabled", "group", "team", "project"),
-}
-
-SCALARS: dict[str, tuple[type, ...]] = {
-    "train_batch_size": (int,),
-    "train_micro_batch_size_per_gpu": (int,),
-    "gradient_accumulation_steps": (int,),
-    "gradient_clipping": (int, float),
-    "steps_per_print": (int, type(None)),
-    "wall_clock_breakdown": (bool,),
-    "memory_breakdown": (bool,),
-    "dump_state": (bool,),
-    "disable_python_gc": (bool,),
-    "communication_data_type": (str,),
-    "prescale_gradients": (bool,),
-    "gradient_predivide_factor": (int, float),
-    "disable_allgather": (bool,),
-}
-
-REFUSED: dict[str, str] = {
-    "optimizer": "the recipe's own `optimizer` section decides; move its values there",
-    "scheduler": "the recipe's own `schedule` section decides; move its values there",
-    "zero_allow_untested_optimizer": "the optimizers of this library are tested ones; remove it",
-    "zero_force_ds_cpu_optimizer": "the optimizer is made here, as offload_optimizer asks; remove it",
-    "managed_gradient_accumulation": "the training loop marks a step's last micro-batch itself; remove it",
-    "gradient_allreduce_op": "losses are divided by the global token count, which needs the mean; remove it",
-    "torch_autocast": "precision is `train.precision`; autocast is not supported",
-    "amp": "precision is `train.precision`; DeepSpeed has removed amp",
-    "activation_checkpointing": "use `train.activation_checkpointing`, which replays routing decisions",
-    "compile": "compiled graphs with data-dependent token groups are not supported",
-    "pipeline": "pipeline parallelism is not supported; use a ZeRO stage",
-    "tensor_parallel": "tensor parallelism is not supported; use a ZeRO stage",
-    "expert_parallel": "experts are stacked parameters, sharded by the ZeRO stage; remove it",
-    "sequence_parallel_size": "sequence parallelism is not supported; remove it",
-    "data_efficiency": "the `data` section decides what is read; remove it",
-    "autotuning": "not supported; set the sizes in the recipe",
-    "hybrid_engine": "not supported; remove it",
-    "elasticity": "DeepSpeed has removed it; to change the number of ranks, stop and resume",
-    "zero_optimization.cpu_offload": "deprecated; write `offload_optimizer: {device: cpu}`",
-    "zero_optimization.cpu_offload_param": "deprecated; write `offload_param: {device: cpu}`",
-    "zero_optimization.elastic_checkpoint": "checkpoints fit any number of ranks anyway; remove it",
-    "zero_optimization.zenflow": "its stale updates break exact resuming; remove it",
-    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
-    "zero_optimization.offload_optimizer.super_offload": "not supported; remove it",
-    "bf16.bf16_master_weights_and_grads": "master weights stay fp32; remove it",
-    "bf16.bf16_optimizer_states": "optimizer states stay fp32; remove it",
-    "data_types.param_dtype": "precision is `train.precision`; remove it",
-    "checkpoint.load_universal": "set when another number of ranks resumes; remove it",
-    "checkpoint.use_node_local_storage": "a checkpoint is one folder that all ranks see; remove it",
-    "checkpoint.writer": "checkpoints are written and synced by this library; remove it",
-}
 
 
 def read(section: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -278,6 +134,25 @@ def effective(
         }
         config["optimizer"] = {"type": "AdamW", "params": params}
     return config
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Validate the values inside the sections with DeepSpeed's own models.
+
+    Args:
+        config: as `effective` returned it.
+    Raises:
+        ConfigError: naming the key, the value and the rule.
+    """
+    import pydantic
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+        try:
+            model(**config.get(key, {}))
+        except pydantic.ValidationError as error:
+            raise ConfigError(explain(error, f"{ROOT}.{key}", model)) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

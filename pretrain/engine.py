@@ -1,33 +1,27 @@
-"""The training engine: the only file that imports deepspeed.
+"""A model under DeepSpeed: built, trained, saved, loaded and read back in the same way at every ZeRO stage.
 
-`Engine` hides what differs between the ZeRO stages: how the model is built and initialised, where the
-gradient norm is found, how a step with a non-finite loss or gradient is skipped by all ranks, how the full
-weights are gathered. Import this module late: importing deepspeed takes seconds and settles which accelerator
-is used.
+`Engine` hides what differs between the stages: how the model is built and initialised, where the gradient norm is
+found, how all ranks skip a step with a non-finite loss or gradient, how the whole weights are gathered. DeepSpeed is
+imported late: that takes seconds and settles which accelerator is used.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
 import dataclasses
-import datetime
 import io
 import math
-import os
-import socket
-import sys
-import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from pretrain import optim
-from zoo.config import ConfigError, UserError, explain
+from pretrain import deepspeed_patches, optim
+from pretrain.deepspeed_config import check_values
+from pretrain.process_group import join_processes, local_device
+from zoo.config import UserError
 
 TAG = "engine"  # DeepSpeed's own folder inside a checkpoint
 
@@ -47,60 +41,11 @@ class StepResult:
     grad_norm: float
 
 
-def rank_and_world() -> tuple[int, int]:
-    """(rank, number of ranks) as the launcher says, (0, 1) without one; needs no process group."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def choose_device(name: str) -> str:
-    """`"cpu"` or `"cuda"` for train.device "auto", "cpu", "cuda"; UserError where cuda is asked for and absent."""
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if available else "cpu"
-    if name == "cuda" and not available:
-        raise UserError("train.device: 'cuda' is not available on this machine; use auto or cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"train.device: {name!r} is not known; known: auto, cpu, cuda")
-    return name
-
-
-def prepare_environment(device: str) -> None:
-    """Set the variables that DeepSpeed reads while it is imported; call before the first `Engine`.
-
-    Without the launcher this process becomes the only rank, on a free port.
-    """
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        # Halves the start: DeepSpeed decorates Muon with torch.compile whichever optimizer runs, which loads the
-        # whole compiler. A value the user has set stays.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(port)})
-    os.environ.setdefault("LOCAL_RANK", "0")
-
-
-def check_values(config: Mapping[str, Any]) -> None:
-    """Validate the values inside the sections with DeepSpeed's own models; ConfigError in our words."""
-    import pydantic
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    for key, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
-        try:
-            model(**config.get(key, {}))
-        except pydantic.ValidationError as error:
-            raise ConfigError(explain(error, f"deepspeed.{key}", model)) from None
-
-
 class Engine:
     """A model under DeepSpeed.
 
-    Members: `rank`, `world`, `device`, `dtype` (of the parameters in the forward pass), `stage` (ZeRO, 0 to
-    3), `module` (call it in training and evaluation), `precision` ("fp32" or "bf16").
+    Members: `ranks` (a `Ranks`), `device`, `dtype` (of the parameters in the forward pass), `stage` (ZeRO, 0 to 3),
+    `module` (call it in training and evaluation), `precision` ("fp32" or "bf16"), `optimizer_type`.
 
     Args:
         build_model: makes the model. Called under `deepspeed.zero.Init` at stage 3, so it must not read
@@ -127,11 +72,10 @@ class Engine:
     ) -> None:
         config = copy.deepcopy(dict(config))
         check_values(config)
-        _start_processes(device, timeout_seconds)
+        self.ranks = join_processes(device, timeout_seconds)
         import deepspeed
 
-        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.device = _local_device(device)
+        self.device = local_device(device)
         self.stage: int = config["zero_optimization"]["stage"]
         self.precision = "bf16" if config["bf16"]["enabled"] else "fp32"
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -145,7 +89,7 @@ class Engine:
         self.module, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,
-            optimizer=_muon if optimizer.type == "muon" else None,
+            optimizer=deepspeed_patches.muon if optimizer.type == "muon" else None,
             config=config,
             dist_init_required=False,
         )
@@ -154,7 +98,7 @@ class Engine:
         kept = self.module.optimizer.param_groups
         self._settings = [{k: copy.copy(v) for k, v in group.items() if k != "params"} for group in kept]
         self._frozen = not all(p.requires_grad for p in model.parameters())
-        self._recorder = _record_saves(self.module)
+        self._recorder = deepspeed_patches.record_saves(self.module)
         self._accumulating = False
 
     def gather(self, parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
@@ -212,33 +156,7 @@ class Engine:
         """Norm of the reduced gradient where no ZeRO optimizer computes it; the same number on every rank."""
         gradients = [p.grad for p in self.module.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).double()
-        return float(self.all_reduce_max(torch.where(torch.isfinite(norm), norm, math.inf)))
-
-    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the ranks, in place, and returned."""
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.SUM)
-        return tensor
-
-    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Elementwise largest over the ranks, in place, and returned."""
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-        return tensor
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        torch.distributed.barrier()
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value`, a plain Python object, on every rank."""
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in rank order, on every rank."""
-        values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return float(self.ranks.max(torch.where(torch.isfinite(norm), norm, math.inf)))
 
     def parameter_shapes(self) -> dict[str, list[int]]:
         """Whole shape of each parameter by dotted name: what a checkpoint must agree on."""
@@ -267,28 +185,11 @@ class Engine:
         The files are unpickled: they must come from a run of one's own. Raises UserError where nothing is
         found.
         """
-        # DeepSpeed reads this flag at load time only; which kind it is depends on what is found on disk.
-        self.module._config.load_universal_checkpoint = universal
-        try:
+        with deepspeed_patches.universal_loading(self.module, universal):
             path, _ = self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._frozen)
-        finally:
-            self.module._config.load_universal_checkpoint = False
         if path is None:
             raise UserError(f"checkpoint {str(folder)!r} holds no {TAG!r} folder; it cannot be loaded")
-        self._repair_groups()
-
-    def _repair_groups(self) -> None:
-        """Give each group its own settings, and each flat parameter a step counter of its own.
-
-        Loading a universal checkpoint at stage 3 copies group 0's settings (weight decay, epsilon) onto every
-        group, and makes all share one step tensor, which Adam then advances once a group.
-        """
-        optimizer = self.module.optimizer
-        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
-            group.update({k: copy.copy(v) for k, v in settings.items()})
-        for state in getattr(optimizer, "optimizer", optimizer).state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+        deepspeed_patches.repair_loaded_groups(self.module.optimizer, self._settings)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Whole weights in fp32 (the master copy) and buffers by name, on the CPU; empty except on rank 0.
@@ -305,7 +206,7 @@ class Engine:
         saved = set(model.state_dict(keep_vars=True))
         buffers = {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in saved}
         result |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
-        return result if self.rank == 0 else {}
+        return result if self.ranks.first else {}
 
     def _whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """The parameter in fp32 on rank 0's CPU, an empty tensor elsewhere; collective."""
@@ -317,7 +218,7 @@ class Engine:
             with self.gather([parameter]):
                 value = parameter.detach().float().clone()
         shape = optim.full_shape(parameter)
-        return value.detach().reshape(shape).cpu() if self.rank == 0 else torch.empty(0)
+        return value.detach().reshape(shape).cpu() if self.ranks.first else torch.empty(0)
 
     def destroy(self) -> None:
         """Release the model; the process group stays for another engine."""
@@ -341,127 +242,4 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         first = torch.load(parts[0], map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
         if "zero_stage" in first:
             return converter.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-        # stage 1 in bf16 with fp32 accumulation has an optimizer of its own, which DeepSpeed's converter does not
-        # know, though its flat groups are those of stage 2
-        states = [torch.load(part, map_location="cpu", mmap=True, weights_only=False) for part in parts]
-        groups = [state["optimizer_state_dict"]["single_partition_of_fp32_groups"] for state in states]
-        return converter._get_fp32_state_dict_from_zero2_checkpoint(
-            len(parts), groups, converter.parse_model_states(models), False
-        )
-
-
-def stop_processes() -> None:
-    """Leave the process group; the last thing a run does."""
-    if torch.distributed.is_initialized():
-        import deepspeed.comm
-
-        deepspeed.comm.destroy_process_group()
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with `code`, past the interpreter's own shutdown.
-
-    A thread of gloo's may still be about to free the tensors of the last collective, for which it needs the
-    interpreter's lock; where it gets it only during the shutdown, Python unwinds that thread and C++ aborts the whole
-    process ("terminate called without an active exception"), a finished run with an exit code of -6.
-    """
-    atexit._run_exitfuncs()  # what libraries have registered, such as the upload of a monitor
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _start_processes(device: str, timeout_seconds: float) -> None:
-    """Join the process group of the launcher, over gloo or NCCL; nothing where it is there already.
-
-    Raises UserError where the port on which the ranks meet is taken.
-    """
-    import deepspeed
-    import deepspeed.ops
-    import deepspeed.runtime.bf16_optimizer
-
-    # Else DeepSpeed compiles its shared-memory collectives at the first start on a CPU (about 30 s, needs
-    # g++) for the inference paths that use them.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed 0.19.8 calls collectives that torch has renamed since, and would say so at every micro-batch.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # Its bf16 optimizer prints the state of the memory eight times while it is made.
-    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
-    if device == "cuda":
-        torch.cuda.set_device(_local_device(device))
-    if deepspeed.comm.is_initialized():
-        return
-    try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-            verbose=False,
-        )
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise UserError(
-            f"port {os.environ.get('MASTER_PORT')} is in use, by another run on this machine perhaps; choose another: "
-            "deepspeed --master_port 29501 …"
-        ) from None
-
-
-def _local_device(device: str) -> torch.device:
-    if device == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """DeepSpeed's Muon with torch's AdamW for the other groups (`optim.parameter_groups` has marked them)."""
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.use_muon = group["use_muon"]
-    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={})
-
-
-def _record_saves(module: Any) -> Any:
-    """Replace the writer of `module`'s checkpoints by one that syncs, takes checksums and never raises."""
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
-    class RecordingCheckpointEngine(TorchCheckpointEngine):
-        """A rank that raised while writing would leave the others waiting in DeepSpeed's barrier."""
-
-        def begin(self, folder: Path) -> None:
-            self.folder, self.checksums, self.problems = folder, {}, []
-
-        def makedirs(self, path: str, exist_ok: bool = False) -> None:
-            with self._noted(path):
-                os.makedirs(path, exist_ok=exist_ok)
-
-        def save(self, state_dict: Any, path: str) -> None:
-            with self._noted(path):
-                with open(path, "wb") as file:
-                    torch.save(state_dict, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                self.checksums[str(Path(path).relative_to(self.folder))] = checksum(Path(path))
-
-        @contextlib.contextmanager
-        def _noted(self, path: str) -> Iterator[None]:
-            try:
-                yield
-            except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-                self.problems.append(f"{path}: {error}")
-
-    module.checkpoint_engine = RecordingCheckpointEngine()
-    # DeepSpeed also copies two conversion scripts, on rank 0 alone and unguarded; export is safetensors here.
-    module._copy_recovery_script = lambda path: None
-    return module.checkpoint_engine
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
+        return deepspeed_patches.read_bf16_stage_1(parts, models)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pretrain import metrics, run_folder
 from pretrain.checkpoint import CheckpointStore
-from pretrain.engine import Engine, rank_and_world, stop_processes
+from pretrain.engine import Engine
 from pretrain.optim import learning_rate_factor
+from pretrain.process_group import rank_and_world, stop_processes
 from pretrain.recipe import RunRecipe
 from zoo.config import UserError
 
@@ -74,7 +75,7 @@ class Loop(abc.ABC):
     ) -> None:
         self.recipe: Any = recipe
         self.engine = engine
-        self.first = engine.rank == 0
+        self.first = engine.ranks.first
         self.told_to_stop = False
         self.store = CheckpointStore(recipe.folder / "checkpoints", recipe.train.keep_checkpoints, log=self.say)
         self.store.clean(engine)
@@ -205,9 +206,9 @@ class Loop(abc.ABC):
         vector = torch.tensor(
             [*local, int(self.told_to_stop), bool(problem)], dtype=torch.int64, device=self.engine.device
         )
-        *totals, stop, problems = self.engine.all_reduce_sum(vector).tolist()
+        *totals, stop, problems = self.engine.ranks.sum(vector).tolist()
         if problems:
-            raise UserError(next(filter(None, self.engine.gather_objects(problem))))
+            raise UserError(next(filter(None, self.engine.ranks.gather(problem))))
         return batches, totals, stop > 0
 
     def _step(self, step: int, batches: Sequence[Any], totals: list[int]) -> dict[str, float] | None:
@@ -217,7 +218,7 @@ class Loop(abc.ABC):
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             loss, parts = self.forward(batch, len(batches), totals, logging)
-            engine.backward(loss * engine.world, last=i == len(batches) - 1)
+            engine.backward(loss * engine.ranks.world, last=i == len(batches) - 1)
             metrics.add_to(sums, parts)
         factor = learning_rate_factor(recipe.schedule, step, recipe.train.steps)
         result = engine.step(factor)
@@ -227,7 +228,7 @@ class Loop(abc.ABC):
         if not logging:
             return None
         names = sorted(sums)
-        reduced = engine.all_reduce_sum(torch.stack([sums[name].detach().double().to(engine.device) for name in names]))
+        reduced = engine.ranks.sum(torch.stack([sums[name].detach().double().to(engine.device) for name in names]))
         said = self.report(dict(zip(names, reduced.tolist(), strict=True)), totals)
         return {"tokens": state["tokens"], "flops": state["flops"], **said} | {
             "lr": factor * recipe.optimizer.lr,
@@ -254,7 +255,7 @@ class Loop(abc.ABC):
         if self.metrics is None:
             return
         report["tokens_per_second"] = progress.rate()
-        peak = metrics.peak_flops(self.engine.device, self.engine.world)
+        peak = metrics.peak_flops(self.engine.device, self.engine.ranks.world)
         if peak:
             per_token = self.state["flops"] / max(self.state["tokens"], 1)
             report["mfu"] = per_token * report["tokens_per_second"] / peak

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from zoo.context import Trace
+from zoo.files import atomic_write
 from zoo.routing.statistics import ExpertLoad, RouterHits
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -67,9 +67,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def cut(path: Path, step: int) -> None:
     """Drop the lines past `step`; atomic."""
     kept = [item for item in read(path) if item["step"] <= step] if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(item) + "\n" for item in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    atomic_write(path, "".join(json.dumps(item) + "\n" for item in kept))
 
 
 def add_to(sums: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> None:

@@ -26,20 +26,23 @@ _NO_DECAY_NAMES = re.compile(r"(^|[._])(A_log|D)$|embed|norm\.weight$|(^|\.)mod_
 
 
 class OptimizerConfig(Config):
-    """`optimizer:` of a recipe.
-
-    `lr` is the peak of Adam's groups, `muon_lr` of Muon's; `momentum` and `muon_lr` belong to Muon alone.
-    Muon is DeepSpeed's (`deepspeed.runtime.zero.muon`); where it is sound is decided in
-    `deepspeed_config.py`.
-    """
+    """How gradients become updates."""
 
     type: Literal["adamw", "muon"] = "adamw"
+    """"muon": DeepSpeed's Muon for matrices inside layers, AdamW for all else; `pretrain.deepspeed_config` decides
+    under which ZeRO stages it is sound."""
     lr: float = pydantic.Field(gt=0)
+    """Peak learning rate of AdamW."""
     betas: Annotated[tuple[float, float], pydantic.Field(strict=False)] = (0.9, 0.95)
+    """How slowly AdamW's averages of the gradient and of its square change."""
     eps: float = pydantic.Field(default=1e-8, gt=0)
+    """Added to the denominator of AdamW's update."""
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    """Share of a matrix that goes at every step, times the learning rate; embeddings, norms and biases keep theirs."""
     momentum: float | None = pydantic.Field(default=None, ge=0, lt=1)
+    """Of Muon's average of the gradient; default 0.95. Under type muon only."""
     muon_lr: float | None = pydantic.Field(default=None, gt=0)
+    """Peak learning rate of Muon's matrices; required under type muon, for which 0.02 is usual."""
 
     @pydantic.field_validator("betas")
     @classmethod
@@ -58,16 +61,17 @@ class OptimizerConfig(Config):
 
 
 class ScheduleConfig(Config):
-    """`schedule:` of a recipe: linear warm-up, then one of three shapes down to `final_fraction` of the peak.
-
-    cosine and linear fall from the end of the warm-up to the last step; wsd (warm-up, stable, decay) stays at
-    the peak and falls linearly over the last `decay_steps`.
-    """
+    """The learning rate over the steps: a linear warm-up, then one of three shapes down to a fraction of the peak."""
 
     type: Literal["cosine", "linear", "wsd"] = "cosine"
+    """"cosine" and "linear" fall from the end of the warm-up to the last step; "wsd" (warm-up, stable, decay) stays at
+    the peak and falls linearly over the last `decay_steps`."""
     warmup_steps: int = pydantic.Field(default=0, ge=0)
+    """Steps from 0 to the peak."""
     final_fraction: float = pydantic.Field(default=0.1, ge=0, le=1)
+    """Learning rate of the last step over the peak."""
     decay_steps: int | None = pydantic.Field(default=None, gt=0)
+    """Steps of the final fall; required under type wsd, which alone has it."""
 
     @pydantic.model_validator(mode="after")
     def _decay_belongs_to_wsd(self) -> ScheduleConfig:

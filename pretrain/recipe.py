@@ -33,7 +33,7 @@ RESUMABLE = re.compile(
 
 
 class LoopConfig(Config):
-    """What `train:` says of every run. A row is one packed sequence, or one sample of a fine-tuning."""
+    """How a run trains, whatever it trains. A row is one packed sequence, or one sample of a fine-tuning."""
 
     steps: int = Field(gt=0)
     """Optimizer steps."""
@@ -42,16 +42,19 @@ class LoopConfig(Config):
     micro_batch: int = Field(gt=0)
     """Rows a forward pass on one rank; global_batch / (micro_batch · ranks) passes are accumulated."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations; the optimizer keeps fp32 copies under bf16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": the accelerator where there is one."""
     clip: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more compute, the same results."""
     log_every: int = Field(10, gt=0)
+    """Steps from one line of metrics.jsonl to the next."""
     evaluate_every: int = Field(0, ge=0)
-    """0: only at the end."""
+    """Steps from one evaluation to the next; 0: only at the end."""
     checkpoint_every: int = Field(0, ge=0)
-    """0: only at the end, and when the run is told to stop."""
+    """Steps from one checkpoint to the next; 0: only at the end, and when the run is told to stop."""
     keep_checkpoints: int = Field(2, gt=0)
     """Newest checkpoints kept; the best by validation loss is kept besides."""
     max_bad_steps: int = Field(10, gt=0)
@@ -59,7 +62,7 @@ class LoopConfig(Config):
 
 
 class TrainConfig(LoopConfig):
-    """The `train:` section of a pretraining."""
+    """How long, in which batches and how carefully a pretraining runs."""
 
     trainable: Literal["all", "auxiliary"] = "all"
     """"auxiliary": only the causal routers of a trained model learn, the rest is frozen; see `tools.train_routers`."""
@@ -69,7 +72,7 @@ class TrainConfig(LoopConfig):
 
 
 class EvaluateConfig(Config):
-    """The `evaluate:` section."""
+    """What an evaluation measures; it is causal and, for models with top-k routing, also as in training."""
 
     rows: int = Field(64, gt=0)
     """Rows of the validation split, from its beginning; fewer if it has fewer."""
@@ -91,8 +94,9 @@ class RunRecipe(Config):
     name: str
     """Letters, digits, '.', '_' and '-'; it names the run folder."""
     run_dir: str | None = None
-    """Default: runs/<name>."""
+    """Folder of the run; default: runs/NAME."""
     seed: int = Field(0, ge=0)
+    """Of first weights, the order of the data, dropout and the routers' noise."""
     if TYPE_CHECKING:  # each kind of recipe declares them where they stand among its own sections
         optimizer: OptimizerConfig
         schedule: ScheduleConfig
@@ -116,19 +120,23 @@ class RunRecipe(Config):
 
 
 class Recipe(RunRecipe):
-    """The recipe of a pretraining; the sections stand for themselves."""
+    """The recipe of a pretraining. Keys at its top:"""
 
     imports: list[str] = Field(default_factory=list)
     """Modules to import first; they register blocks of one's own."""
     model: ModelConfig
     objective: ObjectiveSlot = Field(default_factory=Autoregressive.Config)
+    """What is trained: a loss for each modality."""
     data: DataConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     kernels: dict[str, str] = Field(default_factory=dict)
+    """The backend of `attention`, `experts`, `scan`, `ssd` and `conv`: `auto` (the default of each) or a name that
+    `python -m tools.doctor` lists; one that is missing here is an error."""
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
+    """DeepSpeed's own keys, or the path of a JSON file with them. Each is checked; what is left out is filled in."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> Recipe:
@@ -145,7 +153,8 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
 
     Args:
         path: of the YAML file. Its `extends: other.yaml` (relative to it) takes that recipe first and lays this one's
-            keys over it; lists are replaced whole. `extends: [one.yaml, two.yaml]` lays the second over the first.
+            keys over it. `extends: [one.yaml, two.yaml]` lays the second over the first. A list replaces a list whole;
+            keys laid over a list of mappings are laid over each of its entries.
         overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
         over: laid over the file's data, before the overrides.
     Raises:
@@ -311,15 +320,23 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`. A mapping with a `type` of its own replaces the whole block."""
+    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is laid
+    over each of them."""
     merged = dict(base)
     for key, value in over.items():
-        inherits = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        if inherits and value.get("type", merged[key].get("type")) == merged[key].get("type"):
-            merged[key] = _merge(merged[key], value)
+        below = merged.get(key)
+        if isinstance(value, Mapping) and _mappings(below):
+            merged[key] = [_merge(entry, value) for entry in below]
+        elif _mappings([below, value]) and value.get("type", below.get("type")) == below.get("type"):
+            merged[key] = _merge(below, value)
         else:
             merged[key] = value
     return merged
+
+
+def _mappings(value: Any) -> bool:
+    """Whether it is a list of mappings, at least one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
 
 
 def _override(data: dict[str, Any], text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +18,7 @@ from pretrain.checkpoint import STATE, CheckpointStore
 from pretrain.engine import read_weights
 from pretrain.recipe import Recipe
 from zoo.config import UserError
+from zoo.files import atomic_path, atomic_write, remove_leftovers
 from zoo.model import Model
 
 RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
@@ -45,6 +45,7 @@ def claim(folder: Path) -> TextIO:
         raise UserError(
             f"run_dir: {str(folder)!r} is in use by a live run; wait for it, stop it, or give this one another run_dir"
         ) from None
+    remove_leftovers(folder)
     return file
 
 
@@ -74,8 +75,8 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
 
 def write_recipe(folder: Path, recipe: Recipe, effective: dict[str, Any]) -> None:
     """The resolved recipe, and beside it the dictionary DeepSpeed got; atomic."""
-    _replace(folder / "deepspeed.json", json.dumps(effective, indent=1) + "\n")
-    _replace(folder / RECIPE, yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
+    atomic_write(folder / "deepspeed.json", json.dumps(effective, indent=1) + "\n")
+    atomic_write(folder / RECIPE, yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
 
 
 def save_model(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
@@ -85,16 +86,14 @@ def save_model(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
         UserError: the disk is full.
     """
     path = folder / WEIGHTS
-    temporary = path.with_suffix(".tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+        with atomic_path(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{str(path)!r} cannot be written ({error}); free space and give the same command again, it goes on from the "
             "newest checkpoint"
         ) from None
-    os.replace(temporary, path)
     return path
 
 
@@ -144,8 +143,9 @@ def save_initial(folder: Path, weights: dict[str, torch.Tensor], start: dict[str
             f"run_dir: {str(folder)!r} is a run that has begun; choose another run_dir or name, or remove it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / INITIAL)
-    _replace(folder / INITIAL_POSITION, json.dumps(start) + "\n")
+    with atomic_path(folder / INITIAL) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    atomic_write(folder / INITIAL_POSITION, json.dumps(start) + "\n")
 
 
 def load_initial(folder: Path) -> Initial | None:
@@ -172,9 +172,3 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Model, Recipe]:
     model = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.to(device).eval(), recipe
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

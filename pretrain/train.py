@@ -18,17 +18,12 @@ import zoo
 from pretrain import metrics, run_folder
 from pretrain import recipe as recipes
 from pretrain.data import Batch, Data, micro_batches, open_data
-from pretrain.engine import (
-    Engine,
-    check_values,
-    choose_device,
-    leave,
-    prepare_environment,
-    rank_and_world,
-)
+from pretrain.deepspeed_config import check_values
+from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, validation_loss
 from pretrain.loop import Loop, command
 from pretrain.optim import AUXILIARY_SCALE, freeze_main
+from pretrain.process_group import choose_device, leave, prepare_environment, rank_and_world
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
 from pretrain.updates import Updates
@@ -143,7 +138,7 @@ class Run(Loop):
             seed=recipe.seed,
             device=device,
         )
-        self.updates = Updates(engine.module, engine.device, engine.all_reduce_sum)
+        self.updates = Updates(engine.module, engine.device, engine.ranks.sum)
         self.objective = zoo.build(
             "objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.blueprint.modalities
         )
@@ -182,8 +177,8 @@ class Run(Loop):
             self.state["first_row"] + step * train.global_batch,
             train.global_batch,
             train.micro_batch,
-            self.engine.rank,
-            self.engine.world,
+            self.engine.ranks.rank,
+            self.engine.ranks.world,
             step,
             self.recipe.seed,
         )
@@ -209,7 +204,7 @@ class Run(Loop):
         main = self.objective.combine(parts, counts)
         loss = main
         if trace.penalties:  # their mean over micro-batches and ranks
-            balance = torch.stack(list(trace.penalties.values())).sum() / (batches * engine.world)
+            balance = torch.stack(list(trace.penalties.values())).sum() / (batches * engine.ranks.world)
             loss = main + balance
             parts["balance"] = balance
         if trace.losses:
@@ -257,9 +252,9 @@ class Run(Loop):
             self.recipe.evaluate.rows,
             self.recipe.train.micro_batch,
             self.engine.device,
-            self.engine.rank,
-            self.engine.world,
-            self.engine.all_reduce_sum,
+            self.engine.ranks.rank,
+            self.engine.ranks.world,
+            self.engine.ranks.sum,
         )
         # the loss of the best constant guess: what any model must beat
         return values | {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
@@ -285,7 +280,7 @@ class Run(Loop):
             off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
             self.say(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's")
             found = {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
-        found = engine.broadcast_object(found)
+        found = engine.ranks.broadcast(found)
         for name, router in auxiliary_routers(engine.module.module).items():
             router.threshold = torch.tensor(found[name])
 

@@ -13,7 +13,7 @@ def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pretrain import recipe as recipes
     from pretrain.data import open_data
     from tests.pretrain.runs import tiny_recipe
-    from tools.make_digits import write
+    from tools.examples.make_digits import write
 
     folder = tmp_path_factory.mktemp("digit_shards")
     write(folder, shifts=0)

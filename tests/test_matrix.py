@@ -220,8 +220,9 @@ def trained(combinations: list[Combination], stage: int = 2) -> dict[str, dict[s
     Returns, by name: losses over both ranks, gradient norms, and, on rank 0, parameters that stayed what they were.
     """
     from pretrain.deepspeed_config import effective
-    from pretrain.engine import Engine, prepare_environment
+    from pretrain.engine import Engine
     from pretrain.optim import AUXILIARY_SCALE, OptimizerConfig
+    from pretrain.process_group import prepare_environment
     from pretrain.updates import Updates
 
     prepare_environment("cpu")
@@ -249,11 +250,11 @@ def trained(combinations: list[Combination], stage: int = 2) -> dict[str, dict[s
             device="cpu",
             timeout_seconds=60,
         )
-        updates = Updates(engine.module, engine.device, engine.all_reduce_sum)
+        updates = Updates(engine.module, engine.device, engine.ranks.sum)
         before, losses, norms = engine.full_state_dict(), [], []
         engine.train()
         for step in range(STEPS):
-            mine, trace = batch(engine.rank, step), Trace()
+            mine, trace = batch(engine.ranks.rank, step), Trace()
             parts = objective(engine.module, Batch(mine.tokens, mine.context.replace(trace=trace)))
             main = objective.combine({name: total for name, (total, _) in parts.items()}, counts)
             auxiliary = [total / sum(counts.values()) * AUXILIARY_SCALE for total, _ in trace.losses.values()]
@@ -261,7 +262,7 @@ def trained(combinations: list[Combination], stage: int = 2) -> dict[str, dict[s
             engine.backward((main + sum(auxiliary) + sum(trace.penalties.values()) / 2) * 2)
             result = engine.step(1.0)
             updates.apply(step, result.applied)
-            losses.append(float(engine.all_reduce_sum(main.detach().clone())))
+            losses.append(float(engine.ranks.sum(main.detach().clone())))
             norms.append(result.grad_norm)
         after = engine.full_state_dict()
         names = {name for name, _ in engine.module.module.named_parameters()} & after.keys()  # on rank 0 alone

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from torch import nn
 
 from pretrain import recipe as recipes
@@ -44,8 +45,8 @@ def cost(name: str, *overrides: str) -> Cost:
 
 
 def header(name: str) -> str:
-    """The comment above a recipe."""
-    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").split("\nextends:")[0].split("\nname:")[0]
+    """The comment above a recipe, or above one of the files it is made of."""
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").split("\nextends:")[0].split("\nmodel:")[0]
 
 
 def derived(name: str) -> tuple[float, float]:
@@ -73,6 +74,16 @@ def test_every_size_of_the_papers_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_an_architecture_and_a_size(name: str) -> None:
+    """Two files to extend, its name, and where layers count otherwise than the size's, their number or width."""
+    data = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    kind, size = name.rsplit("_", 1)
+    assert set(data.pop("extends")) == {f"architectures/{kind}.yaml", f"sizes/{size}.yaml"}
+    assert data.pop("name") == name
+    assert not data or (set(data) == {"model"} and set(data["model"]) <= {"repeat", "d_model", "layers"})
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_derived_from_the_papers_layers_and_widths(name: str) -> None:
     recipe, model = built(name)
     total, active = derived(name)
@@ -94,9 +105,12 @@ def test_flops_are_the_baselines(name: str) -> None:
 
 @pytest.mark.parametrize("size", MOT)
 def test_mixture_of_transformers_costs_what_its_dense_baseline_does(size: str) -> None:
-    """The baseline is the recipe with the overrides its header gives."""
+    """The baseline is the recipe with the overrides that the architecture's header gives."""
     name = f"mot_{size}"
-    overrides = re.findall(r"\S+=\S+", header(name).split("Its dense baseline:")[1].split("# Command")[0])
+    overrides = [
+        f"name=dense_{size}" if text.startswith("name=") else text
+        for text in re.findall(r"\S+=\S+", header("architectures/mot"))
+    ]
     dense = cost(name, *overrides)
     assert len(overrides) == 4 and built(name, *overrides)[0].name == f"dense_{size}"
     assert (dense.flops, dense.active) == (cost(name).flops, cost(name).active)
@@ -112,10 +126,10 @@ def test_sizes_that_are_ours_say_so(name: str) -> None:
 @pytest.mark.parametrize("ranks", [1, 8, 256])
 @pytest.mark.parametrize("name", NAMES)
 def test_deepspeed_sections(name: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On 256 ranks with the micro-batch that the header gives, where the recipe's own does not divide."""
+    """On 256 ranks with the micro-batch that the size's header gives, where the recipe's own does not divide."""
     monkeypatch.chdir(ROOT)
     recipe, overrides = built(name)[0], [f"deepspeed=recipes/deepspeed/{ranks}gpu.json"]
-    text = header(name.removeprefix("mixture_of_"))  # whose commands are those of its baseline
+    text = header(f"sizes/{name.rsplit('_', 1)[1]}")
     smaller = re.search(r"train\.micro_batch=\d+", text)
     if ranks == 256 and smaller:
         with pytest.raises(ConfigError, match=f"^train.global_batch: {recipe.train.global_batch} is not a multiple"):

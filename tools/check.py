@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from pretrain import recipe as recipes
-from pretrain.engine import check_values, choose_device
+from pretrain.deepspeed_config import check_values
+from pretrain.process_group import choose_device
 from tools.describe import build, count
 from zoo.config import UserError
 

@@ -9,6 +9,6 @@ if [ "${1:-}" = dense ]; then
     shift
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python -m tools.make_digits data/digits
+python -m tools.examples.make_digits data/digits
 deepspeed --num_accelerators 2 --module pretrain.train "$recipe" "$@"
-python -m tools.evaluate_digits "$recipe" "$@"
+python -m tools.examples.evaluate_digits "$recipe" "$@"

@@ -25,7 +25,7 @@ from typing import Any
 import zoo
 from pretrain import recipe as recipes
 from pretrain import run_folder, train
-from pretrain.engine import leave, rank_and_world
+from pretrain.process_group import leave, rank_and_world
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
 from zoo.config import UserError

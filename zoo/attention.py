@@ -32,7 +32,9 @@ class Attention(Mixer, counter_noise=True):
         head_dim: int | None = Field(None, gt=0)
         """K; default d_model / H."""
         rope_theta: float = Field(10_000.0, gt=0)
+        """Base of the wavelengths of rotary position embedding."""
         qk_norm: bool = False
+        """Normalise each head's queries and keys before they are rotated (Chameleon)."""
         untied: list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "qk_norm"]] = Field(default_factory=list)
         """Projections with weights of their own for each modality; all of them make Mixture-of-Transformers
         (arXiv 2411.04996 §3). Attention itself stays global."""

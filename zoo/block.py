@@ -20,11 +20,14 @@ from zoo.untied import BlockNorm, Grouping, Towers, check_towers
 
 
 class LayerConfig(Config):
-    """One entry of `model.layers`."""
+    """One layer: a mixer and a feed-forward, each with its norm and residual."""
 
     mixer: MixerSlot
+    """What moves information between tokens."""
     feedforward: FeedForwardSlot | None = None
+    """What is computed in each token by itself; null: the layer has a mixer alone, as Mamba's."""
     depth: DepthSlot | None = None
+    """What decides which tokens pass through the layer; null: all do."""
     norm: Literal["pre", "post"] = "pre"
     """"pre": x + F(N(x)). "post": x + N(F(x)), Swin's order (Chameleon-34B, MoMa, Mixture-of-Transformers)."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -29,10 +29,11 @@ class RecurrentConfig(BlockConfig):
     expand: int = Field(2, gt=0)
     """Inner width over d_model."""
     dt_min: float = Field(1e-3, gt=0)
+    """The first step sizes Δ are drawn log-uniformly from [dt_min, dt_max]."""
     dt_max: float = Field(0.1, gt=0)
-    """First step sizes Δ are drawn log-uniformly from [dt_min, dt_max] …"""
+    """The largest first step size."""
     dt_floor: float = Field(1e-4, gt=0)
-    """… and never smaller than this."""
+    """No first step size is smaller than this."""
     towers: Towers | None = None
     """Which modalities share their untied weights; default: each has its own."""
 

@@ -22,14 +22,16 @@ from zoo.states import State
 
 
 class ModelConfig(Config):
-    """The `model:` section."""
+    """The network: embedding, layers, final norm, output."""
 
     modalities: list[str] = Field(min_length=1)
     """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to."""
     d_model: int = Field(gt=0)
+    """Width D of the residual stream."""
     vocab_size: int | None = Field(None, gt=0)
     """Default: what the data's tokenizers need."""
     layers: list[LayerConfig] = Field(min_length=1)
+    """From the first to the last."""
     repeat: int = Field(1, gt=0)
     """How often the whole pattern of `layers` is repeated."""
 

@@ -50,8 +50,9 @@ class OverLayers(Config):
 
     type: Literal["linear", "cosine"]
     first: Number = 1.0
+    """Capacity at the model's first layer."""
     last: Number | None = None
-    """Default: the block's capacity."""
+    """Capacity at the model's last layer; default: the block's capacity."""
     dense_above: Capacity = 1.0
     """Where the curve is above this, and where it reaches 1, the layer has no router: every token passes."""
 

@@ -1,4 +1,4 @@
-"""The folder in which indexes and trained tokenizers are kept: choosing, locking, committing files."""
+"""The folder in which indexes and trained tokenizers are kept: choosing and locking it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import filelock
 
 from pretrain.data.errors import DataError
+from zoo.files import remove_leftovers
 
 HIDDEN = ".index"
 """Name of the cache inside a data folder."""
@@ -54,17 +55,7 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         log(f"waiting for another process that is indexing into {folder}")
         lock.acquire()
     try:
+        remove_leftovers(folder)
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def committed(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end: readers see the whole file or none."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

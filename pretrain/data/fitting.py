@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.cache import committed
 from pretrain.data.config import DataConfig, vocabulary
 from pretrain.data.index import Listing
 from pretrain.data.reading import BrokenDocument, read_parts
+from zoo.files import atomic_path
 from zoo.modalities import BytesConfig
 from zoo.noise import hash32
 
@@ -48,7 +48,7 @@ def load_tokenizers(
     missing = [m for m, file in files.items() if file and config.tokenizers[m].path is None and not file.exists()]
     if missing:
         for modality, tokenizer in fit_tokenizers(config, listings, missing, log).items():
-            with committed(files[modality]) as temporary:
+            with atomic_path(files[modality]) as temporary:
                 tokenizer.save(temporary)
     return {modality: tokenizer.load(files[modality]) for modality, tokenizer in config.tokenizers.items()}
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pretrain.data.cache import committed
 from pretrain.data.reading import BrokenDocument, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
+from zoo.files import atomic_path
 from zoo.modalities import Vocabulary
 
 
@@ -157,7 +157,7 @@ def tokenize_shard(
         for file in files:
             file.close()
     record, flat = _names(listing, cache, fingerprint)
-    with committed(flat) as temporary, open(temporary, "wb") as file:
+    with atomic_path(flat) as temporary, open(temporary, "wb") as file:
         np.save(file, np.concatenate([np.zeros(0, np.int32), *runs]))
     _save(
         record,  # last: where it exists, the tokens do too
@@ -183,5 +183,5 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
-    with committed(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

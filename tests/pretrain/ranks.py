@@ -50,7 +50,7 @@ def _main(target: str, folder: str, rank: str) -> None:
     arguments = pickle.loads((Path(folder) / "arguments").read_bytes())
     result = getattr(importlib.import_module(module), function)(**arguments)
     (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
-    from pretrain.engine import leave, stop_processes
+    from pretrain.process_group import leave, stop_processes
 
     stop_processes()
     leave(0)

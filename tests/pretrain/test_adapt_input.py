@@ -168,9 +168,7 @@ def test_batches_that_do_not_divide_over_the_ranks(
     assert "train.global_batch: 4 is not a multiple of train.micro_batch × ranks = 2 × 3 = 6" in refused()
 
 
-SHIPPED = [
-    path for kind in ("digits", "photos") for path in sorted((ROOT / "recipes" / "adapt").glob(f"{kind}_*.yaml"))
-]
+SHIPPED = sorted((ROOT / "recipes" / "examples").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -188,14 +188,14 @@ def test_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     import deepspeed
 
-    from pretrain import engine
+    from pretrain import process_group
 
     def taken(**options: Any) -> None:
         raise torch.distributed.DistNetworkError("The server socket has failed to listen: EADDRINUSE")
 
     monkeypatch.setattr(deepspeed, "init_distributed", taken)
     with pytest.raises(UserError, match=r"^port 29500 is in use, .*; choose another: deepspeed --master_port"):
-        engine._start_processes("cpu", 1.0)
+        process_group.join_processes("cpu", 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import MANIFEST, CheckpointError, CheckpointStore
+from pretrain.process_group import Ranks
 from tests.pretrain import tiny
 from tests.pretrain.ranks import run_ranks
 from zoo.config import UserError
@@ -82,11 +83,11 @@ def full_disks(engine: Any, store: CheckpointStore) -> dict[str, Any]:
     store.save(engine, 1, {"step": 1})
     before = {p.name: p.read_bytes() for p in (store.folder / "step-1").rglob("*") if p.is_file()}
     errors = []
-    torch_save, write = torch.save, pretrain.checkpoint._write
+    torch_save, write = torch.save, pretrain.checkpoint.atomic_write
 
     def failing(rank: int, error: Exception) -> Any:
         def save(state: Any, file: Any, **rest: Any) -> None:
-            if engine.rank == rank:
+            if engine.ranks.rank == rank:
                 file.write(b"half")
                 raise error
             torch_save(state, file, **rest)
@@ -103,16 +104,16 @@ def full_disks(engine: Any, store: CheckpointStore) -> dict[str, Any]:
         None,
     ):
         pretrain.engine.torch.save = patch or torch_save
-        pretrain.checkpoint._write = write if patch else failing_write
+        pretrain.checkpoint.atomic_write = write if patch else failing_write
         try:
             store.save(engine, 2, {"step": 2})
         except CheckpointError as error:
             errors.append(str(error))
         finally:
-            pretrain.engine.torch.save, pretrain.checkpoint._write = torch_save, write
+            pretrain.engine.torch.save, pretrain.checkpoint.atomic_write = torch_save, write
     after = {p.name: p.read_bytes() for p in (store.folder / "step-1").rglob("*") if p.is_file()}
     left = sorted(p.name for p in store.folder.iterdir())
-    engine.barrier()
+    engine.ranks.barrier()
     store.save(engine, 2, {"step": 2})
     return {"errors": errors, "intact": before == after, "left": left, "steps": store.steps()}
 
@@ -128,7 +129,7 @@ def die_while_saving(folder: Path, stage: int) -> None:
     torch_save = torch.save
 
     def killed(state: Any, file: Any, **rest: Any) -> None:
-        if engine.rank == 1:
+        if engine.ranks.rank == 1:
             file.write(b"half")
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -371,7 +372,7 @@ def test_nothing_but_tensors_needs_unpickling(story: dict[str, Any]) -> None:
 class OneRank:
     """What the store asks of an engine, on one rank, with one byte of weights."""
 
-    rank, world, stage, precision, optimizer_type = 0, 1, 2, "fp32", "adamw"
+    ranks, stage, precision, optimizer_type = Ranks(), 2, "fp32", "adamw"
     content = b"x"
 
     def save(self, folder: Path) -> tuple[dict[str, int], list[str]]:
@@ -384,15 +385,6 @@ class OneRank:
 
     def parameter_shapes(self) -> dict[str, list[int]]:
         return {"w": [1]}
-
-    def broadcast_object(self, value: Any) -> Any:
-        return value
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value]
-
-    def barrier(self) -> None:
-        pass
 
 
 def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

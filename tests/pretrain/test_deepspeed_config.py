@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.deepspeed_config import REFUSED, SCALARS, SECTIONS, effective
+from pretrain.deepspeed_config import effective
+from pretrain.deepspeed_keys import REFUSED, SCALARS, SECTIONS
 from pretrain.optim import OptimizerConfig
 from zoo.config import ConfigError
 
@@ -194,7 +195,7 @@ def test_tables_hold_what_deepspeed_knows(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_wrong_values_are_reported_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    from pretrain.engine import check_values
+    from pretrain.deepspeed_config import check_values
 
     message = "^deepspeed.zero_optimization.overlap_comm: 'maybe': must be a valid boolean"
     with pytest.raises(ConfigError, match=message):

@@ -82,10 +82,10 @@ def scenario() -> dict[Any, Any]:
     with torch.no_grad():
         rows, _ = engine.module(tiny.batch(0))
     results["evaluation"] = rows
-    results["objects"] = (engine.broadcast_object({"rank": engine.rank}), engine.gather_objects(engine.rank))
+    results["objects"] = (engine.ranks.broadcast({"rank": engine.ranks.rank}), engine.ranks.gather(engine.ranks.rank))
     results["reduced"] = (
-        float(engine.all_reduce_sum(torch.tensor(engine.rank + 1.0))),
-        float(engine.all_reduce_max(torch.tensor(float(engine.rank)))),
+        float(engine.ranks.sum(torch.tensor(engine.ranks.rank + 1.0))),
+        float(engine.ranks.max(torch.tensor(float(engine.ranks.rank)))),
     )
     return results
 
@@ -178,7 +178,7 @@ def test_evaluation_and_collectives(ranks: list[dict[Any, Any]]) -> None:
 
 
 def test_choose_device() -> None:
-    from pretrain.engine import choose_device
+    from pretrain.process_group import choose_device
     from zoo.config import UserError
 
     assert choose_device("cpu") == "cpu"

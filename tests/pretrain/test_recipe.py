@@ -15,7 +15,8 @@ from pretrain import recipe as recipes
 from tests.pretrain.runs import ROOT, tiny_recipe
 from zoo.config import ConfigError
 
-SHIPPED = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "adapt")
+FOLDERS = (".", "tiny", "models", "ablations")
+SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / "recipes" / folder).glob("*.yaml"))
 
 
 @pytest.fixture
@@ -99,6 +100,22 @@ def test_extends(file: Path) -> None:
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-2, 0.2), "sections are laid over each other"
     assert len(recipe.model.layers) == 1, "lists are replaced whole"
     assert recipe.data.text.type == "bpe"
+
+
+def test_keys_over_a_list_are_laid_over_each_of_its_entries(tmp_path: Path) -> None:
+    """So that a size says for all layers of an architecture how wide they are, and the order of files decides."""
+    (tmp_path / "pair.yaml").write_text("layers: [{mixer: {type: mamba}}, {mixer: {type: attention, heads: 1}}]")
+    (tmp_path / "size.yaml").write_text("{layers: {mixer: {heads: 2}}, sizes: {a: 1}}")
+    (tmp_path / "both.yaml").write_text("extends: [pair.yaml, size.yaml]")
+    (tmp_path / "swapped.yaml").write_text("extends: [size.yaml, pair.yaml]\nsizes: [1, 2]")
+    mamba, attention = {"mixer": {"type": "mamba", "heads": 2}}, {"mixer": {"type": "attention", "heads": 2}}
+    assert recipes.read(tmp_path / "both.yaml") == {"layers": [mamba, attention], "sizes": {"a": 1}}
+    assert recipes.read(tmp_path / "swapped.yaml")["layers"][1] == {"mixer": {"type": "attention", "heads": 1}}
+    assert recipes.read(tmp_path / "swapped.yaml", over={"sizes": {"a": 1}})["sizes"] == {"a": 1}, "not of mappings"
+    assert (
+        recipes.read(tmp_path / "pair.yaml", over={"layers": {"mixer": {"type": "moe"}}})["layers"]
+        == [{"mixer": {"type": "moe"}}] * 2
+    ), "a block of another type is replaced"
 
 
 def test_a_block_of_another_type_replaces_the_whole_block(file: Path) -> None:

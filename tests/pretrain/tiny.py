@@ -54,7 +54,8 @@ def make_engine(
     stage: int, precision: str = "fp32", world: int = 2, clip: float = 0.0, micro: int = 1, **rest: Any
 ) -> Any:
     """An engine of the tiny model; `rest`: `optimizer` (its keys), `zero` (keys beside the stage), `build`."""
-    from pretrain.engine import Engine, prepare_environment
+    from pretrain.engine import Engine
+    from pretrain.process_group import prepare_environment
 
     prepare_environment("cpu")
     optimizer = OptimizerConfig.parse({"lr": 0.01} | rest.get("optimizer", {}))
@@ -78,19 +79,19 @@ def batch(step: int) -> torch.Tensor:
 
 def train_step(engine: Any, step: int, micro: int = 1, poison: Any = None, auxiliary: float = AUXILIARY_SCALE) -> Any:
     """One step on `batch(step)`, split over ranks and micro-batches; `poison(loss, rank, index)` may spoil a loss."""
-    mine = batch(step).view(-1, engine.world, micro, 7)[:, engine.rank]
+    mine = batch(step).view(-1, engine.ranks.world, micro, 7)[:, engine.ranks.rank]
     terms = ROWS * 6
     total = torch.zeros(())
     engine.train()
     for index, tokens in enumerate(mine):
         rows, router = engine.module(tokens)
-        loss = (rows.sum() + auxiliary * router.sum()) * engine.world / terms
+        loss = (rows.sum() + auxiliary * router.sum()) * engine.ranks.world / terms
         if poison:
-            loss = poison(loss, engine.rank, index)
+            loss = poison(loss, engine.ranks.rank, index)
         engine.backward(loss, last=index == len(mine) - 1)
         total += rows.detach().sum() / terms
     result = engine.step(1.0 / (1 + step))
-    return result, float(engine.all_reduce_sum(total))
+    return result, float(engine.ranks.sum(total))
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:

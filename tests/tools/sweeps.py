@@ -22,7 +22,7 @@ def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return {
         "base": str(tmp_path),
         "data": str(tmp_path),
-        "recipe": str(RECIPES / "digits_tuning.yaml"),
+        "recipe": str(RECIPES.parent / "examples" / "digits_tuning.yaml"),
         "targets": [0.7],
         "arms": {"dense": {}, "arank": {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": "arank"}},
     } | changes

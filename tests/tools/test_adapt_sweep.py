@@ -150,13 +150,13 @@ def test_bad_arms_are_named(tmp_path: Path) -> None:
         command.base_recipe(bad)
 
 
-@pytest.mark.parametrize("name", ["sweep_digits", "sweep_digit_frames", "sweep_photos"])
+@pytest.mark.parametrize("name", ["digits", "digit_frames", "photos"])
 def test_the_recipes(tmp_path: Path, name: str) -> None:
-    sweep = settings.load(RECIPES / f"{name}.yaml", [f"base={tmp_path}", f"data={tmp_path}"])
+    sweep = settings.load(RECIPES.parent / "sweeps" / f"{name}.yaml", [f"base={tmp_path}", f"data={tmp_path}"])
     assert command.base_recipe(sweep)["data"]["path"] == str(tmp_path)
     with torch.device("meta"):
         model = llava(num_hidden_layers=8)
-    groups = (64,) * 4 if name == "sweep_digit_frames" else (256,)
+    groups = (64,) * 4 if name == "digit_frames" else (256,)
     shapes = Counter({(266, groups): 1})
     for point in Planner(sweep, model, lambda adapt: shapes, [0.1 * n for n in range(8)]).points():
         assert not point.problem and point.flops == pytest.approx(point.target, rel=0.02)

@@ -215,7 +215,11 @@ BAD: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
         "'adapt.layers=[1]': is a key of a recipe, and there is none; give --adapt",
     ),
     "section": ({}, ("--adapt", ONE_TOKEN, "train.steps=1"), "'train.steps=1': only keys of the section adapt"),
-    "no section": ({}, ("--adapt", ROOT / "recipes/adapt/digits_base.yaml"), "digits_base.yaml: has no section adapt"),
+    "no section": (
+        {},
+        ("--adapt", ROOT / "recipes/examples/digits_base.yaml"),
+        "digits_base.yaml: has no section adapt",
+    ),
     "key": ({}, ("--adapt", ONE_TOKEN, "adapt.layer=1"), "adapt.layer: unknown key"),
     "depth": ({}, ("--adapt", ONE_TOKEN), "adapt: layers: 7 is out of range; the decoder has layers 0 to 3"),
     "adapted": ({"model": "adapted"}, ("--adapt", ONE_TOKEN), "is adapted already; leave --adapt out"),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.zoo.helpers import assert_equal, random_rows, stream
-from tools import peers
+from tools.bench import peers
 from zoo import ConfigError, TokenContext, UserError, kernels
 from zoo.kernels import OPERATIONS, chunked, compiled, cpu, mamba_ssm, reference
 from zoo.kernels.layout import Layout

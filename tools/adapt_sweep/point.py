@@ -58,7 +58,7 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
     from pretrain import adapt_model
     from pretrain.adapt_recipe import AdaptRecipe
     from pretrain.data.questions import Question, read_questions
-    from pretrain.engine import choose_device
+    from pretrain.process_group import choose_device
     from tools.adapt_sweep.judge import judge
     from tools.adapt_sweep.metrics import METRICS
     from tools.adapt_sweep.prompts import Prompts, exchanged, one_an_image

@@ -17,7 +17,7 @@ from pretrain import adapt_model
 from pretrain.adapt_recipe import AdaptRecipe
 from pretrain.data.questions import read_questions
 from pretrain.data.samples import moved
-from pretrain.engine import choose_device
+from pretrain.process_group import choose_device
 from tools.adapt_sweep.plan import Point
 from tools.adapt_sweep.prompts import Prompts
 from tools.adapt_sweep.settings import SweepConfig

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools import peers
-from tools.bench import packages
+from tools.bench import packages, peers
 from tools.bench.benchmark import (
     HIGHER,
     LOWER,

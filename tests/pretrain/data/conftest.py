@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.data import DataConfig
 from tests.pretrain.data.samples import IMAGE, png, sample, write_shard
-from tools.make_digits import write
+from tools.examples.make_digits import write
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import webdataset
 from PIL import Image
 
 from pretrain.data import DataConfig, open_data
-from tools import make_digits, train_tokenizer
-from tools.make_digits import NAMES, from_grey, load_digits_split, shift, to_grey
+from tools import train_tokenizer
+from tools.examples import make_digits
+from tools.examples.make_digits import NAMES, from_grey, load_digits_split, shift, to_grey
 from zoo.modalities import BPEConfig, PatchesConfig
 
 

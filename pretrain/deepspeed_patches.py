@@ -1,0 +1,130 @@
+"""What is changed in DeepSpeed 0.19.8 while it runs, and why; each function is one change or one kind of it.
+
+Nothing on the disk is touched. When DeepSpeed is renewed, read this file first: a change whose reason is gone goes too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.files import checksum
+
+
+def before_start() -> None:
+    """Keep the start short and the output readable; call it before the process group is made."""
+    import deepspeed.ops
+    import deepspeed.runtime.bf16_optimizer
+
+    # Else DeepSpeed compiles its shared-memory collectives at the first start on a CPU (about 30 s, needs g++), for
+    # inference paths that are not used here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls collectives that torch has renamed since, and torch would say so at every micro-batch.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Its bf16 optimizer prints the state of the memory eight times while it is made.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
+
+
+def muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon, with torch's AdamW for the groups that `optim.parameter_groups` has not marked for Muon.
+
+    DeepSpeed asks each parameter whether it is Muon's, where torch asks the group.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={})
+
+
+def record_saves(module: Any) -> Any:
+    """Replace the writer of `module`'s checkpoints by one that syncs, takes checksums and never raises.
+
+    DeepSpeed's own leaves files in memory, and a rank that raised while writing would leave the others waiting in
+    DeepSpeed's barrier. The returned writer has `begin(folder)`, `checksums` and `problems`.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class RecordingCheckpointEngine(TorchCheckpointEngine):
+        def begin(self, folder: Path) -> None:
+            self.folder, self.checksums, self.problems = folder, {}, []
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            with self._noted(path):
+                os.makedirs(path, exist_ok=exist_ok)
+
+        def save(self, state_dict: Any, path: str) -> None:
+            with self._noted(path):
+                with open(path, "wb") as file:
+                    torch.save(state_dict, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.checksums[str(Path(path).relative_to(self.folder))] = checksum(Path(path))
+
+        @contextlib.contextmanager
+        def _noted(self, path: str) -> Iterator[None]:
+            try:
+                yield
+            except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+                self.problems.append(f"{path}: {error}")
+
+    module.checkpoint_engine = RecordingCheckpointEngine()
+    # DeepSpeed also copies two conversion scripts, on rank 0 alone and unguarded; export is safetensors here.
+    module._copy_recovery_script = lambda path: None
+    return module.checkpoint_engine
+
+
+@contextlib.contextmanager
+def universal_loading(module: Any, universal: bool) -> Iterator[None]:
+    """Let `module.load_checkpoint` read a universal checkpoint, or an ordinary one.
+
+    DeepSpeed takes it from its config, read at load time only; which kind it is depends on what is found on disk.
+    """
+    module._config.load_universal_checkpoint = universal
+    try:
+        yield
+    finally:
+        module._config.load_universal_checkpoint = False
+
+
+def repair_loaded_groups(optimizer: Any, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Give each group its own settings again, and each flat parameter a step counter of its own.
+
+    Loading a universal checkpoint at stage 3 copies group 0's settings (weight decay, epsilon) onto every group, and
+    makes all share one step tensor, which Adam then advances once a group.
+
+    Args:
+        settings: of each group, as they were before loading.
+    """
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update({key: copy.copy(value) for key, value in own.items()})
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def read_bf16_stage_1(files: Sequence[str], model_files: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Whole fp32 weights by name of a checkpoint of stage 1 in bf16 with fp32 accumulation.
+
+    It has an optimizer of its own, which DeepSpeed's converter does not know, though its flat groups are those of
+    stage 2.
+
+    Args:
+        files: of the optimizer's states, one a rank. They are unpickled.
+        model_files: of the model's states.
+    """
+    import deepspeed.utils.zero_to_fp32 as converter
+
+    states = [torch.load(file, map_location="cpu", mmap=True, weights_only=False) for file in files]
+    groups = [state["optimizer_state_dict"]["single_partition_of_fp32_groups"] for state in states]
+    return converter._get_fp32_state_dict_from_zero2_checkpoint(
+        len(files), groups, converter.parse_model_states(model_files), False
+    )

@@ -1,0 +1,165 @@
+"""The processes of a run: which device they use, how they find each other, what they do together, how they end."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import datetime
+import os
+import socket
+import sys
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from zoo.config import UserError
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank and number of ranks as the launcher says, (0, 1) without one. Needs no process group."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(name: str) -> str:
+    """`"cpu"` or `"cuda"` for `train.device`, which is "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: CUDA is asked for and not available, or the name is not known.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    if name == "cuda" and not available:
+        raise UserError("train.device: 'cuda' is not available on this machine; use auto or cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"train.device: {name!r} is not known; known: auto, cpu, cuda")
+    return name
+
+
+def local_device(device: str) -> torch.device:
+    """The device of this rank, for what `choose_device` returned."""
+    if device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def prepare_environment(device: str) -> None:
+    """Set the variables that DeepSpeed reads while it is imported; call it before the first `Engine` is made.
+
+    Without the launcher this process becomes the only rank, on a free port.
+    """
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # Halves the start: DeepSpeed decorates Muon with torch.compile whichever optimizer runs, which loads the
+        # whole compiler. A value that the user has set stays.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(port)})
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run and what they do together; the default is this process alone, without a process group.
+
+    Each method but those of one rank is collective: every rank calls it, in the same order.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which prints and writes for all."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over the ranks, in place, and returned."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.SUM)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Elementwise largest over the ranks, in place, and returned."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, a plain Python object, on every rank."""
+        box = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, a plain Python object, in rank order, on every rank."""
+        values: list[Any] = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+
+def join_processes(device: str, timeout_seconds: float) -> Ranks:
+    """Join the launcher's process group, over gloo or NCCL, where this process has not yet.
+
+    Args:
+        device: as `choose_device` returned it; `prepare_environment` has been called with it.
+        timeout_seconds: how long a rank waits for the others before it gives up.
+    Raises:
+        UserError: the port on which the ranks meet is taken.
+    """
+    import deepspeed
+
+    from pretrain import deepspeed_patches
+
+    deepspeed_patches.before_start()
+    if device == "cuda":
+        torch.cuda.set_device(local_device(device))
+    if not deepspeed.comm.is_initialized():
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+                verbose=False,
+            )
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ.get('MASTER_PORT')} is in use, by another run on this machine perhaps; choose "
+                "another: deepspeed --master_port 29501 …"
+            ) from None
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def stop_processes() -> None:
+    """Leave the process group; the last thing a run does."""
+    if torch.distributed.is_initialized():
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, past the interpreter's own shutdown.
+
+    A thread of gloo's may still be about to free the tensors of the last collective, for which it needs the
+    interpreter's lock; where it gets it only during the shutdown, Python unwinds that thread and C++ aborts the whole
+    process ("terminate called without an active exception"), a finished run with an exit code of -6.
+    """
+    atexit._run_exitfuncs()  # what libraries have registered, such as the upload of a monitor
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

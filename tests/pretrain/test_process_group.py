@@ -1,0 +1,28 @@
+"""One process by itself, and who may import DeepSpeed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from pretrain.process_group import Ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_one_process_alone_needs_no_group() -> None:
+    alone, tensor = Ranks(), torch.tensor([2.0])
+    assert alone.first and not torch.distributed.is_initialized()
+    assert alone.sum(tensor) is tensor and alone.max(tensor) is tensor and tensor == 2.0
+    assert alone.broadcast([1]) == [1] and alone.gather("a") == ["a"]
+    alone.barrier()
+
+
+def test_deepspeed_is_imported_in_few_places() -> None:
+    files = [path for floor in ("zoo", "pretrain", "tools") for path in (ROOT / floor).rglob("*.py")]
+    pattern = re.compile(r"^\s*(import|from) deepspeed\b", re.MULTILINE)
+    found = {str(path.relative_to(ROOT)) for path in files if pattern.search(path.read_text(encoding="utf-8"))}
+    names = ("deepspeed_config", "deepspeed_patches", "engine", "process_group")
+    assert found == {f"pretrain/{name}.py" for name in names}

@@ -1,0 +1,6 @@
+"""Commands that make demonstration data and models, and judge what was learned from them.
+
+* `make_digits`: handwritten digits with their names, as shards; `evaluate_digits` judges a run trained on them.
+* `make_digit_grids`, `make_captions`: questions about pictures, for fine-tuning.
+* `make_llava`, `pretrain_tower`: a small LLaVA to be fine-tuned on them.
+"""

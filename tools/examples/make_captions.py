@@ -1,0 +1,167 @@
+"""Write captioned pictures from WebDataset shards as questions about images, as `pretrain.adapt` reads them.
+
+    python -m tools.examples.make_captions SHARDS OUT [--train '*train*.tar'] [--held-out '*val*.tar'] [--question TEXT]
+
+SHARDS is a folder of shards whose documents (docs/data.md) hold pictures and a text. OUT gets `train.jsonl`,
+`validation.jsonl` (the first half of the held-out documents), `test.jsonl` (the second half), and the pictures' files,
+unchanged, in a folder for each. A line is
+
+    {"image": "train/000000.0.jpg", "question": "Describe the picture.", "answer": "A dog on a beach."}
+
+with `images`, a list, where a document has several. The answer is the document's text on one line: runs of whitespace are
+one space. Documents that are broken, or have no picture or no text, are passed over and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from pretrain.data.errors import DataError
+from pretrain.data.reading import BrokenDocument, read_member, read_parts
+from pretrain.data.shards import Entry, find_shards, scan_shard
+from zoo.config import UserError
+
+QUESTION = "Describe the picture."
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A document with pictures and a text."""
+
+    shard: Path
+    entry: Entry
+    files: tuple[str, ...]
+    """Members of the pictures, in order."""
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """What some shards hold."""
+
+    captions: list[Caption]
+    incomplete: int
+    """Documents without a picture or without a text."""
+    broken: list[str]
+    """The others: which, and why."""
+
+
+def read_captions(shards: Sequence[Path]) -> Captions:
+    """All documents of the shards, in order; every picture is decoded once, to see that it can be.
+
+    Raises:
+        DataError: a shard is damaged.
+    """
+    entries = [(shard, entry) for shard in shards for entry in scan_shard(shard)]
+    captions, incomplete, broken = [], 0, []
+    for shard, entry in tqdm.tqdm(entries, desc="documents", disable=None, leave=False):
+        try:
+            caption = _read(shard, entry)
+        except BrokenDocument as error:
+            broken.append(f"{shard.name}: {entry.key}: {error}")
+            continue
+        if caption.files and caption.text:
+            captions.append(caption)
+        else:
+            incomplete += 1
+    return Captions(captions, incomplete, broken)
+
+
+def write(
+    shards: Path, out: Path, train: str = "*train*.tar", held_out: str = "*val*.tar", question: str = QUESTION
+) -> tuple[dict[str, int], list[Captions]]:
+    """Write the folder `out`; nothing is written before all shards have been read.
+
+    Args:
+        train, held_out: patterns of the names of the shards of either side.
+        question: asked about every picture.
+    Returns:
+        captions of each split; what was read of the training and of the held-out shards.
+    Raises:
+        UserError: `out` holds questions already, no shard matches or one matches both patterns, a shard is damaged, or
+            there are too few captions.
+    """
+    if not shards.is_dir():
+        raise DataError(f"{shards}: does not exist, or is no folder; give a folder of .tar shards")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give another folder")
+    if there := sorted(each.name for each in out.glob("*.jsonl")):
+        raise UserError(f"{out} holds {', '.join(there)} already; give another folder")
+    if not question.strip():
+        raise UserError("--question: is empty; ask something")
+    sides = [find_shards(shards, train, "--train"), find_shards(shards, held_out, "--held-out")]
+    if both := set(sides[0]) & set(sides[1]):
+        raise UserError(
+            f"--held-out: {min(both).name} matches {held_out!r} and --train {train!r} alike; give narrower patterns"
+        )
+    training, held = read = [read_captions(side) for side in sides]
+    for option, side, least in (("--train", training, 1), ("--held-out", held, 2)):
+        if len(side.captions) < least:
+            total = len(side.captions) + side.incomplete + len(side.broken)
+            why = f", such as {side.broken[0]}" if side.broken else ""
+            raise DataError(
+                f"{option}: {len(side.captions)} of the {total} documents in its shards of {shards} have a picture and a text, "
+                f"at least {least} must; {side.incomplete} lack one of them, {len(side.broken)} are broken{why}"
+            )
+    half = len(held.captions) // 2
+    splits = {"train": training.captions, "validation": held.captions[:half], "test": held.captions[half:]}
+    for split, captions in splits.items():
+        (out / split).mkdir(parents=True, exist_ok=True)
+        shown = tqdm.tqdm(captions, desc=split, disable=None, leave=False)
+        lines = [_save(caption, out, f"{split}/{number:06d}", question) for number, caption in enumerate(shown)]
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {split: len(captions) for split, captions in splits.items()}, read
+
+
+def _read(shard: Path, entry: Entry) -> Caption:
+    texts = []
+    with open(shard, "rb") as file:
+        for modality, content in read_parts(file, entry, ("image",)):
+            if modality == "text":
+                texts.append(content)
+        parts = json.loads(read_member(file, entry, "json"))["parts"]  # known to be sound by now
+    files = tuple(part["file"] for part in parts if part["type"] == "image")
+    return Caption(shard, entry, files, " ".join(" ".join(texts).split()))
+
+
+def _save(caption: Caption, out: Path, stem: str, question: str) -> dict[str, Any]:
+    """Copy the pictures to `<stem>.<file>` in `out`; returns the line."""
+    names = [f"{stem}.{file}" for file in caption.files]
+    with open(caption.shard, "rb") as shard:
+        for name, file in zip(names, caption.files, strict=True):
+            (out / name).write_bytes(read_member(shard, caption.entry, file))
+    shown = {"image": names[0]} if len(names) == 1 else {"images": names}
+    return {**shown, "question": question, "answer": caption.text}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, help="folder of captioned shards")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--train", default="*train*.tar", help="names of the training shards (default: %(default)s)")
+    parser.add_argument("--held-out", default="*val*.tar", help="names of the held-out shards (default: %(default)s)")
+    parser.add_argument("--question", default=QUESTION, help="asked about every picture (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        written, read = write(options.shards, options.out, options.train, options.held_out, options.question)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    broken = [each for side in read for each in side.broken]
+    print(f"{options.out}: captions: {', '.join(f'{split} {count:,}' for split, count in written.items())}")
+    print(f"passed over: {sum(side.incomplete for side in read):,} without picture or text, {len(broken):,} broken")
+    for each in broken[:5]:
+        print(f"  {each}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
