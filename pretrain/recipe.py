@@ -18,12 +18,16 @@ from pydantic import BeforeValidator, Field, field_validator
 
 import zoo
 import zoo.kernels
-from pretrain.data import DataConfig, vocabulary
+from pretrain.data import DataConfig, check_length
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from zoo.config import Config, ConfigError, dotted
+from zoo.modalities import ModalitiesSection, default_modalities, in_order, vocabulary
 from zoo.model import ModelConfig
 from zoo.objectives.autoregressive import Autoregressive
 from zoo.registry import ObjectiveSlot
+
+MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
+"""Keys of old, and where they stand now."""
 
 RESUMABLE = re.compile(
     r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)|(evaluate|kernels)(\..*)?"
@@ -124,6 +128,8 @@ class Recipe(RunRecipe):
 
     imports: list[str] = Field(default_factory=list)
     """Modules to import first; they register blocks of one's own."""
+    modalities: ModalitiesSection = Field(default_factory=default_modalities)
+    """The modalities of the stream by name, in order, text first; see `zoo.modalities`."""
     model: ModelConfig
     objective: ObjectiveSlot = Field(default_factory=Autoregressive.Config)
     """What is trained: a loss for each modality."""
@@ -160,7 +166,15 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     Raises:
         ConfigError: a file that cannot be read or is no YAML, or an override that does not fit.
     """
-    data = _merge(_read(Path(path), ()), over or {})
+    return overridden(_merge(_read(Path(path), ()), over or {}), overrides)
+
+
+def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`data` with each `key.sub=value` of `overrides` set in it, in place.
+
+    Raises:
+        ConfigError: an override that does not fit.
+    """
     for text in overrides:
         _override(data, text)
     return data
@@ -177,25 +191,39 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"imports: {modules!r}: must be a list of module names, such as [my_blocks]")
     for module in modules:
         _import(module)
-    recipe = Recipe.parse(data)
-    words = vocabulary(recipe.data)
+    for old, new in MOVED.items():
+        section, key = old.split(".")
+        if isinstance(data.get(section), Mapping) and key in data[section]:
+            raise ConfigError(f"{old}: is {new} now, a section of its own beside data; move it there")
+    recipe = Recipe.parse(_with_modalities(data))
+    words = vocabulary(recipe.modalities)
     if tuple(recipe.model.modalities) != words.modalities:
         raise ConfigError(
-            f"model.modalities: {recipe.model.modalities} but data has tokenizers for {list(words.modalities)}, in that "
-            "order; make them agree"
+            f"model.modalities: {recipe.model.modalities}, but the section modalities has {list(words.modalities)}, in "
+            "that order; remove the key, it follows from the section"
         )
+    check_length(recipe.data, recipe.modalities)
     size = recipe.model.vocab_size
     if size is None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": words.size})})
     elif size < words.size:
         raise ConfigError(
-            f"model.vocab_size: {size} is less than the {words.size} ids of data's tokenizers; remove the key"
+            f"model.vocab_size: {size} is less than the {words.size} ids of the modalities; remove the key"
         )
     recipe.model.check()
     recipe.objective.check(recipe.model.place(recipe.kernels), "objective")
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
     return recipe
+
+
+def _with_modalities(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`data` whose model has the modalities of the section, where it names none itself."""
+    model, section = data.get("model"), data.get("modalities")
+    if not isinstance(model, Mapping) or "modalities" in model:
+        return data
+    names = map(str, section) if isinstance(section, Mapping) and section else default_modalities()
+    return {**data, "model": {"modalities": in_order(names), **model}}
 
 
 def check_batches(train: LoopConfig) -> None:

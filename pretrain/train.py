@@ -19,6 +19,7 @@ from pretrain import metrics, run_folder
 from pretrain import recipe as recipes
 from pretrain.data import Batch, Data, micro_batches, open_data
 from pretrain.deepspeed_config import check_values
+from pretrain.describe import blueprint
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, validation_loss
 from pretrain.loop import Loop, command
@@ -62,7 +63,7 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         config = recipes.launch_config(recipe, world)
         check_routers(recipe)
         run_folder.check_recipe(recipe.folder, recipe)
-        data = open_data(recipe.data, recipe.seed, log=print if rank == 0 else _silent)
+        data = open_data(recipe.data, recipe.modalities, recipe.seed, log=print if rank == 0 else _silent)
         prepare_environment(device)
         check_values(config)
         lock = run_folder.claim(recipe.folder) if rank == 0 else None  # last: until here nothing is written
@@ -71,12 +72,6 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         del lock
 
     return command(load, work)
-
-
-def blueprint(recipe: Recipe) -> zoo.Model:
-    """The model without weights: says what it costs and what it is made of; an engine's own may be partitioned."""
-    with torch.device("meta"):
-        return zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
 
 
 def check_routers(recipe: Recipe) -> None:

@@ -17,5 +17,6 @@ def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("digit_shards")
     write(folder, shifts=0)
-    open_data(recipes.resolve(tiny_recipe(folder, folder)).data, seed=0, log=lambda line: None)
+    recipe = recipes.resolve(tiny_recipe(folder, folder))
+    open_data(recipe.data, recipe.modalities, seed=0, log=lambda line: None)
     return folder

@@ -12,8 +12,9 @@ import yaml
 from torch import nn
 
 from pretrain import recipe as recipes
+from pretrain.describe import blueprint
 from pretrain.recipe import Recipe
-from tools import describe
+from tools.describe import __main__ as describe
 from zoo import ConfigError
 from zoo.flops import Cost
 
@@ -37,7 +38,7 @@ EXPECTED = {
 @functools.cache
 def built(name: str, *overrides: str) -> tuple[Recipe, nn.Module]:
     recipe = recipes.load(FOLDER / f"{name}.yaml", overrides)
-    return recipe, describe.build(recipe)
+    return recipe, blueprint(recipe)
 
 
 def cost(name: str, *overrides: str) -> Cost:

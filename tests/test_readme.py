@@ -12,7 +12,8 @@ import yaml
 
 import zoo
 from pretrain import recipe as recipes
-from tests.pretrain.data.processors import llava_processor, picture
+from tests.pretrain.finetune.processors import llava_processor, picture
+from tests.pretrain.runs import tiny_recipe
 from tests.zoo.adapt.families import llava
 from zoo.adapt import AdaptConfig
 from zoo.registry import _tables
@@ -55,9 +56,10 @@ def test_the_own_block_goes_with_any_number_of_modalities(own_block: dict[str, o
 
 
 def test_yaml(own_block: dict[str, object]) -> None:
-    recipe = yaml.safe_load(block("yaml", "my_blocks"))
-    model = zoo.build("model", {**recipe["model"], "vocab_size": 100})
-    assert len(model.layers) == 8
+    sections = yaml.safe_load(block("yaml", "my_blocks"))
+    assert sections.pop("imports") == ["my_blocks"]
+    recipe = recipes.resolve(tiny_recipe("data", "run", **sections))
+    assert len(zoo.build("model", recipe.model).layers) == 8
 
 
 def test_commands_name_files_that_exist() -> None:

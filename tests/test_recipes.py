@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import adapt_recipe
 from pretrain import recipe as recipes
+from pretrain.finetune import recipe as finetune_recipe
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes"
@@ -38,8 +38,8 @@ def test_legs_go_on_from_each_other(name: str) -> None:
     commands = header_commands(path)
     legs = []
     for words in commands:
-        assert words[4] in ("pretrain.adapt", "pretrain.finetune") and ROOT / words[5] == path
-        legs.append(adapt_recipe.load(path, words[6:]))
+        assert words[4] == "pretrain.finetune" and ROOT / words[5] == path
+        legs.append(finetune_recipe.load(path, words[6:]))
     assert legs[0].name == name and re.fullmatch(r"models/\w+", legs[0].base)
     assert [leg.base for leg in legs[1:]] == [f"{leg.folder}/model" for leg in legs[:-1]]
     assert len({leg.seed for leg in legs}) == len(legs), "no leg sees questions in the order of another"

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from pretrain import recipe as recipes
 from pretrain.deepspeed_config import check_values
+from pretrain.describe import blueprint
 from pretrain.process_group import choose_device
-from tools.describe import build, count
+from tools.describe.tree import count
 from zoo.config import UserError
 
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = choose_device(recipe.train.device)
         config = recipes.launch_config(recipe, options.ranks)
         check_values(config)
-        model = build(recipe)
+        model = blueprint(recipe)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

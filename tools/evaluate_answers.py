@@ -4,7 +4,7 @@
     python -m tools.evaluate_answers MODEL DATA --adapt RECIPE.yaml [adapt.key=value ...]
 
 MODEL is a folder of a whole dense model (or its name on the hub; merge LoRA adapters into it first), or one of an adapted
-model, as `zoo.adapt.save_adapted` and `pretrain.adapt` write it. DATA is a folder of JSON lines (`image, question,
+model, as `zoo.adapt.save_adapted` and `pretrain.finetune` write it. DATA is a folder of JSON lines (`image, question,
 answer`). `--adapt` makes layers of a dense MODEL Mixture-of-Depths layers, untuned, by the `adapt:` section of a recipe.
 `--exchange-images` asks every question about other images: what is still answered right was not read off its own.
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import recipe as recipes
-from pretrain.data.questions import Question, read_questions
+from pretrain.finetune.questions import Question, read_questions
 from zoo.config import UserError
 
 UNTRAINED = "note: these routers are untrained: they rank tokens, and weigh what layers do to them, by chance"
@@ -57,16 +57,16 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         What was asked for, `answers`, how many there are of each kind, `adapt`, how the model is adapted, and `values`, as
-        `pretrain.answers.evaluate` has them, without what would not be right.
+        `pretrain.finetune.answers.evaluate` has them, without what would not be right.
     Raises:
         UserError: the model, the recipe or the data cannot be used, or do not fit each other.
     """
     import tqdm
 
     import zoo.adapt as za
-    from pretrain import answers
-    from pretrain.adapt_model import quiet
-    from pretrain.data.samples import Batcher
+    from pretrain.finetune import answers
+    from pretrain.finetune.model import quiet
+    from pretrain.finetune.samples import Batcher
     from zoo.adapt.family import parts, picture_ids
 
     quiet(0)

@@ -25,11 +25,12 @@ class ModelConfig(Config):
     """The network: embedding, layers, final norm, output."""
 
     modalities: list[str] = Field(min_length=1)
-    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to."""
+    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they follow
+    from its section `modalities`."""
     d_model: int = Field(gt=0)
     """Width D of the residual stream."""
     vocab_size: int | None = Field(None, gt=0)
-    """Default: what the data's tokenizers need."""
+    """Default: what the modalities need."""
     layers: list[LayerConfig] = Field(min_length=1)
     """From the first to the last."""
     repeat: int = Field(1, gt=0)
@@ -68,7 +69,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Mapping[str, str], activation_checkpointing: bool = False) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise ConfigError("model.vocab_size: not set; give it, or a data section whose tokenizers decide it")
+            raise ConfigError("model.vocab_size: not set; give it, or a section `modalities` that decides it")
         place = config.place(kernels)
         self.modalities = place.modalities
         self.activation_checkpointing = activation_checkpointing

@@ -12,15 +12,16 @@ from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, suggestion
 from zoo.routing.scorer import Scorer
-from zoo.slots import Depth, FeedForward, Mixer, Objective, Part
+from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective
 from zoo.untied import Grouping
 
-SLOTS: dict[str, type[Part]] = {
+SLOTS: dict[str, type] = {
     "mixer": Mixer,
     "feedforward": FeedForward,
     "depth": Depth,
     "router": Scorer,
     "objective": Objective,
+    "modality": Modality,
 }
 """The slots, and the base of what stands in each."""
 _tables: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
@@ -112,6 +113,11 @@ def known(slot: str) -> list[str]:
     return list(_tables[slot])
 
 
+def config_of(slot: str, name: str) -> type[BlockConfig]:
+    """The config of the block that is registered under a name."""
+    return _tables[slot][name].Config
+
+
 def resolve(slot: str, value: Any) -> BlockConfig:
     """The config a mapping with `type:` stands for.
 
@@ -148,6 +154,7 @@ FeedForwardSlot = _field("feedforward")
 DepthSlot = _field("depth")
 RouterSlot = _field("router")
 ObjectiveSlot = _field("objective")
+ModalitySlot = _field("modality")
 
 
 def parse_block(slot: str, value: Any, path: str) -> BlockConfig:

@@ -1,16 +1,21 @@
 """What the blocks in the slots of a model promise each other: the base classes of ours and of a user's own.
 
 A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `objective` an
-`Objective`, `router` a `zoo.routing.scorer.Scorer`. A base declares everything that is asked of the block, with a default where
-there is one; what has none raises `NotImplementedError`.
+`Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a `Modality`. A base declares everything that is asked
+of the block, with a default where there is one; what has none raises `NotImplementedError`.
 """
 
 from __future__ import annotations
 
+import abc
+import hashlib
+import json
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from zoo.context import TokenContext
@@ -18,6 +23,7 @@ from zoo.flops import Cost
 from zoo.states import State
 
 if TYPE_CHECKING:
+    from zoo.modalities.modality import ModalityConfig
     from zoo.objectives.autoregressive import Batch
 
 
@@ -109,3 +115,40 @@ class Objective(Part):
     def combine(self, sums: dict[str, Tensor], counts: dict[str, float]) -> Tensor:
         """One loss from the sums of the parts and the target tokens of the whole step; linear in `sums`."""
         raise NotImplementedError(f"{type(self).__name__} has no combine(sums, counts)")
+
+
+class Modality(abc.ABC):
+    """Base of the slot `modality`: one kind of content, ready for use. What is known of it without data stands in its
+    nested config, a `zoo.modalities.ModalityConfig`.
+
+    Args:
+        config: an instance of the nested `Config`.
+    """
+
+    def __init__(self, config: ModalityConfig) -> None:
+        self.config = config
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides what `encode` returns."""
+        return hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @abc.abstractmethod
+    def encode(self, item: Any) -> np.ndarray:
+        """What the n positions of an item carry: ids (n,), vectors (n, width), or channels (n, count)."""
+
+    @abc.abstractmethod
+    def decode(self, content: np.ndarray) -> Any:
+        """The item that positions stand for, as nearly as they tell it; the inverse of `encode`."""
+
+    @abc.abstractmethod
+    def write(self, item: Any) -> bytes:
+        """The item as the content of a file that ends in `Config.suffix`."""
+
+
+class LearnedModality(Modality):
+    """A modality that has learned something."""
+
+    @abc.abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write what was learned to a file, for `LearnedConfig.load`."""

@@ -1,7 +1,7 @@
 """Data: shards → documents → token stream → packed rows → batches."""
 
 from pretrain.data.batches import Batch, micro_batches
-from pretrain.data.config import DataConfig, vocabulary
+from pretrain.data.config import DataConfig, check_length
 from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
 from pretrain.data.index import Skipped
@@ -17,7 +17,7 @@ __all__ = [
     "Row",
     "Skipped",
     "TokenStream",
+    "check_length",
     "micro_batches",
     "open_data",
-    "vocabulary",
 ]

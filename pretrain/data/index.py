@@ -22,7 +22,7 @@ import numpy as np
 from pretrain.data.reading import BrokenDocument, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
 from zoo.files import atomic_path
-from zoo.modalities import Vocabulary
+from zoo.modalities import Modality, Vocabulary
 
 
 class Skipped(NamedTuple):
@@ -120,7 +120,7 @@ def tokenize_shard(
     listing: Listing,
     cache: Path,
     fingerprint: str,
-    tokenizers: Mapping[str, Any],
+    modalities: Mapping[str, Modality],
     vocabulary: Vocabulary,
     advance: Callable[[int], Any],
 ) -> None:
@@ -133,7 +133,7 @@ def tokenize_shard(
             local.file = open(listing.shard, "rb")
             files.append(local.file)
         try:
-            return tokenize(local.file, entry, tokenizers, vocabulary)
+            return tokenize(local.file, entry, modalities, vocabulary)
         except BrokenDocument as broken:
             return str(broken)
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import tqdm
 
 from pretrain.data.cache import cache_folder, locked
-from pretrain.data.config import DataConfig, vocabulary
+from pretrain.data.config import DataConfig, check_length
 from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
-from pretrain.data.fitting import fingerprint, load_tokenizers
+from pretrain.data.fitting import fingerprint, load_modalities
 from pretrain.data.index import Listing, Skipped, list_shard, shard_tokens, tokenize_shard
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
-from zoo.modalities import ImageTokenizer, TextTokenizer, Vocabulary
+from zoo.modalities import Modalities, Modality, Vocabulary, vocabulary
 
 NAMED = 5
 """How many broken documents an error lists."""
@@ -27,17 +27,17 @@ NAMED = 5
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Opened data: streams, vocabulary, tokenizers."""
+    """Opened data: streams, vocabulary, modalities."""
 
     train: TokenStream
     validation: TokenStream | None
     vocabulary: Vocabulary
-    text: TextTokenizer
-    image: ImageTokenizer | None
+    modalities: Mapping[str, Modality]
+    """Ready for use, in the order of the recipe."""
     skipped: list[Skipped]
     """Documents that could not be used."""
     fingerprint: str
-    """Hash of the training shards' content and of the tokenizers; equal means the same token stream."""
+    """Hash of the training shards' content and of the modalities; equal means the same token stream."""
 
     def unigram_entropy(self, split: str) -> dict[str, float]:
         """Entropy of single tokens of each modality, in nats per target token: the loss of the best constant
@@ -66,18 +66,20 @@ class Data:
         return entropy
 
 
-def open_data(config: DataConfig, seed: int, log: Callable[[str], None] = print) -> Data:
+def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callable[[str], None] = print) -> Data:
     """Index the shards (once; kept in the cache), train the tokenizers (once), and open the streams.
 
     Every rank may call this at the same time: one does the work, the others wait for it and read.
 
     Args:
+        modalities: of the recipe, by name.
         seed: of the order of the training documents.
         log: is told what is being done, one line each.
     Raises:
         DataError: no shard, an unreadable shard, too many broken documents; names the file and the way out.
-        UserError: a tokenizer's file does not fit.
+        UserError: a modality's file does not fit, or an item of it does not fit into a row.
     """
+    check_length(config, modalities)
     folder = Path(config.path)
     train = find_shards(folder, config.train, "data.train")
     validation = [] if config.validation is None else find_shards(folder, config.validation, "data.validation")
@@ -88,15 +90,15 @@ def open_data(config: DataConfig, seed: int, log: Callable[[str], None] = print)
             "make the patterns disjoint, or set data.validation to null"
         )
     cache = cache_folder(folder, config.cache)
-    words = vocabulary(config)
+    words = vocabulary(modalities)
     with locked(cache, log):
         listings = [
             list_shard(shard, cache)
             for shard in tqdm.tqdm(train + validation, desc="listing shards", unit="shard", disable=None, leave=False)
         ]
-        tokenizers = load_tokenizers(config, listings[: len(train)], cache, log)
-        name = fingerprint(config, tokenizers)
-        _index(listings, cache, name, tokenizers, words, log)
+        ready = load_modalities(modalities, listings[: len(train)], cache, log)
+        name = fingerprint(ready)
+        _index(listings, cache, name, ready, words, log)
     tokens = [shard_tokens(listing, cache, name) for listing in listings]
     skipped = [broken for shard in tokens for broken in shard.skipped]
     _check_broken(skipped, config, log)
@@ -117,8 +119,7 @@ def open_data(config: DataConfig, seed: int, log: Callable[[str], None] = print)
         streams["train"],
         streams.get("validation"),
         words,
-        tokenizers["text"],
-        tokenizers.get("image"),
+        ready,
         skipped,
         hashlib.sha256(content.encode()).hexdigest(),
     )
@@ -128,7 +129,7 @@ def _index(
     listings: list[Listing],
     cache: Path,
     name: str,
-    tokenizers: dict,
+    modalities: Mapping[str, Modality],
     words: Vocabulary,
     log: Callable[[str], None],
 ) -> None:
@@ -140,7 +141,7 @@ def _index(
     log(f"indexing {count:,} documents of {len(todo)} shards into {cache}")
     with tqdm.tqdm(total=count, desc="indexing", unit="document", disable=None, leave=False) as bar:
         for listing in todo:
-            tokenize_shard(listing, cache, name, tokenizers, words, bar.update)
+            tokenize_shard(listing, cache, name, modalities, words, bar.update)
 
 
 def _documents(split: str, shards: list, words: Vocabulary) -> Documents:

@@ -1,86 +1,96 @@
 """One document: from the bytes of its members to parts, and from parts to tokens.
 
-A document is `<key>.json` with `{"parts": [{"type": "text", "text": …}, {"type": "image", "file": "0.jpg"},
-…]}` and the files it names beside it. Its tokens are `<bos>`, the tokens of each part, `<eos>`; a part that
-is not text stands between its begin and end token.
+A document is `<key>.json` with `{"parts": [{"type": "text", "text": …}, {"type": "image", "file": "0.jpg"}, …]}` and the
+files it names beside it. Its tokens are `<bos>`, the tokens of each part, `<eos>`; a part that is not text stands
+between its begin and end token.
 """
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pretrain.data.shards import Entry
-from zoo.modalities import Vocabulary
-
-MODALITY_OF_PART = {"text": "text", "image": "image", "audio": "speech"}
+from zoo.modalities import PARTS, Modality, Vocabulary
 
 
 class BrokenDocument(Exception):
     """This document cannot be used; the message says why."""
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """A fully decoded picture; raises what Pillow raises."""
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
+Readers = Mapping[str, Callable[[bytes], Any]]
+"""Type of a part → what makes its item from the bytes of its file, or of its text."""
 
 
-DECODERS: dict[str, Callable[[bytes], Any]] = {"image": decode_image}
-"""modality → its files' bytes to what its tokenizer encodes."""
+class Part(NamedTuple):
+    """One part of a document."""
+
+    type: str
+    """What the document calls it: text, image, audio, video, or a type of a user's own."""
+    item: Any
+    """What its reader has made of it; None where there is no reader for its type."""
 
 
-def read_parts(shard: BinaryIO, entry: Entry, wanted: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """(modality, content) of each part of a document: content is the text, or what the modality's decoder
-    returns.
-
-    Files of modalities outside `wanted` are not looked at; their content is None.
+def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part]:
+    """The parts of a document, in order. Files of types without a reader are not looked at.
 
     Raises:
         BrokenDocument: invalid JSON, a part that is malformed, a missing file, a file that does not decode.
     """
+    known = list(dict.fromkeys((*PARTS, *readers)))
     for number, part in enumerate(_parts(shard, entry)):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in MODALITY_OF_PART:
-            raise BrokenDocument(f"part {number} has type {kind!r}; known: {', '.join(MODALITY_OF_PART)}")
-        modality = MODALITY_OF_PART[kind]
-        if modality == "text":
-            yield modality, _text(part.get("text"), number)
-        elif modality not in wanted:
-            yield modality, None
-        else:
-            yield modality, _decode(shard, entry, modality, part.get("file"))
+        if kind not in known:
+            raise BrokenDocument(f"part {number} has type {kind!r}; known: {', '.join(known)}")
+        if kind == "text":
+            name, content = f"text part {number}", _text(part.get("text"), number)
+        elif kind in readers:
+            name, content = part.get("file"), _file(shard, entry, kind, part.get("file"))
+        if kind not in readers:
+            yield Part(kind, None)
+            continue
+        try:
+            item = readers[kind](content)
+        except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
+            raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
+        yield Part(kind, item)
 
 
 def tokenize(
-    shard: BinaryIO, entry: Entry, tokenizers: Mapping[str, Any], vocabulary: Vocabulary
+    shard: BinaryIO, entry: Entry, modalities: Mapping[str, Modality], vocabulary: Vocabulary
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Tokens of a document.
 
     Args:
         shard: the open shard.
-        tokenizers: modality → tokenizer.
     Returns:
         tokens (n,) int32, and the spans [start, stop) in them that must never be cut: parts that are not
         text.
     Raises:
-        BrokenDocument: see `read_parts`; also a modality without a tokenizer.
+        BrokenDocument: see `read_parts`; also a part that no modality reads, or an item of more positions than its
+            modality allows.
     """
     runs: list[np.ndarray] = [np.array([vocabulary.bos])]
     spans = []
     length = 1
-    for modality, content in read_parts(shard, entry, tokenizers):
-        if modality not in tokenizers:
-            raise BrokenDocument(f"it has {modality}, for which the recipe has no tokenizer")
-        ids = np.asarray(tokenizers[modality].encode(content), dtype=np.int32) + vocabulary.range(modality)[0]
-        if modality != "text":
-            ids = np.concatenate([[vocabulary.begin(modality)], ids, [vocabulary.end(modality)]])
+    names = {modality.config.part: name for name, modality in modalities.items()}
+    for part in read_parts(shard, entry, {kind: modalities[name].config.read for kind, name in names.items()}):
+        if part.type not in names:
+            raise BrokenDocument(f"it has {part.type}, for which the recipe has no modality")
+        name = names[part.type]
+        modality = modalities[name]
+        ids = np.asarray(modality.encode(part.item), dtype=np.int32) + vocabulary.range(name)[0]
+        allowed = modality.config.positions
+        if allowed is not None:
+            if not allowed.least <= len(ids) <= allowed.most:
+                raise BrokenDocument(
+                    f"its {part.type} takes {len(ids)} positions, modalities.{name} allows "
+                    f"{allowed.least} to {allowed.most}"
+                )
+            ids = np.concatenate([[vocabulary.begin(name)], ids, [vocabulary.end(name)]])
             spans.append((length, length + len(ids)))
         runs.append(ids)
         length += len(ids)
@@ -98,24 +108,19 @@ def _parts(shard: BinaryIO, entry: Entry) -> list:
     return parts
 
 
-def _text(text: Any, number: int) -> str:
+def _text(text: Any, number: int) -> bytes:
     if not isinstance(text, str):
         raise BrokenDocument(f'text part {number} has no string "text"')
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:  # JSON can spell lone surrogates, which are no text
         raise BrokenDocument(f"text part {number} is no valid Unicode ({error.reason})") from None
-    return text
 
 
-def _decode(shard: BinaryIO, entry: Entry, modality: str, file: Any) -> Any:
+def _file(shard: BinaryIO, entry: Entry, kind: str, file: Any) -> bytes:
     if not isinstance(file, str):
-        raise BrokenDocument(f'{modality} part names no "file"')
-    content = read_member(shard, entry, file)
-    try:
-        return DECODERS[modality](content)
-    except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, SyntaxError, struct.error
-        raise BrokenDocument(f"{file} does not decode ({type(error).__name__}: {error})") from None
+        raise BrokenDocument(f'{kind} part names no "file"')
+    return read_member(shard, entry, file)
 
 
 def read_member(shard: BinaryIO, entry: Entry, extension: str) -> bytes:

@@ -37,8 +37,11 @@ def tiny_recipe(data: Path | str, run: Path | str, /, **changes: Any) -> dict[st
     recipe: dict[str, Any] = {
         "name": "tiny",
         "run_dir": str(run),
+        "modalities": {
+            "text": {"type": "bytes"},
+            "image": {"type": "patches", "image_size": 8, "patch": 2, "codes": 16, "channels": 1},
+        },
         "model": {
-            "modalities": ["text", "image"],
             "d_model": 32,
             "layers": [copy.deepcopy(LAYER), copy.deepcopy(LAYER) | {"depth": {"type": "mod", "capacity": 0.5}}],
         },
@@ -46,7 +49,6 @@ def tiny_recipe(data: Path | str, run: Path | str, /, **changes: Any) -> dict[st
         "data": {
             "path": str(data),
             "sequence_length": 72,
-            "image": {"type": "patches", "image_size": 8, "patch": 2, "codes": 16, "channels": 1},
         },
         "optimizer": {"lr": 1e-2},
         # The fall begins at the last step, where its factor is still 1: train.steps may change and no rate does.

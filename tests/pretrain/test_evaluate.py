@@ -29,7 +29,8 @@ ROWS = 11
 
 @pytest.fixture(scope="module")
 def data(digit_shards: Path) -> Data:
-    return open_data(recipes.resolve(tiny_recipe(digit_shards, "run")).data, seed=0, log=lambda line: None)
+    recipe = recipes.resolve(tiny_recipe(digit_shards, "run"))
+    return open_data(recipe.data, recipe.modalities, seed=0, log=lambda line: None)
 
 
 def model_of(name: str) -> Any:

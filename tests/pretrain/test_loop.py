@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pretrain import adapt, train
+from pretrain import train
+from pretrain.finetune import train as finetune
 from pretrain.loop import Loop
 
 
@@ -16,6 +17,6 @@ def test_a_subclass_that_lacks_a_method_fails_at_once() -> None:
         type("Partial", (Loop,), methods)()
 
 
-@pytest.mark.parametrize("run", [train.Run, adapt.Run], ids=["pretraining", "fine-tuning"])
+@pytest.mark.parametrize("run", [train.Run, finetune.Run], ids=["pretraining", "fine-tuning"])
 def test_the_runs_lack_none(run: type) -> None:
     assert len(Loop.__abstractmethods__) == 8 and not run.__abstractmethods__

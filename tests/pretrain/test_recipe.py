@@ -56,14 +56,14 @@ def test_overrides(file: Path) -> None:
             "model.layers.0.mixer.qk_norm=true",
             "deepspeed.zero_optimization.stage=3",
             "name=other",
-            "data.image={type: patches, image_size: 8, patch: 4}",
+            "modalities.image={type: patches, image_size: 8, patch: 4}",
         ],
     )
     assert (recipe.train.steps, recipe.optimizer.lr, recipe.seed, recipe.name) == (7, 1e-4, 3, "other")
     assert recipe.model.layers[1].dropout == 0.5
     assert recipe.model.layers[0].mixer.heads == 4 and recipe.model.layers[0].mixer.qk_norm is True  # type: ignore[attr-defined]
     assert recipe.data.validation is None
-    assert recipe.data.image is not None and recipe.data.image.patch == 4
+    assert recipe.modalities["image"].patch == 4  # type: ignore[attr-defined]
     assert recipe.objective.weights == {"text": 2.0}  # type: ignore[attr-defined]
     assert isinstance(recipe.deepspeed, dict) and recipe.deepspeed["zero_optimization"] == {"stage": 3}
 
@@ -88,7 +88,7 @@ def test_extends(file: Path) -> None:
         optimizer: {weight_decay: 0.2}
         objective: {z_loss: 0.0}
         schedule: {type: cosine}
-        data: {text: {type: bpe, vocab_size: 300}}
+        modalities: {text: {type: bpe, vocab_size: 300}}
         model:
           layers: [{mixer: {type: attention, heads: 1}}]
         """
@@ -99,7 +99,7 @@ def test_extends(file: Path) -> None:
     assert (recipe.name, recipe.seed, recipe.train.clip) == ("child", 9, 0)
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-2, 0.2), "sections are laid over each other"
     assert len(recipe.model.layers) == 1, "lists are replaced whole"
-    assert recipe.data.text.type == "bpe"
+    assert recipe.modalities["text"].type_name == "bpe" and list(recipe.modalities) == ["text", "image"]
 
 
 def test_keys_over_a_list_are_laid_over_each_of_its_entries(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_metrics(finished: tuple[Path, str], digit_shards: Path) -> None:
     recipe = recipes.load(run / "recipe.yaml")
     from pretrain.data import micro_batches, open_data
 
-    data = open_data(recipe.data, recipe.seed, log=lambda line: None)
+    data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None)
     seen = 0
     for step in range(12):
         seen += sum(sum(b.context.row_counts) for b in micro_batches(data.train, step * 4, 4, 2, 0, 1, step, 0))
@@ -103,7 +103,7 @@ def test_the_model_left_behind_evaluates_to_the_same_numbers(finished: tuple[Pat
 
     run, _ = finished
     model, recipe = run_folder.load_model(run)
-    data = open_data(recipe.data, recipe.seed, log=lambda line: None)
+    data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None)
     assert data.validation is not None
     objective = zoo.build("objective", recipe.objective, d_model=32, modalities=model.modalities)
     values = evaluate(model, model, objective, data.validation, recipe.evaluate.rows, recipe.train.micro_batch)

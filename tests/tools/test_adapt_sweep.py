@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 
+from tests.pretrain.finetune.tuning import write_base, write_data
 from tests.pretrain.runs import Processes, environment
-from tests.pretrain.tuning import write_base, write_data
 from tests.tools.sweeps import ARMS, RECIPES, config, write_sweep
 from tests.zoo.adapt.families import llava
 from tools.adapt_sweep import __main__ as command

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zoo.adapt as za
-from pretrain.answers import predict
-from pretrain.data.prompts import IGNORED
-from pretrain.data.questions import read_questions
-from pretrain.data.samples import Batcher
-from tests.pretrain.data.processors import TURN_TEMPLATE, llava_processor, write_questions
-from tests.pretrain.tuning import write_base, write_data
+from pretrain.finetune.answers import predict
+from pretrain.finetune.prompts import IGNORED
+from pretrain.finetune.questions import read_questions
+from pretrain.finetune.samples import Batcher
+from tests.pretrain.finetune.processors import TURN_TEMPLATE, llava_processor, write_questions
+from tests.pretrain.finetune.tuning import write_base, write_data
 from tests.zoo.adapt.families import FAMILIES, llava
 from tests.zoo.adapt.pictures import PAD, UNSAID
 from tools.adapt_sweep.answering import Forced

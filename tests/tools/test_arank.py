@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.pretrain.data.processors import LLAVA_TEMPLATE, llava_processor, write_questions
 from tests.pretrain.data.samples import png, sample, write_shard
+from tests.pretrain.finetune.processors import LLAVA_TEMPLATE, llava_processor, write_questions
 from tests.zoo.adapt.families import llava
 from tools.arank import main
 

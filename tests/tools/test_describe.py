@@ -11,8 +11,10 @@ import torch
 
 import zoo
 from pretrain import recipe as recipes
+from pretrain.describe import blueprint
 from tests.pretrain.runs import write_recipe
-from tools import describe
+from tools.describe import __main__ as describe
+from tools.describe import tree
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_memory_by_stage(file: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_model_larger_than_this_machine(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = figures(capsys, file, "model.d_model=16384", "model.repeat=100")
     assert facts["parameters"]["total"] > 2e11
-    parameters = describe.build(recipes.load(file)).parameters()
+    parameters = blueprint(recipes.load(file)).parameters()
     assert all(p.device == torch.device("meta") for p in parameters)
 
 
@@ -133,9 +135,9 @@ def test_a_folder_without_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[
     [([0], "0"), ([0, 1], "0,1"), ([0, 1, 2], "0–2"), ([1, 3, 5, 7], "1,3…7"), ([0, 1, 3], "0,1,3")],
 )
 def test_ranges(numbers: list[int], text: str) -> None:
-    assert describe.ranges(numbers) == text
+    assert tree.ranges(numbers) == text
 
 
 def test_units() -> None:
-    assert [describe.count(n) for n in (0, 999, 1_234, 1_234_567, 2.5e9)] == ["0", "999", "1.23k", "1.23M", "2.5B"]
-    assert describe.size(2**20) == "1.0 MiB" and describe.size(3 * 2**30) == "3.00 GiB"
+    assert [tree.count(n) for n in (0, 999, 1_234, 1_234_567, 2.5e9)] == ["0", "999", "1.23k", "1.23M", "2.5B"]
+    assert tree.size(2**20) == "1.0 MiB" and tree.size(3 * 2**30) == "3.00 GiB"

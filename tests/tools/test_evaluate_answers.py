@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import zoo.adapt as za
-from pretrain.data.prompts import collate, encode, padding_id
-from pretrain.data.questions import Question, read_questions
+from pretrain.finetune.prompts import collate, encode, padding_id
+from pretrain.finetune.questions import Question, read_questions
+from tests.pretrain.finetune.tuning import ADAPT, write_base, write_data
 from tests.pretrain.runs import ROOT
-from tests.pretrain.tuning import ADAPT, write_base, write_data
 from tools.evaluate_answers import exchanged, main
 from zoo.config import UserError
 

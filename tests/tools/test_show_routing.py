@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import zoo.adapt as za
-from pretrain.data.prompts import encode
-from pretrain.data.questions import Question, read_questions
-from tests.pretrain.data.processors import LLAVA_TEMPLATE, llava_processor, other_processors, write_questions
+from pretrain.finetune.prompts import encode
+from pretrain.finetune.questions import Question, read_questions
+from tests.pretrain.finetune.processors import LLAVA_TEMPLATE, llava_processor, other_processors, write_questions
 from tests.zoo.adapt.families import FAMILIES, chameleon, gemma3, llava, paligemma, qwen_vl
 from tests.zoo.adapt.pictures import IMAGE as TOKEN
 from tools import show_routing

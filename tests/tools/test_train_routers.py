@@ -134,7 +134,7 @@ def plain(run: Path, main: Path) -> dict[str, torch.Tensor]:
         parameter.requires_grad_(name in routers)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.optimizer))
     assert [group["eps"] for group in optimizer.param_groups] == [recipe.optimizer.eps]
-    data, train = open_data(recipe.data, recipe.seed, log=lambda line: None), recipe.train
+    data, train = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None), recipe.train
     for step in range(STEPS):
         first = run_folder.position(main)["row"] + step * train.global_batch
         batches = micro_batches(data.train, first, train.global_batch, train.micro_batch, 0, 1, step, recipe.seed)
@@ -187,7 +187,7 @@ def test_thresholds_are_those_of_calibration(runs: Path) -> None:
     assert all(value.abs().min() > 0 for value in kept.values())
     for router in routers.values():
         router.threshold = torch.zeros_like(router.threshold)
-    data, train = open_data(recipe.data, recipe.seed, log=lambda line: None), recipe.train
+    data, train = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None), recipe.train
     first = run_folder.position(runs / "3-fp32_parts")["row"]
     batches = micro_batches(data.train, first, ROWS, train.micro_batch, 0, 1, STEPS, recipe.seed)
     zoo.calibrate(model, [(batch.tokens, batch.context) for batch in batches])
@@ -262,4 +262,4 @@ def test_a_frozen_run_needs_a_trained_model(digit_shards: Path, tmp_path: Path) 
 
     recipe = recipes.resolve(tiny_recipe(digit_shards, tmp_path / "run", train={"trainable": "auxiliary"}))
     with pytest.raises(UserError, match="no trained model to freeze"):
-        pretrain.train.Run(recipe, open_data(recipe.data, 0, log=lambda line: None), {}, "cpu", None)
+        pretrain.train.Run(recipe, open_data(recipe.data, recipe.modalities, 0, log=lambda line: None), {}, "cpu", None)

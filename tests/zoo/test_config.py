@@ -73,7 +73,7 @@ WRONG = {
     "layers[0].norm: 'both': must be 'pre' or 'post'": config(layer={"norm": "both"}),
     "layers[0].dropout: 1.0: must be less than 1": config(layer={"dropout": 1.0}),
     f"{MIXER}: this key is required; add it": config(layers=[{}]),
-    "vocab_size: not set; give it, or a data section whose tokenizers decide it": config(vocab_size=None),
+    "vocab_size: not set; give it, or a section `modalities` that decides it": config(vocab_size=None),
     "modalities: ['text', 'text']: names one modality twice; each stands once": config(modalities=["text", "text"]),
     # attention
     f"{MIXER}.heads: 3 does not divide d_model 8; change one or set head_dim": mixer(heads=3),

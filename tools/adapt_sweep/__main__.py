@@ -4,7 +4,7 @@
 
 The same command goes on where it stopped. OUT gets `arank.json`, `runs/<arm>-<target>-<seed>/result.json`,
 `timing.json`, `results.md`, `accuracy.png` or, where that is the metric, `perplexity.png`, and `skip.png`. A run is
-`python -m pretrain.adapt`, resumed by itself.
+`python -m pretrain.finetune`, resumed by itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain import adapt_recipe
 from pretrain import recipe as recipes
+from pretrain.finetune import recipe as finetune_recipe
 from tools.adapt_sweep import settings
 from tools.adapt_sweep.launch import launch
 from tools.adapt_sweep.metrics import METRICS
@@ -92,7 +92,7 @@ def base_recipe(config: SweepConfig) -> dict[str, Any]:
     data = recipes.read(config.recipe, over={section: getattr(config, section) for section in sections})
     data.pop("adapt", None)
     data |= {"base": config.base, "data": {**(data.get("data") or {}), "path": config.data}}
-    recipe = adapt_recipe.AdaptRecipe.parse(data)
+    recipe = finetune_recipe.AdaptRecipe.parse(data)
     recipes.check_batches(recipe.train)
     return recipe.dump()
 
@@ -132,13 +132,13 @@ def planned(config: SweepConfig, recipe: dict[str, Any], out: Path) -> list[Poin
     path = out / PLAN
     if path.exists() and (kept := json.loads(path.read_text()))["of"] == key:
         return [Point.read(point) for point in kept["points"]]
-    from pretrain import adapt_model
-    from pretrain.data.questions import read_questions
+    from pretrain.finetune import model as models
+    from pretrain.finetune.questions import read_questions
     from tools.adapt_sweep.prompts import Prompts
     from zoo.adapt import AdaptConfig
 
-    adapt_model.quiet(0)
-    base = adapt_model.open_base(adapt_recipe.AdaptRecipe.parse(recipe))
+    models.quiet(0)
+    base = models.open_base(finetune_recipe.AdaptRecipe.parse(recipe))
     if base.adapted:
         raise ConfigError(f"base: {config.base!r} is adapted already; give the dense model it was made of")
     questions = read_questions(Path(config.data), config.test.split)[: config.test.samples]
@@ -186,7 +186,7 @@ def prepare(config: SweepConfig, recipe: dict[str, Any], point: Point, out: Path
     """
     folder = out / RUNS / point.name
     made = {"name": point.name, "seed": point.seed, "run_dir": str(folder / RUN), "adapt": point.adapt}
-    tuned = adapt_recipe.AdaptRecipe.parse({**recipe, **made}).dump()
+    tuned = finetune_recipe.AdaptRecipe.parse({**recipe, **made}).dump()
     wanted = {
         "point": dataclasses.asdict(point),
         "recipe": tuned,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo.adapt as za
-from pretrain import answers
-from pretrain.data.prompts import IGNORED, padding_id
-from pretrain.data.samples import moved
+from pretrain.finetune import answers
+from pretrain.finetune.prompts import IGNORED, padding_id
+from pretrain.finetune.samples import moved
 from tools.adapt_sweep.prompts import Batch, Prompts
 from zoo.adapt import Trace
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import zoo.adapt as za
-from pretrain import answers
+from pretrain.finetune import answers
 from tools.adapt_sweep.answering import ANSWERING, Unasked
 from tools.adapt_sweep.prompts import Prompts
 from zoo.adapt import Trace

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.questions import Question, read_questions
+from pretrain.finetune.questions import Question, read_questions
 from tools.adapt_sweep.rows import Row, deviation
 from tools.adapt_sweep.settings import SweepConfig
 

@@ -55,9 +55,9 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
     """
     import torch
 
-    from pretrain import adapt_model
-    from pretrain.adapt_recipe import AdaptRecipe
-    from pretrain.data.questions import Question, read_questions
+    from pretrain.finetune import model as models
+    from pretrain.finetune.questions import Question, read_questions
+    from pretrain.finetune.recipe import AdaptRecipe
     from pretrain.process_group import choose_device
     from tools.adapt_sweep.judge import judge
     from tools.adapt_sweep.metrics import METRICS
@@ -68,8 +68,8 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
     point, test = Point.read(settings["point"]), TestConfig.parse(settings["test"])
     recipe = AdaptRecipe.parse(settings["recipe"])
     device, data = choose_device(recipe.train.device), Path(recipe.data.path)
-    adapt_model.quiet(0)
-    base = adapt_model.open_base(recipe)
+    models.quiet(0)
+    base = models.open_base(recipe)
     questions = read_questions(data, test.split)[: test.samples]
     metric = METRICS[test.metric]
 
@@ -81,7 +81,7 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
 
     prompts = encoded(questions)
     first = encoded(questions[: test.before]) if point.train and test.before else prompts
-    before = _kept(folder / BEFORE, lambda: judged(adapt_model.whole(recipe, base).to(device).eval(), first))
+    before = _kept(folder / BEFORE, lambda: judged(models.whole(recipe, base).to(device).eval(), first))
     result: dict[str, Any] = {"point": settings["point"], "before": before, "after": before}
     if point.train:
         seconds = train(folder, settings["recipe"])
@@ -115,7 +115,7 @@ def train(folder: Path, recipe: dict[str, Any]) -> float | None:
     """
     path, run = folder / "recipe.yaml", Path(recipe["run_dir"])
     path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    command = [sys.executable, "-m", "pretrain.adapt", str(path)]
+    command = [sys.executable, "-m", "pretrain.finetune", str(path)]
     sweep = os.getppid()
     training = subprocess.Popen(command)
     try:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pretrain.answers import kinds_of
-from pretrain.data.prompts import IGNORED, collate, encode, padding_id
-from pretrain.data.questions import Question
+from pretrain.finetune.answers import kinds_of
+from pretrain.finetune.prompts import IGNORED, collate, encode, padding_id
+from pretrain.finetune.questions import Question
 from tools.adapt_sweep.plan import Shapes
 from zoo.adapt import AdaptConfig, AdaptContext
 from zoo.adapt.family import picture_ids

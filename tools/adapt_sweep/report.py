@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.adapt import MODEL
+from pretrain.finetune.train import MODEL
 from tools.adapt_sweep import pictures
 from tools.adapt_sweep.comparison import comparison
 from tools.adapt_sweep.metrics import METRICS, Metric

@@ -13,10 +13,10 @@ import torch
 import tqdm
 
 import zoo.adapt as za
-from pretrain import adapt_model
-from pretrain.adapt_recipe import AdaptRecipe
-from pretrain.data.questions import read_questions
-from pretrain.data.samples import moved
+from pretrain.finetune import model as models
+from pretrain.finetune.questions import read_questions
+from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.samples import moved
 from pretrain.process_group import choose_device
 from tools.adapt_sweep.plan import Point
 from tools.adapt_sweep.prompts import Prompts
@@ -51,9 +51,9 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     if not missing:
         return times
     parsed = AdaptRecipe.parse(recipe)
-    base = adapt_model.open_base(parsed)
+    base = models.open_base(parsed)
     device = choose_device(parsed.train.device)
-    dense = adapt_model.whole(parsed, base).to(device).eval()
+    dense = models.whole(parsed, base).to(device).eval()
     question = next(q for q in read_questions(Path(config.data), config.test.split) if q.images)
     prompts = Prompts.encode([question] * config.timing.batch, base.processor, config.timing.batch)
     inputs = moved(prompts.batches[0].inputs, device, dense.dtype)

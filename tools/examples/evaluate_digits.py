@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = recipes.load(options.recipe, options.overrides)
         model, recipe = run_folder.load_model(recipe.folder)
-        data = open_data(recipe.data, recipe.seed, log=lambda text: None)
+        data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
         summary, drawings = evaluate(model, data, recipe.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,8 +78,8 @@ def evaluate(model: Model, data: Data, seed: int) -> tuple[dict[str, Any], Drawi
     train_images, train_labels, images, labels = load_digits_split()
     judge = SVC().fit(train_images.reshape(len(train_images), -1) / 255.0, train_labels)
     shifted = np.concatenate([train_images] + [np.stack([shift(i, *by) for i in train_images]) for by in SHIFTS])
-    known_codes = {tuple(data.image.encode(image)) for image in shifted}
-    reconstructed = np.stack([_decode(data, data.image.encode(image)) for image in images])
+    known_codes = {tuple(data.modalities["image"].encode(image)) for image in shifted}
+    reconstructed = np.stack([_decode(data, data.modalities["image"].encode(image)) for image in images])
     drawings = draw(model, data, TEMPERATURE, seed)
     warmer = draw(model, data, 1.0, seed)
     summary = {
@@ -90,7 +90,9 @@ def evaluate(model: Model, data: Data, seed: int) -> tuple[dict[str, Any], Drawi
         "classifier_accuracy_on_held_out_as_tokens": float((judge.predict(_flat(reconstructed)) == labels).mean()),
         "distinct_share": len({tuple(codes) for codes in drawings.codes}) / len(drawings.codes),
         "training_copies": float(np.mean([tuple(codes) in known_codes for codes in drawings.codes])),
-        "held_out_copies": float(np.mean([tuple(data.image.encode(image)) in known_codes for image in images])),
+        "held_out_copies": float(
+            np.mean([tuple(data.modalities["image"].encode(image)) in known_codes for image in images])
+        ),
         "nearest_training_distance": _nearest(drawings.images, train_images),
         "nearest_training_distance_of_held_out": _nearest(reconstructed, train_images),
     }
@@ -102,11 +104,16 @@ def read(model: Model, data: Data, images: np.ndarray) -> np.ndarray:
     words = data.vocabulary
     start, _ = words.range("image")
     text, _ = words.range("text")
-    captions = [[text + t for t in data.text.encode(name)] + [words.eos] for name in NAMES]
+    captions = [[text + t for t in data.modalities["text"].encode(name)] + [words.eos] for name in NAMES]
     longest = max(len(caption) for caption in captions)
     sequences, scored = [], []
     for image in images:
-        prompt = [words.bos, words.begin("image"), *(start + data.image.encode(image)), words.end("image")]
+        prompt = [
+            words.bos,
+            words.begin("image"),
+            *(start + data.modalities["image"].encode(image)),
+            words.end("image"),
+        ]
         for caption in captions:
             padding = longest - len(caption)
             sequences.append([*prompt, *caption] + [-1] * padding)
@@ -124,12 +131,14 @@ def read(model: Model, data: Data, images: np.ndarray) -> np.ndarray:
 
 def draw(model: Model, data: Data, temperature: float, seed: int) -> Drawings:
     """`SAMPLES` images for each caption."""
-    words, tokens = data.vocabulary, data.image.config.tokens_per_image
+    words, tokens = data.vocabulary, data.modalities["image"].config.positions.most
     image, text = words.range("image"), words.range("text")[0]
     generator = torch.Generator().manual_seed(seed)
     asked, codes = [], []
     for digit, name in enumerate(NAMES):
-        prompt = torch.tensor([[words.bos, *(text + t for t in data.text.encode(name)), words.begin("image")]])
+        prompt = torch.tensor(
+            [[words.bos, *(text + t for t in data.modalities["text"].encode(name)), words.begin("image")]]
+        )
         prompt = prompt.expand(SAMPLES, -1).contiguous()
         kind = words.modalities.index("image")
         new = generate(
@@ -198,7 +207,7 @@ def table(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _decode(data: Data, codes: np.ndarray) -> np.ndarray:
-    return data.image.decode(codes)[..., 0]
+    return data.modalities["image"].decode(codes)[..., 0]
 
 
 def _flat(images: np.ndarray) -> np.ndarray:

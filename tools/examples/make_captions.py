@@ -1,4 +1,4 @@
-"""Write captioned pictures from WebDataset shards as questions about images, as `pretrain.adapt` reads them.
+"""Write captioned pictures from WebDataset shards as questions about images, as `pretrain.finetune` reads them.
 
     python -m tools.examples.make_captions SHARDS OUT [--train '*train*.tar'] [--held-out '*val*.tar'] [--question TEXT]
 
@@ -28,6 +28,7 @@ from pretrain.data.errors import DataError
 from pretrain.data.reading import BrokenDocument, read_member, read_parts
 from pretrain.data.shards import Entry, find_shards, scan_shard
 from zoo.config import UserError
+from zoo.modalities.pictures import open_picture
 
 QUESTION = "Describe the picture."
 
@@ -124,9 +125,9 @@ def write(
 def _read(shard: Path, entry: Entry) -> Caption:
     texts = []
     with open(shard, "rb") as file:
-        for modality, content in read_parts(file, entry, ("image",)):
-            if modality == "text":
-                texts.append(content)
+        for part in read_parts(file, entry, {"text": bytes.decode, "image": open_picture}):
+            if part.type == "text":
+                texts.append(part.item)
         parts = json.loads(read_member(file, entry, "json"))["parts"]  # known to be sound by now
     files = tuple(part["file"] for part in parts if part["type"] == "image")
     return Caption(shard, entry, files, " ".join(" ".join(texts).split()))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import tqdm
 from torch import Tensor, nn
 
-from pretrain.data.questions import Question, read_questions
+from pretrain.finetune.questions import Question, read_questions
 from zoo.config import UserError
 
 PLACE_WEIGHT = 0.3

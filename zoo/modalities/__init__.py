@@ -1,17 +1,44 @@
-"""Tokenizers of each modality, and the vocabulary that puts them into one id space."""
+"""Modalities: one file a kind, and the vocabulary that joins them."""
 
-from zoo.modalities.patches import ImageTokenizer, PatchesConfig, PatchTokenizer
-from zoo.modalities.text import BPEConfig, BPETokenizer, BytesConfig, BytesTokenizer, TextTokenizer
+from zoo.carries import Carries, Channels, Ids, Vectors
+from zoo.modalities.modality import (
+    PARTS,
+    LearnedConfig,
+    ModalityConfig,
+    Positions,
+)
+from zoo.modalities.patches import Patches
+from zoo.modalities.section import (
+    Modalities,
+    ModalitiesSection,
+    default_modalities,
+    in_order,
+    parse_modalities,
+    vocabulary,
+)
+from zoo.modalities.text import BPE, Bytes
 from zoo.modalities.vocabulary import Vocabulary
+from zoo.slots import LearnedModality, Modality
 
 __all__ = [
-    "BPEConfig",
-    "BPETokenizer",
-    "BytesConfig",
-    "BytesTokenizer",
-    "ImageTokenizer",
-    "PatchTokenizer",
-    "PatchesConfig",
-    "TextTokenizer",
+    "BPE",
+    "PARTS",
+    "Bytes",
+    "Carries",
+    "Channels",
+    "Ids",
+    "LearnedConfig",
+    "LearnedModality",
+    "Modalities",
+    "ModalitiesSection",
+    "Modality",
+    "ModalityConfig",
+    "Patches",
+    "Positions",
+    "Vectors",
     "Vocabulary",
+    "default_modalities",
+    "in_order",
+    "parse_modalities",
+    "vocabulary",
 ]

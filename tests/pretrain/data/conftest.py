@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.data import DataConfig
-from tests.pretrain.data.samples import IMAGE, png, sample, write_shard
+from tests.pretrain.data.samples import png, sample, write_shard
 from tools.examples.make_digits import write
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(folder: Path) -> DataConfig:
-    return DataConfig.parse({"path": str(folder), "sequence_length": 32, "image": IMAGE}, "data")
+    return DataConfig.parse({"path": str(folder), "sequence_length": 32}, "data")
 
 
 @pytest.fixture(scope="session")

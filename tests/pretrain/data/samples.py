@@ -8,6 +8,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+TEXT = {"type": "bytes"}
 IMAGE = {"type": "patches", "image_size": 8, "patch": 4, "codes": 4, "channels": 1}
 
 

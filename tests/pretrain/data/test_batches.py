@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pretrain.data import DataConfig, micro_batches, open_data
+from zoo.modalities import parse_modalities
 
 NAMES = ("modality", "document", "position", "key")
 
@@ -13,8 +14,9 @@ NAMES = ("modality", "document", "position", "key")
 @pytest.fixture(scope="module")
 def data(digits):
     image = {"type": "patches", "image_size": 8, "patch": 2, "codes": 64, "channels": 1}
-    config = DataConfig.parse({"path": str(digits), "image": image, "sequence_length": 128}, "data")
-    return open_data(config, seed=0, log=lambda line: None)
+    config = DataConfig.parse({"path": str(digits), "sequence_length": 128}, "data")
+    modalities = parse_modalities({"text": {"type": "bytes"}, "image": image})
+    return open_data(config, modalities, seed=0, log=lambda line: None)
 
 
 def step_rows(data, first_row, rows, micro_batch, world, **options) -> dict[str, torch.Tensor]:

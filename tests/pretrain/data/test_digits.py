@@ -12,7 +12,7 @@ from pretrain.data import DataConfig, open_data
 from tools import train_tokenizer
 from tools.examples import make_digits
 from tools.examples.make_digits import NAMES, from_grey, load_digits_split, shift, to_grey
-from zoo.modalities import BPEConfig, PatchesConfig
+from zoo.modalities import parse_modalities
 
 
 def read(shard) -> list[dict]:
@@ -75,11 +75,13 @@ def test_writing_is_deterministic_quick_to_repeat_and_careful(digits, tmp_path, 
 
 def test_pictures_survive_the_tokenizer(digits):
     image = {"type": "patches", "image_size": 8, "patch": 2, "codes": 64, "channels": 1}
-    config = DataConfig.parse({"path": str(digits), "image": image, "sequence_length": 64}, "data")
-    data = open_data(config, seed=0, log=lambda line: None)
+    config = DataConfig.parse({"path": str(digits), "sequence_length": 64}, "data")
+    modalities = parse_modalities({"text": {"type": "bytes"}, "image": image})
+    data = open_data(config, modalities, seed=0, log=lambda line: None)
+    text, image = data.modalities.values()
     _, _, pictures, labels = load_digits_split()
-    assert np.array_equal(data.image.config.square(pictures[0])[:, :, 0], pictures[0])
-    decoded = np.array([data.image.decode(data.image.encode(picture))[:, :, 0] for picture in pictures])
+    assert np.array_equal(image.config.square(pictures[0])[:, :, 0], pictures[0])
+    decoded = np.array([image.decode(image.encode(picture))[:, :, 0] for picture in pictures])
     error = np.mean((decoded - pictures.astype(float)) ** 2) / pictures.var()
     assert error < 0.12
     # The stream holds the same codes: each validation picture, in the document where it comes first.
@@ -87,48 +89,28 @@ def test_pictures_survive_the_tokenizer(digits):
     documents = data.validation.documents
     tokens = documents.read(int(documents.starts[1]), int(documents.lengths[1]))
     codes = tokens[(tokens >= start) & (tokens < stop)] - start
-    assert np.array_equal(codes, data.image.encode(pictures[0]))
-    assert (
-        data.text.decode(tokens[-1 - len(NAMES[labels[0]]) : -1] - data.vocabulary.range("text")[0]) == NAMES[labels[0]]
-    )
+    assert np.array_equal(codes, image.encode(pictures[0]))
+    assert text.decode(tokens[-1 - len(NAMES[labels[0]]) : -1] - data.vocabulary.range("text")[0]) == NAMES[labels[0]]
 
 
 def test_train_tokenizer_saves_what_the_pipeline_loads(digits, tmp_path, capsys):
-    arguments = [
-        "--path",
-        str(digits),
-        "--vocab-size",
-        "280",
-        "--image-size",
-        "8",
-        "--patch",
-        "2",
-        "--codes",
-        "64",
-        "--channels",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
+    keys = "text.type=bpe text.vocab_size=280 image.type=patches image.image_size=8 image.patch=2 image.codes=64"
+    arguments = ["--path", str(digits), *keys.split(), "image.channels=1", "--out", str(tmp_path)]
     assert train_tokenizer.main(arguments) == 0
     files = capsys.readouterr().out.splitlines()[-2:]
     assert files == [str(tmp_path / "text.json"), str(tmp_path / "image.safetensors")]
-    text = BPEConfig(vocab_size=280, path=files[0])
-    image = PatchesConfig(image_size=8, patch=2, codes=64, channels=1, path=files[1])
-    asked = DataConfig(path=str(digits), sequence_length=64, text=text, image=image)
-    trained = asked.model_copy(
-        update={
-            "text": text.model_copy(update={"path": None}),
-            "image": image.model_copy(update={"path": None}),
-        }
-    )
-    given, own = (open_data(config, seed=0, log=lambda line: None) for config in (asked, trained))
+    text = {"type": "bpe", "vocab_size": 280}
+    image = {"type": "patches", "image_size": 8, "patch": 2, "codes": 64, "channels": 1}
+    config = DataConfig(path=str(digits), sequence_length=64)
+    trained = {"text": text, "image": image}
+    asked = {"text": text | {"path": files[0]}, "image": image | {"path": files[1]}}
+    given, own = (open_data(config, parse_modalities(m), seed=0, log=lambda line: None) for m in (asked, trained))
     assert given.fingerprint == own.fingerprint
-    assert len(given.text.encode("seven")) == 1
+    assert len(given.modalities["text"].encode("seven")) == 1
 
 
 def test_train_tokenizer_prints_one_line_for_a_mistake(tmp_path, capsys):
-    assert train_tokenizer.main(["--path", str(tmp_path)]) == 2
+    assert train_tokenizer.main(["--path", str(tmp_path), "text.type=bpe"]) == 2
     assert capsys.readouterr().err.startswith("data.train: no shard in ")
     with pytest.raises(SystemExit):
         train_tokenizer.main([])

@@ -11,18 +11,21 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pretrain.data import DataConfig, DataError, open_data, vocabulary
+from pretrain.data import DataConfig, DataError, open_data
 from pretrain.data.cache import HIDDEN
-from tests.pretrain.data.samples import IMAGE, png, sample, write_shard
+from tests.pretrain.data.samples import IMAGE, TEXT, png, sample, write_shard
 from zoo.config import ConfigError, UserError
+from zoo.modalities import parse_modalities
+
+MODALITIES = {"text": TEXT, "image": IMAGE}
 
 
 def quiet(line: str) -> None:
     pass
 
 
-def opened(config: DataConfig, **changes):
-    return open_data(config.model_copy(update=changes), seed=0, log=quiet)
+def opened(config: DataConfig, modalities=MODALITIES, log=quiet, **changes):
+    return open_data(config.model_copy(update=changes), parse_modalities(modalities), seed=0, log=log)
 
 
 def document(data, number: int) -> np.ndarray:
@@ -33,54 +36,27 @@ def document(data, number: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- config
 
 
-def test_vocabulary_follows_from_the_config_alone():
-    config = DataConfig.parse(
-        {
-            "path": "nowhere",
-            "sequence_length": 100,
-            "text": {"type": "bpe", "vocab_size": 300},
-            "image": IMAGE,
-        },
-        "data",
-    )
-    assert vocabulary(config).size == 4 + 300 + 4
-    assert DataConfig.parse(config.model_dump(), "data") == config
-    text = DataConfig.parse({"path": "nowhere", "sequence_length": 8}, "data")
-    assert vocabulary(text).modalities == ("text",) and vocabulary(text).size == 2 + 256
-
-
-TOO_SHORT = (
-    r"^data.sequence_length: 7: is too short for one image: 4 codes, .* need 8 tokens; set data.sequence_length to "
-    r"at least 8, or make data.image.patch larger"
-)
-BPEE = r"^data.text.type: 'bpee' is not known; known: bytes, bpe \(did you mean 'bpe'\?\)"
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"sequence_length": 7}, TOO_SHORT),
         ({"sequence_length": 0}, r"^data.sequence_length: 0: must be greater than 0"),
-        ({"text": {"type": "bpee"}}, BPEE),
-        (
-            {"text": {"type": "bpe", "vocab_size": 255}},
-            r"^data.text.vocab_size: 255: must be greater than or equal",
-        ),
-        (
-            {"text": {"type": "bpe", "vocabsize": 9}},
-            r"^data.text.vocabsize: unknown key; known: type, vocab_size, path",
-        ),
-        ({"text": "bpe"}, r"^data.text: 'bpe' is no tokenizer; write {type: …}"),
-        (
-            {"image": {"type": "patches", "patch": 5}},
-            r"^data.image.patch: 5: does not divide image_size = 32",
-        ),
         ({"sequence_lenght": 9}, r"^data.sequence_lenght: unknown key; .*did you mean 'sequence_length'"),
     ],
 )
 def test_config_errors_name_key_value_and_way_out(changes, message):
     with pytest.raises(ConfigError, match=message):
-        DataConfig.parse({"path": "x", "sequence_length": 8, "image": IMAGE} | changes, "data")
+        DataConfig.parse({"path": "x", "sequence_length": 8} | changes, "data")
+
+
+def test_an_item_must_fit_into_a_row(config):
+    message = (
+        r"^data.sequence_length: 7: is too short for one image: 4 positions, .* need 8 tokens; set data.sequence_length "
+        r"to at least 8, or in modalities.image make patch larger or image_size smaller"
+    )
+    with pytest.raises(ConfigError, match=message):
+        opened(config, sequence_length=7)
+    with pytest.raises(ConfigError, match=r"^data.sequence_length: 1: is too short for <bos> and <eos>"):
+        opened(config, {"text": TEXT}, sequence_length=1)
 
 
 # ------------------------------------------------------------------------------------------------ tokens of a document
@@ -94,11 +70,11 @@ def test_tokens_of_a_document(config):
         picture = np.random.RandomState(number).randint(0, 256, (8, 8)).astype(np.uint8)
         expected = [
             words.bos,
-            *(text + np.array(data.text.encode(f"text {number}"))),
+            *(text + np.array(data.modalities["text"].encode(f"text {number}"))),
             words.begin("image"),
-            *(image + data.image.encode(picture)),
+            *(image + data.modalities["image"].encode(picture)),
             words.end("image"),
-            *(text + np.array(data.text.encode("after"))),
+            *(text + np.array(data.modalities["text"].encode("after"))),
             words.eos,
         ]
         assert document(data, number).tolist() == expected
@@ -109,17 +85,17 @@ def test_tokens_of_a_document(config):
 def test_trained_on_the_training_shards_only(config, folder):
     first = opened(config)
     write_shard(folder / "a-val-0.tar", [sample("000", png(99), "something else")])
-    assert opened(config).image.fingerprint == first.image.fingerprint
+    assert opened(config).modalities["image"].fingerprint == first.modalities["image"].fingerprint
     write_shard(folder / "a-train-1.tar", [sample("100", png(98), "something else")])
-    assert opened(config).image.fingerprint != first.image.fingerprint
+    assert opened(config).modalities["image"].fingerprint != first.modalities["image"].fingerprint
 
 
 def test_text_alone_and_no_validation(config, folder):
     write_shard(folder / "b-train-0.tar", [sample("000", "ab"), sample("001", "")])
-    data = opened(config, train="b-train*.tar", validation=None, image=None)
+    data = opened(config, {"text": TEXT}, train="b-train*.tar", validation=None)
     assert document(data, 0).tolist() == [0, 2 + ord("a"), 2 + ord("b"), 1]
     assert document(data, 1).tolist() == [0, 1]
-    assert data.validation is None and data.image is None
+    assert data.validation is None and list(data.modalities) == ["text"]
     with pytest.raises(ValueError, match="the data has no validation split"):
         data.unigram_entropy("validation")
 
@@ -127,8 +103,7 @@ def test_text_alone_and_no_validation(config, folder):
 def test_fingerprint_follows_content_and_tokenizers(config, folder):
     first = opened(config)
     assert opened(config, sequence_length=64).fingerprint == first.fingerprint
-    image = config.image.model_copy(update={"codes": 5})
-    assert opened(config, image=image).fingerprint != first.fingerprint
+    assert opened(config, {"text": TEXT, "image": IMAGE | {"codes": 5}}).fingerprint != first.fingerprint
     write_shard(folder / "a-train-0.tar", [sample("000", png(0), "x")])
     assert opened(config).fingerprint != first.fingerprint
 
@@ -145,9 +120,9 @@ def test_missing_shards_name_the_key(config, key):
 
 
 def test_missing_tokenizer_file(config):
-    image = config.image.model_copy(update={"path": "nowhere.safetensors"})
+    image = IMAGE | {"path": "nowhere.safetensors"}
     with pytest.raises(UserError, match="image codebook nowhere.safetensors does not exist"):
-        opened(config, image=image)
+        opened(config, {"text": TEXT, "image": image})
 
 
 # -------------------------------------------------------------------------------------------------- broken documents
@@ -162,7 +137,7 @@ BROKEN = [
     (with_parts("json", "[{"), "its JSON is not"),
     ({"__key__": "list", "json": b"[1]"}, "its JSON is not"),
     (with_parts("empty", "[]"), "no list with an entry"),
-    (with_parts("kind", '[{"type": "video"}]'), "part 0 has type 'video'; known: text, image"),
+    (with_parts("kind", '[{"type": "film"}]'), "part 0 has type 'film'; known: text, image, audio, video"),
     (with_parts("text", '[{"type": "text"}]'), 'text part 0 has no string "text"'),
     (with_parts("surrogate", r'[{"type": "text", "text": "\ud800"}]'), "no valid Unicode"),
     (with_parts("nameless", '[{"type": "image"}]'), 'names no "file"'),
@@ -171,7 +146,7 @@ BROKEN = [
     (sample("half", png(0, side=64)[:2000]), "0.png does not decode"),
     (
         with_parts("speech", '[{"type": "audio", "file": "0.wav"}]', **{"0.wav": b"RIFF"}),
-        "it has speech, for which",
+        "it has audio, for which the recipe has no modality",
     ),
     ({"__key__": "bare", "0.png": png(0)}, "its file bare.json is missing"),
 ]
@@ -183,7 +158,7 @@ def test_broken_documents_are_skipped_counted_and_named(config, folder):
     write_shard(folder / "b-train-0.tar", [broken for broken, _ in BROKEN])
     # The shard joins the training set, so the codebook is fitted anew, on the same pictures.
     lines = []
-    data = open_data(config.model_copy(update={"max_broken_documents": len(BROKEN)}), seed=0, log=lines.append)
+    data = opened(config, log=lines.append, max_broken_documents=len(BROKEN))
     assert [(s.shard, s.key) for s in data.skipped] == [("b-train-0.tar", key) for key in KEYS]
     for skipped, (_, reason) in zip(data.skipped, BROKEN, strict=True):
         assert reason in skipped.reason
@@ -273,6 +248,7 @@ def test_two_processes_at_once_build_once(digits, tmp_path):
     command = f"""
 import json
 from pretrain.data import DataConfig, open_data
+from zoo.modalities import parse_modalities
 lines = []
 config = DataConfig.parse(json.loads({
         json.dumps(
@@ -280,13 +256,13 @@ config = DataConfig.parse(json.loads({
                 {
                     "path": str(digits),
                     "sequence_length": 64,
-                    "image": IMAGE | {"patch": 2, "codes": 64},
                     "cache": str(tmp_path / "cache"),
                 }
             )
         )
     }), "data")
-data = open_data(config, seed=0, log=lines.append)
+modalities = parse_modalities({MODALITIES | {"image": IMAGE | {"patch": 2, "codes": 64}}!r})
+data = open_data(config, modalities, seed=0, log=lines.append)
 print(json.dumps([data.fingerprint, data.train.row(5).tokens.tolist(), lines]))
 """
     processes = [subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) for _ in range(2)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.data.questions import read_questions
+from pretrain.finetune.questions import read_questions
 from tests.pretrain.data.samples import png, sample, write_shard
 from tools.examples import make_captions
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data.questions import read_questions
+from pretrain.finetune.questions import read_questions
 from tools.examples import make_digit_grids as grids
 from tools.examples.make_digits import NAMES, SHIFTS, shift
 

@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from pretrain import recipe
-from pretrain.data.prompts import IGNORED, encode
-from pretrain.data.questions import read_questions
+from pretrain.finetune.prompts import IGNORED, encode
+from pretrain.finetune.questions import read_questions
 from tools.examples import make_llava
 from tools.examples.make_llava import LlavaFolderConfig
 

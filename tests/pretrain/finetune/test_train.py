@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import zoo.adapt as za
 from pretrain import metrics
+from tests.pretrain.finetune.tuning import ADAPT, tuning_recipe, write_base, write_data, write_tuning
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import (
     assert_same_metrics,
@@ -27,7 +28,6 @@ from tests.pretrain.runs import (
     start,
     steady,
 )
-from tests.pretrain.tuning import ADAPT, tuning_recipe, write_base, write_data, write_tuning
 
 EVERY = {"micro_batch": 1, "evaluate_every": 3, "checkpoint_every": 2}
 STAGE_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -44,10 +44,10 @@ ANSWERS = {
 
 def tune(folder: Path, name: str, *signals: tuple[int, int, int], **changes: Any) -> int:
     """The command in this process; `signals`: (step, rank, signal) sent to itself by that rank."""
-    import pretrain.adapt
+    import pretrain.finetune.train
 
     rank = int(os.environ["RANK"])
-    taken = pretrain.adapt.Run.batches
+    taken = pretrain.finetune.train.Run.batches
 
     def batches(self: Any, step: int) -> Any:
         for when, whose, number in signals:
@@ -58,11 +58,11 @@ def tune(folder: Path, name: str, *signals: tuple[int, int, int], **changes: Any
     recipe = tuning_recipe(folder / "base", folder / changes.pop("data", "mixed"), folder / name, **changes)
     path = folder / f"{name}-{rank}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    pretrain.adapt.Run.batches = batches  # type: ignore[method-assign]
+    pretrain.finetune.train.Run.batches = batches  # type: ignore[method-assign]
     try:
-        return pretrain.adapt.main([str(path)])
+        return pretrain.finetune.train.main([str(path)])
     finally:
-        pretrain.adapt.Run.batches = taken  # type: ignore[method-assign]
+        pretrain.finetune.train.Run.batches = taken  # type: ignore[method-assign]
 
 
 def two_ranks(folder: Path) -> list[int]:
@@ -106,14 +106,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Path:
-    codes = run_ranks("tests.pretrain.test_adapt:two_ranks", 2, folder / "two", 280, folder=folder)
+    codes = run_ranks("tests.pretrain.finetune.test_train:two_ranks", 2, folder / "two", 280, folder=folder)
     assert codes == [[0, 0, 0, 0, 0, 2]] * 2, (folder / "two" / "output0").read_text()[-3000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Path:
-    (codes,) = run_ranks("tests.pretrain.test_adapt:one_rank", 1, folder / "one", 280, folder=folder)
+    (codes,) = run_ranks("tests.pretrain.finetune.test_train:one_rank", 1, folder / "one", 280, folder=folder)
     assert codes == [0, 0, 0, 0, 0, 0, 2, 0], (folder / "one" / "output0").read_text()[-3000:]
     return folder
 
@@ -187,9 +187,9 @@ def test_metrics(two: Path) -> None:
 
 
 def batch(folder: Path, split: str = "validation") -> dict[str, torch.Tensor]:
-    from pretrain.data.prompts import collate, encode
-    from pretrain.data.questions import read_questions
-    from tests.pretrain.data.processors import PAD, llava_processor
+    from pretrain.finetune.prompts import collate, encode
+    from pretrain.finetune.questions import read_questions
+    from tests.pretrain.finetune.processors import PAD, llava_processor
 
     asked = read_questions(folder / "data", split)[:3]
     made = collate([encode(question, llava_processor()) for question in asked], PAD)
@@ -200,9 +200,9 @@ def test_the_model_left_behind(two: Path) -> None:
     """It opens as the adapted model, which evaluates to what the run said, and as a dense one."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    from pretrain import answers
-    from pretrain.data.questions import read_questions
-    from pretrain.data.samples import Batcher
+    from pretrain.finetune import answers
+    from pretrain.finetune.questions import read_questions
+    from pretrain.finetune.samples import Batcher
     from zoo.adapt.family import picture_ids
 
     model = za.load_adapted(two / "whole" / "model", dtype=torch.float32)
@@ -328,7 +328,7 @@ STORIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def more(folder: Path) -> Path:
-    codes = run_ranks("tests.pretrain.test_adapt:more_ranks", 2, folder / "more", 560, folder=folder)
+    codes = run_ranks("tests.pretrain.finetune.test_train:more_ranks", 2, folder / "more", 560, folder=folder)
     assert codes == [[0] * 3 * len(STORIES)] * 2, (folder / "more" / "output0").read_text()[-3000:]
     return folder
 
@@ -352,7 +352,7 @@ def test_another_number_of_ranks(more: Path, name: str) -> None:
     """Two ranks have brought it to step 6; one takes it to 9 as two would."""
     for world, run in ((1, name), (2, f"{name} whole")):
         scratch = more / f"{run} {world}"
-        target = "tests.pretrain.test_adapt:three_steps_more"
+        target = "tests.pretrain.finetune.test_train:three_steps_more"
         assert run_ranks(target, world, scratch, 280, folder=more, name=run, story=name) == [0] * world
     assert_close_metrics(more / name, more / f"{name} whole")
 
@@ -362,13 +362,13 @@ def test_the_launcher(folder: Path, tmp_path: Path) -> None:
     """`deepspeed --num_accelerators 2`, killed, resumed: as if nothing had happened."""
     path = write_tuning(tmp_path, folder / "base", folder / "mixed", tmp_path / "run", train={**EVERY, "steps": 12})
     saved = tmp_path / "run" / "checkpoints" / "step-4"
-    processes = launch([path], tmp_path / "printed", module="pretrain.adapt")
+    processes = launch([path], tmp_path / "printed", module="pretrain.finetune")
     assert processes.wait_until(saved.exists), processes.printed()
     processes.kill()
-    again = start([path], tmp_path / "again", ranks=2, module="pretrain.adapt")
+    again = start([path], tmp_path / "again", ranks=2, module="pretrain.finetune")
     assert again.wait() == [0, 0], again.printed()
     other = write_tuning(tmp_path, folder / "base", folder / "mixed", tmp_path / "w", train={**EVERY, "steps": 12})
-    whole = start([other], tmp_path / "whole", ranks=2, module="pretrain.adapt")
+    whole = start([other], tmp_path / "whole", ranks=2, module="pretrain.finetune")
     assert whole.wait() == [0, 0], whole.printed()
     assert_same_metrics(tmp_path / "run", tmp_path / "w")
     assert digests(tmp_path / "run") == digests(tmp_path / "w")

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import zoo.adapt as za
-from pretrain import adapt_model
-from pretrain.adapt_recipe import AdaptRecipe
-from tests.pretrain.tuning import tuning_recipe, write_base
+from pretrain.finetune import model as models
+from pretrain.finetune.recipe import AdaptRecipe
+from tests.pretrain.finetune.tuning import tuning_recipe, write_base
 from tests.zoo.adapt.families import FAMILIES
 
 WHOLE = ["multi_modal_projector", "lm_head", "layers.1.input_layernorm"]
@@ -25,9 +25,9 @@ def test_modules_trained_in_full_come_back_bit_for_bit(tmp_path: Path, precision
     recipe = AdaptRecipe.parse(
         tuning_recipe(tmp_path / "base", "data", tmp_path / "run", lora=lora, train={"precision": precision})
     )
-    base = adapt_model.open_base(recipe)
+    base = models.open_base(recipe)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = adapt_model.whole(recipe, base, dtype).train()
+    model = models.whole(recipe, base, dtype).train()
     inputs = FAMILIES["llava"].inputs(model.get_base_model(), [[3, 5]])
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     moved = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -38,7 +38,7 @@ def test_modules_trained_in_full_come_back_bit_for_bit(tmp_path: Path, precision
     assert all(any(part in name for name in whole) for part in WHOLE)
     assert all("lora_" in name or "mod_router" in name for name in moved.keys() - whole)
 
-    folder = adapt_model.save(recipe, base, model.state_dict(), tmp_path / "out")
+    folder = models.save(recipe, base, model.state_dict(), tmp_path / "out")
     again = za.load_adapted(folder)
     assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
     there = dict(again.named_parameters())

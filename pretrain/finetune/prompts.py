@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.errors import DataError
-from pretrain.data.questions import Question
+from pretrain.finetune.questions import Question
 
 IGNORED = -100
 """The label of a token that is not predicted."""

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.errors import DataError
 from pretrain.data.packing import shuffled
-from pretrain.data.prompts import IGNORED, collate, encode, padding_id
-from pretrain.data.questions import Question, read_questions
+from pretrain.finetune.prompts import IGNORED, collate, encode, padding_id
+from pretrain.finetune.questions import Question, read_questions
 from zoo.adapt import AdaptConfig, AdaptContext
 from zoo.adapt.family import has_pictures
 from zoo.config import UserError

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo.adapt as za
-from pretrain.data.prompts import IGNORED
-from pretrain.data.questions import Question
-from pretrain.data.samples import Batcher, QuestionBatch, moved
+from pretrain.finetune.prompts import IGNORED
+from pretrain.finetune.questions import Question
+from pretrain.finetune.samples import Batcher, QuestionBatch, moved
 from zoo.routing.statistics import Load, RouterHits, RoutingStatistics
 
 Reduce = Callable[[Tensor], Tensor]

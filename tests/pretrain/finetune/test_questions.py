@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from pretrain.data import DataError
-from pretrain.data.questions import Question, read_questions, sample_questions
-from tests.pretrain.data.processors import write_questions
+from pretrain.finetune.questions import Question, read_questions, sample_questions
 from tests.pretrain.data.samples import png, sample, write_shard
+from tests.pretrain.finetune.processors import write_questions
 
 LINE = {"image": "a.png", "question": "how many?", "answer": "two"}
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.pretrain.data.processors import END, llava_processor
+from tests.pretrain.finetune.processors import END, llava_processor
 from tests.zoo.adapt.families import llava
 
 ADAPT = {

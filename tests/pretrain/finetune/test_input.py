@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +16,15 @@ import torch
 import yaml
 from transformers import LlavaForConditionalGeneration
 
-import pretrain.adapt
+import pretrain.finetune.train
 import zoo.adapt as za
-from pretrain import adapt_recipe
-from pretrain.data.prompts import IGNORED
-from pretrain.data.questions import read_questions
-from pretrain.data.samples import Batcher, Batches, Samples
-from tests.pretrain.data.processors import IMAGE, llava_processor
+from pretrain.finetune import recipe as finetune_recipe
+from pretrain.finetune.prompts import IGNORED
+from pretrain.finetune.questions import read_questions
+from pretrain.finetune.samples import Batcher, Batches, Samples
+from tests.pretrain.finetune.processors import IMAGE, llava_processor
+from tests.pretrain.finetune.tuning import ADAPT, tuning_recipe, write_base, write_data
 from tests.pretrain.runs import ROOT
-from tests.pretrain.tuning import ADAPT, tuning_recipe, write_base, write_data
 from zoo.adapt import AdaptConfig
 from zoo.config import ConfigError, UserError
 
@@ -63,15 +65,15 @@ def refused(
     def launched(*arguments: Any) -> None:
         raise AssertionError("the run was launched")
 
-    monkeypatch.setattr(pretrain.adapt, "Run", launched)
-    monkeypatch.setattr(pretrain.adapt, "prepare_environment", lambda device: None)
+    monkeypatch.setattr(pretrain.finetune.train, "Run", launched)
+    monkeypatch.setattr(pretrain.finetune.train, "prepare_environment", lambda device: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(folder)
 
     def run(*overrides: str, **changes: Any) -> str:
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(tuning_recipe("base", "data", tmp_path / "run", **changes)))
-        assert pretrain.adapt.main([str(path), *overrides]) == 2
+        assert pretrain.finetune.train.main([str(path), *overrides]) == 2
         error = capsys.readouterr().err
         error = error[error.index("error: ") :]  # Transformers may have said something before
         assert "Traceback" not in error and not (tmp_path / "run").exists()
@@ -176,11 +178,11 @@ def test_shipped_recipes(path: Path) -> None:
     """Each loads, says what it shows and how it is run, and routes layers of a decoder of 8."""
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert "What it shows:" in head and "Command:" in head
-    recipe = adapt_recipe.load(path, ["base=elsewhere"])
+    recipe = finetune_recipe.load(path, ["base=elsewhere"])
     assert recipe.base == "elsewhere" and recipe.name == path.stem
     assert (recipe.adapt is not None) == path.stem.endswith("_mod")
     assert recipe.adapt is None or recipe.adapt.plan(8)
-    assert adapt_recipe.AdaptRecipe.parse(recipe.dump()) == recipe
+    assert finetune_recipe.AdaptRecipe.parse(recipe.dump()) == recipe
 
 
 # ------------------------------------------------------------------------------------------------------------- samples
@@ -260,11 +262,11 @@ def test_micro_batches_of_any_size_are_one_step(
     steps = []
     for size in (8, 2, 1):
         batches = [maker.batch(asked[first : first + size], first) for first in range(0, 8, size)]
-        totals = pretrain.adapt.Run.counts(run, batches)
+        totals = pretrain.finetune.train.Run.counts(run, batches)
         sums: dict[str, float] = {}
         model.zero_grad()
         for batch in batches:
-            loss, reports = pretrain.adapt.Run.forward(run, batch, len(batches), totals, True)
+            loss, reports = pretrain.finetune.train.Run.forward(run, batch, len(batches), totals, True)
             loss.backward()
             for name, value in (reports | {"whole": loss}).items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
@@ -294,8 +296,13 @@ def test_extends_several(tmp_path: Path) -> None:
         "adapt: {layers: [1], capacity: {type: constant, keep: 0.25}, gate: {activation: sigmoid}}\n"
     )
     (tmp_path / "c.yaml").write_text("extends: [a.yaml, b.yaml]\nname: c\nadapt: {layers: [2]}\n")
-    recipe = adapt_recipe.load(tmp_path / "c.yaml")
+    recipe = finetune_recipe.load(tmp_path / "c.yaml")
     assert recipe.name == "c" and recipe.adapt.layers == [2] and recipe.adapt.capacity.keep == 0.25
     (tmp_path / "d.yaml").write_text("extends: [a.yaml, e.yaml]\n")
     with pytest.raises(ConfigError, match="e.yaml' does not exist"):
-        adapt_recipe.load(tmp_path / "d.yaml")
+        finetune_recipe.load(tmp_path / "d.yaml")
+
+
+def test_the_old_command_names_the_new_one() -> None:
+    done = subprocess.run([sys.executable, "-m", "pretrain.adapt", "a.yaml"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: pretrain.adapt is now pretrain.finetune")

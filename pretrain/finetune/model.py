@@ -1,4 +1,4 @@
-"""The models that `pretrain.adapt` trains: opened from a folder, adapted, with adapters or frozen parts, written back."""
+"""The models that `pretrain.finetune` trains: opened from a folder, adapted, with adapters or frozen parts, written back."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 import zoo.adapt as za
-from pretrain.adapt_recipe import AdaptRecipe
-from pretrain.adapt_tuning import freeze, lora_config, tuned
-from pretrain.model_folder import cannot_open, open_folder
+from pretrain.finetune.model_folder import cannot_open, open_folder
+from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.tuning import freeze, lora_config, tuned
 from zoo.adapt.family import parts, picture_ids
 from zoo.adapt.save import CONFIG, check_complete, weights_hash
 from zoo.config import ConfigError, UserError

@@ -22,6 +22,7 @@ from PIL import Image
 from pretrain.data.errors import DataError
 from pretrain.data.reading import BrokenDocument, read_parts
 from pretrain.data.shards import Entry, find_shards, scan_shard
+from zoo.modalities.pictures import open_picture
 
 KEYS = ("image", "images", "question", "answer", "turns")
 
@@ -176,9 +177,9 @@ def _sample_shards(folder: Path, split: str, count: int, seed: int) -> list[Ques
 def _document(shard: Path, entry: Entry) -> Question:
     texts, images = [], []
     with open(shard, "rb") as file:
-        for modality, content in read_parts(file, entry, ("image",)):
-            if modality == "text":
-                texts.append(content)
-            elif modality == "image":
-                images.append(content)
+        for part in read_parts(file, entry, {"text": bytes.decode, "image": open_picture}):
+            if part.type == "text":
+                texts.append(part.item)
+            elif part.type == "image":
+                images.append(part.item)
     return Question(tuple(images), (("\n".join(texts), ""),), f"{shard.name}: {entry.key}")

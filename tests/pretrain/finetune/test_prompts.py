@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pretrain.data import DataError
-from pretrain.data.prompts import IGNORED, collate, encode, padding_id
-from pretrain.data.questions import Question
-from tests.pretrain.data import processors
-from tests.pretrain.data.processors import LLAVA_TEMPLATE, PAD, TURN_TEMPLATE, llava_processor, picture
+from pretrain.finetune.prompts import IGNORED, collate, encode, padding_id
+from pretrain.finetune.questions import Question
+from tests.pretrain.finetune import processors
+from tests.pretrain.finetune.processors import LLAVA_TEMPLATE, PAD, TURN_TEMPLATE, llava_processor, picture
 
 TURNS = (("how many?", "two"), ("and sevens?", "none"))
 PLAIN = "USER: (image)\nhow many? ASSISTANT:[ two</s>] USER: and sevens? ASSISTANT:[ none</s>]"

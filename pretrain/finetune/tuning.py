@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import zoo.adapt as za
-from pretrain.adapt_recipe import AdaptRecipe, LoraConfig
+from pretrain.finetune.recipe import AdaptRecipe, LoraConfig
 from zoo.adapt.family import parts
 from zoo.adapt.wrap import ROUTER
 from zoo.config import ConfigError

@@ -1,0 +1,78 @@
+"""The `modalities:` section of a recipe: the modalities of a run by name, in order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import pydantic
+from pydantic_core import PydanticCustomError
+
+from zoo.carries import Ids
+from zoo.config import ConfigError, explain
+from zoo.modalities.modality import ModalityConfig
+from zoo.modalities.text import Bytes
+from zoo.modalities.vocabulary import TEXT, Vocabulary
+from zoo.registry import BlockConfig, ModalitySlot
+
+
+def _check(modalities: dict[str, BlockConfig]) -> dict[str, BlockConfig]:
+    names = list(modalities)
+    for name in names:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise _wrong(f"{name!r} is no name of a modality; use lower-case letters, digits and '_'")
+    if TEXT not in names or _part(modalities[TEXT]) != TEXT:
+        raise _wrong(
+            f"has {', '.join(names) or 'none'}, but no text that is a kind of text, and the markers between parts are of "
+            "it; write `text: {type: bytes}` first"
+        )
+    reader: dict[str, str] = {}
+    for name, config in modalities.items():
+        other = reader.setdefault(_part(config), name)
+        if other != name:
+            raise _wrong(f"{other} and {name} both read the {_part(config)} parts of a document; keep one of them")
+    return {name: modalities[name] for name in in_order(modalities)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of modalities in the order of the model: text first, the others as they are written."""
+    return sorted(names, key=lambda name: name != TEXT)
+
+
+def _part(config: BlockConfig) -> str:
+    assert isinstance(config, ModalityConfig)
+    return config.part
+
+
+def _wrong(text: str) -> PydanticCustomError:
+    return PydanticCustomError("zoo", "{text}", {"text": text})
+
+
+ModalitiesSection = Annotated[dict[str, ModalitySlot], pydantic.AfterValidator(_check)]
+"""Name → config, text first wherever it is written; a name stands wherever a recipe speaks of a modality."""
+
+Modalities = Mapping[str, ModalityConfig]
+
+
+def default_modalities() -> dict[str, ModalityConfig]:
+    """Text alone, as bytes."""
+    return {TEXT: Bytes.Config()}
+
+
+def parse_modalities(data: Mapping[str, Any], path: str = "modalities") -> dict[str, ModalityConfig]:
+    """Validate a section.
+
+    Raises:
+        ConfigError: naming every wrong key below `path`.
+    """
+    try:
+        return pydantic.TypeAdapter(ModalitiesSection).validate_python(dict(data))  # type: ignore[return-value]
+    except pydantic.ValidationError as error:
+        raise ConfigError(explain(error, path, BlockConfig)) from None
+
+
+def vocabulary(modalities: Modalities) -> Vocabulary:
+    """The id space of `modalities`. One whose positions carry no ids gets a single id, which holds their places."""
+    carried = {name: config.carries for name, config in modalities.items()}
+    return Vocabulary({name: each.size if isinstance(each, Ids) else 1 for name, each in carried.items()})
