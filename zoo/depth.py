@@ -78,6 +78,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         over_layers: OverLayers | None = None
         over_steps: WarmDown | None = None
         scope: Scope = "row"
+        """How far a pool reaches: over each row by itself, or over the whole micro-batch."""
         auxiliary: bool = True
         """Train a causal router beside the main one. Without it the block has no causal mode."""
         router: RouterSlot = Field(default_factory=LinearScorer.Config)

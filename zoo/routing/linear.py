@@ -21,7 +21,7 @@ from zoo.routing.scorer import Scorer
 
 @register("router", "linear")
 class LinearScorer(Scorer, counter_noise=True):
-    """scores = activation(x W), in fp32 whatever the model's precision; weights start small.
+    """scores = activation(x W), in fp32 whatever the model's precision; weights start small. Choice is expert choice.
 
     Sigmoid per expert: a token's weight does not depend on other tokens or experts (MoMa eq. 2).
     """
