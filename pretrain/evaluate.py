@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pretrain.data import TokenStream, micro_batches
+from pretrain.data import Batch, TokenStream, micro_batches
+from pretrain.process_group import Ranks
+from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import RoutedBlock
 from zoo.context import CAUSAL, TOPK, Trace
 from zoo.model import Model
-from zoo.routing.statistics import RoutingStatistics
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
+ALONE = Ranks()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCounts(Counts):
+    """What batches of packed rows hold, by modality in the model's order."""
+
+    targets: tuple[int, ...]
+    """Tokens that are predicted."""
+    tokens: tuple[int, ...]
+
+    def targets_by_name(self, modalities: Sequence[str]) -> dict[str, int]:
+        """`targets` by the names of the modalities."""
+        return dict(zip(modalities, self.targets, strict=True))
+
+
+def count_batches(objective: nn.Module, modalities: Sequence[str], batches: Sequence[Batch]) -> StepCounts:
+    """What `batches` hold together."""
+    targets = [objective.counts(batch.context) for batch in batches]
+    return StepCounts(
+        tuple(sum(counts[name] for counts in targets) for name in modalities),
+        tuple(sum(batch.context.totals[m] for batch in batches) for m in range(len(modalities))),
+    )
 
 
 def routings(model: nn.Module) -> tuple[str, ...]:
@@ -35,54 +58,40 @@ def evaluate(
     stream: TokenStream,
     rows: int,
     micro_batch: int,
+    ranks: Ranks = ALONE,
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    all_reduce_sum: Reduce = lambda tensor: tensor,
 ) -> dict[str, float]:
-    """Mean loss of each modality over the first `rows` rows of a stream.
+    """Mean loss of each modality over the first `rows` rows of a stream; collective.
 
     Args:
-        forward: what is called as the model (the engine's wrapper, or the model itself).
+        forward: what is called as the model (the engine's wrapper, or the model itself), in evaluation mode.
         model: for its blocks and their cost; may be on the meta device.
-        all_reduce_sum: sums a tensor over ranks. Every rank takes the same number of batches.
+        micro_batch: rows a forward pass on one rank.
+        ranks: over which the rows are dealt out, the same number of batches to each.
+        device: of the weights.
     Returns:
         `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; for sparse models, from the top-k pass,
-        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and
-        `eval/auxiliary/<block>/…` of each, and from the causal pass
-        `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
+        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and `eval/auxiliary/<block>/…` of each,
+        and from the causal pass `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
     """
     rows = min(rows, stream.rows_per_epoch)
-    chunk = micro_batch * world
+    chunk = micro_batch * ranks.world
     padded = -(-rows // chunk) * chunk
-    batches = [b.to(device) for b in micro_batches(stream, 0, padded, micro_batch, rank, world, 0, 0, end=rows)]
+    batches = micro_batches(stream, 0, padded, micro_batch, ranks.rank, ranks.world, 0, 0, end=rows)
+    counts = count_batches(objective, model.modalities, batches).over(ranks, device)
+    batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
     for routing in routings(model):
-        sums: dict[str, torch.Tensor] = collections.defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        statistics = RoutingStatistics()
-        for batch in batches:
-            trace = Trace()
-            context = batch.context.replace(routing=routing, trace=trace)
-            for name, (total, count) in objective(forward, type(batch)(batch.tokens, context)).items():
-                sums[f"sum|{name}"] = sums[f"sum|{name}"] + total.double().cpu()
-                sums[f"count|{name}"] = sums[f"count|{name}"] + float(count)
-            for m, total in enumerate(context.totals):
-                sums[f"tokens|{m}"] = sums[f"tokens|{m}"] + total
-            statistics += trace.statistics
-        names, counted = sorted(sums), statistics.flat(device)  # the same names on every rank, whatever its tokens are
-        reduced = all_reduce_sum(torch.cat((torch.stack([sums[name] for name in names]).to(device), counted)))
-        totals = dict(zip(names, reduced[: len(names)].tolist(), strict=True))
-        statistics = statistics.with_counts(reduced[len(names) :])
-        result |= _losses(totals, routing, objective, model.modalities)
+        totals = _pass(forward, objective, batches, routing).over(ranks, device)
+        result |= _losses(totals, counts, routing, objective, model.modalities)
         if routing == TOPK:
-            result |= {f"eval/auxiliary/{key}": value for key, value in statistics.all_hits().rates().items()}
-            for name, hits in statistics.hits.items():
+            result |= {f"eval/auxiliary/{key}": value for key, value in totals.routing.all_hits().rates().items()}
+            for name, hits in totals.routing.hits.items():
                 result |= {f"eval/auxiliary/{name}/{key}": value for key, value in hits.rates().items()}
-        elif statistics.shares():
-            counts = [totals[f"tokens|{m}"] for m in range(len(model.modalities))]
-            length = stream.sequence_length
-            result["eval/causal/flops_per_token"] = _mean(model.cost(length, statistics.shares()).flops, counts)
-            result["eval/nominal_flops_per_token"] = _mean(model.cost(length).flops, counts)
+        elif shares := totals.routing.shares():
+            used, nominal = (model.cost(stream.sequence_length, loads).flops for loads in (shares, None))
+            result["eval/causal/flops_per_token"] = _mean(used, counts.tokens)
+            result["eval/nominal_flops_per_token"] = _mean(nominal, counts.tokens)
     return result
 
 
@@ -91,21 +100,28 @@ def validation_loss(values: dict[str, float]) -> float:
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
 
 
+def _pass(forward: nn.Module, objective: nn.Module, batches: Sequence[Batch], routing: str) -> Sums:
+    """What this rank's batches give under one routing, summed in fp64 on the host."""
+    sums = Sums()
+    for batch in batches:
+        trace = Trace()
+        parts = objective(forward, Batch(batch.tokens, batch.context.replace(routing=routing, trace=trace)))
+        losses = {name: total.double().cpu() for name, (total, _) in parts.items()}
+        sums += Sums(parts=losses, routing=trace.statistics)
+    return sums
+
+
 def _losses(
-    totals: dict[str, float], routing: str, objective: nn.Module, modalities: tuple[str, ...]
+    totals: Totals, counts: StepCounts, routing: str, objective: nn.Module, modalities: Sequence[str]
 ) -> dict[str, float]:
-    counts = {name: totals[f"count|{name}"] for name in modalities}
-    sums = {
-        name.removeprefix("sum|"): torch.tensor(value, dtype=torch.float64)
-        for name, value in totals.items()
-        if name.startswith("sum|")
-    }
-    result = {f"eval/{routing}/loss": float(objective.combine(sums, counts))}
-    for name in modalities:
-        if counts[name]:
-            result[f"eval/{routing}/loss/{name}"] = totals[f"sum|{name}"] / counts[name]
+    targets = counts.targets_by_name(modalities)
+    sums: dict[str, Tensor] = {k: torch.tensor(value, dtype=torch.float64) for k, value in totals.parts.items()}
+    result = {f"eval/{routing}/loss": float(objective.combine(sums, targets))}
+    for name, n in targets.items():
+        if n:
+            result[f"eval/{routing}/loss/{name}"] = totals.parts[name] / n
     return result
 
 
-def _mean(values: tuple[float, ...], counts: list[float]) -> float:
+def _mean(values: Sequence[float], counts: Sequence[int]) -> float:
     return sum(v * c for v, c in zip(values, counts, strict=True)) / max(sum(counts), 1)

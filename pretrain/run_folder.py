@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,8 +26,24 @@ from zoo.model import Model
 RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
 INITIAL, INITIAL_POSITION = "initial.safetensors", "initial.json"
 
-Initial = tuple[dict[str, torch.Tensor], dict[str, Any]]
-"""First weights by name, and the `position` at which the data begin."""
+
+@dataclasses.dataclass(frozen=True)
+class DataPosition:
+    """Where the data of a run begin or go on."""
+
+    row: int
+    """Global number of the next packed row."""
+    data: str
+    """Fingerprint of the data whose rows are counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """What a run starts from that does not start from its seed."""
+
+    weights: dict[str, torch.Tensor]
+    """By dotted name."""
+    position: DataPosition
 
 
 def claim(folder: Path) -> TextIO:
@@ -73,7 +91,7 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def write_recipe(folder: Path, recipe: Recipe, effective: dict[str, Any]) -> None:
+def write_recipe(folder: Path, recipe: Recipe, effective: Mapping[str, Any]) -> None:
     """The resolved recipe, and beside it the dictionary DeepSpeed got; atomic."""
     atomic_write(folder / "deepspeed.json", json.dumps(effective, indent=1) + "\n")
     atomic_write(folder / RECIPE, yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
@@ -117,11 +135,11 @@ def newest_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     trained = read_weights(newest_checkpoint(folder))
     initial = load_initial(folder)  # has the frozen ones, which a checkpoint leaves out
-    return trained if initial is None else initial[0] | trained
+    return trained if initial is None else initial.weights | trained
 
 
-def position(folder: Path) -> dict[str, Any]:
-    """Where the data of a run go on: the global row after its newest checkpoint, and which data they are.
+def position(folder: Path) -> DataPosition:
+    """Where the data of a run go on after its newest checkpoint.
 
     Raises:
         UserError: the run has no checkpoint.
@@ -129,11 +147,11 @@ def position(folder: Path) -> dict[str, Any]:
     checkpoint = newest_checkpoint(folder)
     recipe = recipes.load(folder / RECIPE)
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    return {"row": state["first_row"] + state["step"] * recipe.train.global_batch, "data": state["data"]}
+    return DataPosition(state["first_row"] + state["step"] * recipe.train.global_batch, state["data"])
 
 
-def save_initial(folder: Path, weights: dict[str, torch.Tensor], start: dict[str, Any]) -> None:
-    """First weights of a new run, and the `position` at which its data begin.
+def save_initial(folder: Path, initial: Initial) -> None:
+    """Let a new run start from `initial`.
 
     Raises:
         UserError: the run has begun already.
@@ -144,15 +162,16 @@ def save_initial(folder: Path, weights: dict[str, torch.Tensor], start: dict[str
         )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / INITIAL) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-    atomic_write(folder / INITIAL_POSITION, json.dumps(start) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in initial.weights.items()}, temporary)
+    atomic_write(folder / INITIAL_POSITION, json.dumps(dataclasses.asdict(initial.position)) + "\n")
 
 
 def load_initial(folder: Path) -> Initial | None:
     """What `save_initial` left for a run, None where it starts from its seed."""
     if not (folder / INITIAL_POSITION).exists():
         return None
-    return load_file(folder / INITIAL), json.loads((folder / INITIAL_POSITION).read_text(encoding="utf-8"))
+    position = DataPosition(**json.loads((folder / INITIAL_POSITION).read_text(encoding="utf-8")))
+    return Initial(load_file(folder / INITIAL), position)
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Model, Recipe]:

@@ -99,9 +99,9 @@ def begin(run: Path, recipe: Recipe, fresh: bool) -> Initial:
     model = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
     trained = run_folder.newest_weights(run)
     used = {name: value for name, value in trained.items() if not (fresh and ".auxiliary." in name)}
-    initial = {**model.state_dict(), **used}, run_folder.position(run)
+    initial = Initial({**model.state_dict(), **used}, run_folder.position(run))
     if rank_and_world()[0] == 0:
-        run_folder.save_initial(recipe.folder, *initial)
+        run_folder.save_initial(recipe.folder, initial)
     return initial
 
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         new_model = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
         result = upcycle(old_model.state_dict(), new_model.state_dict())
         start = run_folder.position(options.old_run)
-        run_folder.save_initial(recipe.folder, result.weights, start)
+        run_folder.save_initial(recipe.folder, run_folder.Initial(result.weights, start))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fresh = sum(value.numel() for value in result.weights.values()) - copied
     print(
         f"{recipe.folder}: {count(copied)} weights from {options.old_run}, {count(fresh)} fresh (routers); data go on "
-        f"at row {start['row']:,}. Start it: python -m pretrain.train {options.recipe}"
+        f"at row {start.row:,}. Start it: python -m pretrain.train {options.recipe}"
     )
     rows = recipe.evaluate.rows if options.rows is None else options.rows
     if rows and recipe.data.validation is not None:

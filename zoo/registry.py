@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from zoo.config import Config, ConfigError, explain, suggestion
 from zoo.routing.scorer import Scorer
 from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective
-from zoo.untied import Grouping
+from zoo.untied import TIED, Grouping
 
 SLOTS: dict[str, type] = {
     "mixer": Mixer,
@@ -56,8 +56,8 @@ class Place:
     kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layer: int = 0
     """Number of the layer the block belongs to, from 0."""
-    norm_grouping: Grouping | None = None
-    """Which modalities share the gains of the surrounding block's norms; None: all do."""
+    norm_grouping: Grouping = TIED
+    """Which modalities share the gains of the surrounding block's norms."""
 
     def check_modality(self, name: str, key: str) -> None:
         """Raise `ConfigError` at the dotted `key` where `name` is none of the model's modalities."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,11 @@ import zoo.adapt as za
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
 from pretrain.finetune.samples import Batcher, QuestionBatch, moved
+from pretrain.process_group import Ranks
 from zoo.routing.statistics import Load, RouterHits, RoutingStatistics
 
-Reduce = Callable[[Tensor], Tensor]
 Progress = Callable[[int], Any]
-HITS = tuple(field.name for field in dataclasses.fields(RouterHits))
-LOADS = tuple(field.name for field in dataclasses.fields(Load))
+ALONE = Ranks()
 SLACK = 4
 """Tokens that a generated answer may be longer than the right one: its end, and enough to be seen to be wrong."""
 
@@ -37,57 +36,72 @@ def predict(forward: nn.Module, batch: QuestionBatch, trace: za.Trace | None) ->
     return logits.float(), labels[:, columns]
 
 
-def routing_sums(trace: za.Trace | None, layers: Sequence[str]) -> dict[str, Tensor]:
-    """`<layer>|<what>` → sum of what a forward's routers report; all of `layers`, so that ranks agree, zero where no token
-    could be skipped.
+def routing_sums(trace: za.Trace | None, layers: Sequence[str]) -> RoutingStatistics:
+    """What a forward's routers report, of each of `layers`, so that ranks agree; zero where no token could be skipped.
 
     Args:
         trace: None for a forward of which nothing counts.
     """
-    sums = {}
-    for layer in layers:
-        statistics = RoutingStatistics() if trace is None else trace.statistics
-        hits = statistics.hits.get(layer, RouterHits(0, 0, 0, 0))
-        load = statistics.loads.get(layer, Load(0, 0))
-        for key, value in zip((*HITS, *LOADS), (*hits.numbers(), *load.numbers()), strict=True):
-            sums[f"{layer}|{key}"] = torch.as_tensor(value, dtype=torch.float32)
-    return sums
+    said = RoutingStatistics() if trace is None else trace.statistics
+    hits = {layer: said.hits.get(layer, RouterHits(0, 0, 0, 0)) for layer in layers}
+    return RoutingStatistics(hits, {layer: said.loads.get(layer, Load(0, 0)) for layer in layers})
 
 
-def routing_values(totals: Mapping[str, float], layers: Sequence[str], each: bool = False) -> dict[str, float]:
+def routing_values(routing: RoutingStatistics, each: bool = False) -> dict[str, float]:
     """Reports from `routing_sums` added up: `skip/<layer>`, the share of the tokens that could be skipped and were, `skip`
     of all layers together; `auxiliary/{accuracy,precision,recall,always_skip}`, how well routers foresee who is kept.
 
     Args:
         each: also `auxiliary/<layer>/…`.
     """
-    values: dict[str, float] = {}
-    sums = {key: sum(totals[f"{layer}|{key}"] for layer in layers) for key in (*HITS, *LOADS)}
-    if not layers or not sums["offered"]:
-        return values
-    values["skip"] = 1 - sums["taken"] / sums["offered"]
-    for layer in layers:
-        if totals[f"{layer}|offered"]:
-            values[f"skip/{layer}"] = 1 - totals[f"{layer}|taken"] / totals[f"{layer}|offered"]
-    hits = RouterHits(*(sums[key] for key in HITS))
-    values |= {f"auxiliary/{key}": value for key, value in hits.rates().items()}
-    if each:
-        for layer in layers:
-            hits = RouterHits(*(totals[f"{layer}|{key}"] for key in HITS))
-            values |= {f"auxiliary/{layer}/{key}": value for key, value in hits.rates().items()}
+    whole = sum(routing.loads.values(), Load(0, 0))
+    if not whole.offered:
+        return {}
+    values = {"skip": 1 - whole.share} | {f"skip/{layer}": 1 - share for layer, share in routing.shares().items()}
+    values |= {f"auxiliary/{key}": value for key, value in routing.all_hits().rates().items()}
+    for layer, hits in routing.hits.items() if each else ():
+        values |= {f"auxiliary/{layer}/{key}": value for key, value in hits.rates().items()}
     return values
 
 
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """Who evaluates. Every rank takes equally many batches."""
+@dataclasses.dataclass
+class AnswerSums:
+    """What an evaluation adds up, on one rank or over all."""
 
-    rank: int = 0
-    world: int = 1
-    reduce: Reduce = lambda tensor: tensor
-    """Sums a tensor over them."""
-    together: bool = False
-    """Whether they must call the model equally often while they generate (ZeRO-3)."""
+    asked: dict[str, float]
+    """Answers by kind; every rank has the same kinds, whatever its share asks."""
+    forced: dict[str, float]
+    """Those of which every token is the likeliest after the right ones before it."""
+    generated: dict[str, float]
+    """Those that the model generates."""
+    routing: RoutingStatistics
+    loss: Tensor | float = 0.0
+    """Of all answer tokens, in nats."""
+    tokens: float = 0.0
+    """Of the answers."""
+    samples: float = 0.0
+    flops: float = 0.0
+    """Of the decoder, as measured."""
+    dense_flops: float = 0.0
+    """Without skipping."""
+
+    @classmethod
+    def empty(cls, kinds: Sequence[str], layers: Sequence[str]) -> AnswerSums:
+        """Zeros, for answers of these kinds and routers of these layers."""
+        return cls(*(dict.fromkeys(kinds, 0.0) for _ in range(3)), routing_sums(None, layers))
+
+    def over(self, ranks: Ranks, device: torch.device | str) -> AnswerSums:
+        """Summed over the ranks, as numbers on the host; collective."""
+        counts = (self.tokens, self.samples, self.flops, self.dense_flops)
+        kinds = [n for part in (self.asked, self.forced, self.generated) for n in part.values()]
+        loss = torch.as_tensor(self.loss, dtype=torch.float64, device=device).reshape(1)
+        numbers = torch.tensor([*counts, *kinds], dtype=torch.float64, device=device)
+        flat = ranks.sum(torch.cat((loss, numbers, self.routing.flat(device))))
+        routing = self.routing.with_counts(flat[1 + len(numbers) :])
+        rest = iter(flat[: 1 + len(numbers)].tolist())
+        single = [next(rest) for _ in range(1 + len(counts))]
+        by_kind = ({kind: next(rest) for kind in part} for part in (self.asked, self.forced, self.generated))
+        return AnswerSums(*by_kind, routing, *single)
 
 
 @torch.no_grad()
@@ -99,7 +113,8 @@ def evaluate(
     questions: Sequence[Question],
     batch: int,
     generate: bool = True,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
+    together: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress = lambda samples: None,
@@ -117,7 +132,8 @@ def evaluate(
         questions: at least one.
         batch: samples a forward.
         generate: also generate each answer greedily, in batches, with the cache.
-        ranks: who evaluates; default: this process alone.
+        ranks: over which the questions are dealt out, equally many batches to each; default: this process alone.
+        together: whether the ranks must call the model equally often while they generate, as ZeRO-3 has it.
         device, dtype: of the model's weights.
         progress: is called with the size of each batch of this rank: first of questions, then, under `generate`, of answers.
     Returns:
@@ -128,48 +144,33 @@ def evaluate(
         as `routing_values` has them. `eval/decoder_flops` of a sample with its answers, as measured,
         `eval/dense_decoder_flops`, without skipping, and `eval/flops_ratio` of the two.
     """
-    ranks = ranks or Ranks()
     layers = [layer.routing.name for layer in za.routed_layers(blueprint)]
-    kinds = sorted({kind for question in questions for kind in kinds_of(question)})
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, value: float | Tensor) -> None:
-        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value
-
-    for name in ("loss", "tokens", "samples", "flops", "dense"):
-        add(name, 0.0)
-    for kind in kinds:  # all of them on every rank, whatever its share asks
-        for what in ("asked", "forced", "said"):
-            add(f"{what}|{kind}", 0.0)
+    sums = AnswerSums.empty(sorted({kind for question in questions for kind in kinds_of(question)}), layers)
     for counted, chunk in _chunks(questions, batch, ranks):
         made = batcher.batch(chunk)
         trace = za.Trace() if layers else None
         logits, labels = predict(forward, made.to(device, dtype), trace)
         seen = trace if counted and not made.filler else None
-        for name, value in routing_sums(seen, layers).items():
-            add(name, value.to(device))
+        sums.routing += routing_sums(seen, layers)
         if not counted:
             continue
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        add("loss", losses.double())
-        add("tokens", made.answers)
-        add("samples", len(chunk))
-        measured = za.traced_flops(blueprint, seen or za.Trace(), made.tokens)
-        add("flops", measured.total)
-        add("dense", sum(za.decoder_flops(blueprint, tokens).prefill for tokens in made.tokens))
+        sums.loss += losses.double()
+        sums.tokens += made.answers
+        sums.samples += len(chunk)
+        sums.flops += za.traced_flops(blueprint, seen or za.Trace(), made.tokens).total
+        sums.dense_flops += sum(za.decoder_flops(blueprint, tokens).prefill for tokens in made.tokens)
         right, labels = (logits.argmax(-1) == labels).cpu(), labels.cpu()
         for row, question in enumerate(chunk):
             for kind, answer in zip(
                 kinds_of(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True
             ):
-                add(f"asked|{kind}", 1.0)
-                add(f"forced|{kind}", answer)
+                sums.asked[kind] += 1.0
+                sums.forced[kind] += answer
         progress(len(chunk))
     if generate:
-        _generate(model, batcher, questions, batch, ranks, device, dtype, add, progress)
-    names = sorted(sums)
-    totals = dict(zip(names, ranks.reduce(torch.stack([sums[name] for name in names])).tolist(), strict=True))
-    return _values(totals, kinds, layers, generate)
+        _generate(model, batcher, questions, batch, ranks, together, device, dtype, sums.generated, progress)
+    return _values(sums.over(ranks, device), generate)
 
 
 def _generate(
@@ -178,12 +179,13 @@ def _generate(
     questions: Sequence[Question],
     batch: int,
     ranks: Ranks,
+    together: bool,
     device: torch.device | str,
     dtype: torch.dtype,
-    add: Callable[[str, float], None],
+    right: dict[str, float],
     progress: Progress,
 ) -> None:
-    """Count generated answers that are right, as `said|<kind>`."""
+    """Count the generated answers that are right into `right`, by their kinds."""
     tokenizer = batcher.processor.tokenizer
     asked = [
         (dataclasses.replace(question, turns=question.turns[: turn + 1]), kind)
@@ -199,14 +201,14 @@ def _generate(
             max_new_tokens=longest + SLACK,
             do_sample=False,
             num_beams=1,
-            synced_gpus=ranks.together,
+            synced_gpus=together and ranks.world > 1,
             eos_token_id=ends(model, tokenizer),
             pad_token_id=batcher.padding,
         )
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for (question, kind), text in zip(chunk, texts, strict=False):  # a filler's is left
             if counted and text.strip() == question.turns[-1][1].strip():
-                add(f"said|{kind}", 1.0)
+                right[kind] += 1.0
         progress(counted * len(chunk))
 
 
@@ -249,21 +251,18 @@ def _answers(whole: Tensor, right: Tensor, labels: Tensor) -> list[float]:
     ]
 
 
-def _values(
-    totals: Mapping[str, float], kinds: Sequence[str], layers: Sequence[str], generate: bool
-) -> dict[str, float]:
-    values = {"eval/loss": totals["loss"] / max(totals["tokens"], 1)}
-    for name, what in (("accuracy", "said"), ("forced_accuracy", "forced")):
-        if what == "said" and not generate:
+def _values(totals: AnswerSums, generate: bool) -> dict[str, float]:
+    values = {"eval/loss": float(totals.loss) / max(totals.tokens, 1)}
+    asked = totals.asked
+    for name, right in (("accuracy", totals.generated), ("forced_accuracy", totals.forced)):
+        if name == "accuracy" and not generate:
             continue
-        asked = sum(totals[f"asked|{kind}"] for kind in kinds)
-        values[f"eval/{name}"] = sum(totals[f"{what}|{kind}"] for kind in kinds) / asked
-        for kind in filter(None, kinds):
-            values[f"eval/{name}/{kind}"] = totals[f"{what}|{kind}"] / totals[f"asked|{kind}"]
-    values |= {f"eval/{key}": value for key, value in routing_values(totals, layers, each=True).items()}
-    samples = max(totals["samples"], 1)
+        values[f"eval/{name}"] = sum(right.values()) / sum(asked.values())
+        values |= {f"eval/{name}/{kind}": right[kind] / asked[kind] for kind in filter(None, asked)}
+    values |= {f"eval/{key}": value for key, value in routing_values(totals.routing, each=True).items()}
+    samples = max(totals.samples, 1)
     return values | {
-        "eval/decoder_flops": totals["flops"] / samples,
-        "eval/dense_decoder_flops": totals["dense"] / samples,
-        "eval/flops_ratio": totals["flops"] / max(totals["dense"], 1),
+        "eval/decoder_flops": totals.flops / samples,
+        "eval/dense_decoder_flops": totals.dense_flops / samples,
+        "eval/flops_ratio": totals.flops / max(totals.dense_flops, 1),
     }

@@ -54,7 +54,7 @@ def refused(
     def launched(*arguments: Any) -> None:
         raise AssertionError("the run was launched")
 
-    monkeypatch.setattr(pretrain.train, "Run", launched)
+    monkeypatch.setattr(pretrain.train, "Pretraining", launched)
     monkeypatch.setattr(pretrain.train, "prepare_environment", lambda device: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(tmp_path)
@@ -312,7 +312,8 @@ def test_broken_documents(
     assert "b-train-0.tar: 101: its JSON is not" in message
 
     opened: list[Any] = []
-    monkeypatch.setattr(pretrain.train, "Run", lambda recipe, data, *rest: opened.append(data) or Finished())
+    monkeypatch.setattr(pretrain.train, "Pretraining", lambda recipe, data, *rest: opened.append(data))
+    monkeypatch.setattr(pretrain.train, "Loop", lambda task, config: Finished())
     path = refused.folder / "recipe.yaml"
     assert pretrain.train.main([str(path), f"data.path={shards}", "data.max_broken_documents=2"]) == 0
     assert [(b.shard, b.key) for b in opened[0].skipped] == [("b-train-0.tar", "100"), ("b-train-0.tar", "101")]
@@ -323,7 +324,7 @@ def test_broken_documents(
 class Finished:
     """A run that has nothing to do."""
 
-    def train(self) -> None:
+    def run(self) -> None:
         pass
 
 

@@ -27,11 +27,11 @@ LIMIT = 30_000
 def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
     """One rank, many runs: name → (exit code, message) of each time the command was given."""
     import pretrain.train
+    from pretrain.loop import Loop
     from tests.pretrain.runs import one_rendezvous
 
     results: dict[str, list[tuple[int, str]]] = {}
-    run_class = pretrain.train.Run
-    plain_save, plain_log = run_class._save, run_class._log
+    plain_save, plain_log = Loop._save, Loop._log
 
     def run(name: str, run_dir: str, /, **changes: Any) -> None:
         path = folder / "recipe.yaml"
@@ -43,17 +43,17 @@ def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
 
     def full_from(step: int) -> Any:
         def save(self: Any, values: Any) -> None:
-            if self.state["step"] == step:
+            if self.state.step == step:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
             plain_save(self, values)
 
         return save
 
-    def full_log(self: Any, step: int, *rest: Any) -> None:
-        if step == 5:
+    def full_log(self: Any, *rest: Any) -> None:
+        if self.state.step == 5:
             size = (folder / "full log" / "metrics.jsonl").stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
-        plain_log(self, step, *rest)
+        plain_log(self, *rest)
 
     own = {"imports": ["tests.pretrain.poison"], "model": {"layers": POISONED}}
     with one_rendezvous(), contextlib.redirect_stdout(io.StringIO()):
@@ -66,18 +66,18 @@ def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
         poison.BAD.clear()
         run("ended", "ended", **own)
 
-        run_class._save = full_from(4)  # type: ignore[method-assign]
+        Loop._save = full_from(4)  # type: ignore[method-assign]
         run("full", "full")
-        run_class._save = plain_save  # type: ignore[method-assign]
+        Loop._save = plain_save  # type: ignore[method-assign]
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         results["left on the full disk"] = [
             (0, " ".join(sorted(p.name for p in (folder / "full" / "checkpoints").iterdir())))
         ]
         run("full", "full")
 
-        run_class._log = full_log  # type: ignore[method-assign]
+        Loop._log = full_log  # type: ignore[method-assign]
         run("full log", "full log")
-        run_class._log = plain_log  # type: ignore[method-assign]
+        Loop._log = plain_log  # type: ignore[method-assign]
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         run("full log", "full log")
 

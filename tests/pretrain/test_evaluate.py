@@ -12,6 +12,7 @@ import zoo
 from pretrain import recipe as recipes
 from pretrain.data import Data, open_data
 from pretrain.evaluate import evaluate, routings, validation_loss
+from pretrain.process_group import Ranks
 from tests.pretrain.runs import EXPERTS, LAYER, tiny_recipe
 from zoo.auxiliary import AuxiliaryRouter
 
@@ -81,23 +82,30 @@ def test_batches_change_nothing(data: Data, name: str) -> None:
         assert values_of(model, data, micro_batch) == pytest.approx(whole, rel=1e-6)
 
 
+class Recorded(Ranks):
+    """One of two ranks that run one after the other: it keeps what it would have reduced, or gets `answers` for it."""
+
+    def __init__(self, rank: int, world: int, answers: list[torch.Tensor] | None = None) -> None:
+        super().__init__(rank, world)
+        object.__setattr__(self, "taken", [])
+        object.__setattr__(self, "answers", answers and list(answers))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.taken.append(tensor.clone())
+        return self.answers.pop(0) if self.answers else tensor
+
+
 def test_ranks_change_nothing(data: Data) -> None:
     """Two ranks, one after the other, whose sums are added as the all-reduce does."""
     model = model_of("both")
-    sums: list[list[torch.Tensor]] = []
+    taken: list[list[torch.Tensor]] = []
     for rank in range(2):
-        taken: list[torch.Tensor] = []
-
-        def keep(tensor: torch.Tensor, taken: list[torch.Tensor] = taken) -> torch.Tensor:
-            taken.append(tensor.clone())
-            return tensor
-
-        values_of(model, data, 2, rank=rank, world=2, all_reduce_sum=keep)
-        sums.append(taken)
-    assert [len(taken) for taken in sums] == [2, 2], "every rank reduces equally often"
-    added = iter([a + b for a, b in zip(*sums, strict=True)])
-    values = values_of(model, data, 2, rank=1, world=2, all_reduce_sum=lambda tensor: next(added))
-    assert values == pytest.approx(values_of(model, data, 11), rel=1e-6)
+        ranks = Recorded(rank, 2)
+        values_of(model, data, 2, ranks=ranks)
+        taken.append(ranks.taken)
+    assert [len(tensors) for tensors in taken] == [3, 3], "every rank reduces equally often"
+    both = Recorded(1, 2, [a + b for a, b in zip(*taken, strict=True)])
+    assert values_of(model, data, 2, ranks=both) == pytest.approx(values_of(model, data, 11), rel=1e-6)
 
 
 def test_each_modality_is_the_mean_over_its_targets(data: Data) -> None:

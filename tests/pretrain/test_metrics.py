@@ -1,12 +1,9 @@
-"""metrics.jsonl after a kill, TensorBoard after a resume, and the line on the screen."""
+"""metrics.jsonl after a kill, and TensorBoard after a resume."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-
-import torch
 
 from pretrain import metrics
 from tests.pretrain.runs import assert_tensorboard_agrees
@@ -62,18 +59,3 @@ def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path) -> None:
         writer.close()
     assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
     assert_tensorboard_agrees(tmp_path)
-
-
-def test_progress() -> None:
-    progress = metrics.Progress(100, 40)
-    progress.began = progress.marked = time.monotonic() - 10
-    progress.add(500)
-    rate = progress.rate()
-    assert 45 < rate <= 50
-    line = progress.line(60, {"loss": 2.5, "loss/image": 3.25, "tokens_per_second": 1234.5}, ("text", "image"))
-    assert line == "step  60/100  loss 2.500  image 3.250  1,234 tokens/s  0:20 left"
-    assert metrics.duration(3723) == "1:02:03" and metrics.duration(59.9) == "0:59"
-
-
-def test_the_peak_of_a_cpu_is_not_known() -> None:
-    assert metrics.peak_flops(torch.device("cpu"), 2) is None

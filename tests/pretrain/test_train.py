@@ -125,22 +125,22 @@ def test_the_screen(finished: tuple[Path, str]) -> None:
 def stop_and_go(folder: Path, data: Path) -> dict[str, Any]:
     """Two ranks, one rendezvous, many runs; each interrupted one has an uninterrupted twin."""
     import pretrain.train
+    from pretrain.pretraining import Pretraining
 
-    run_class = pretrain.train.Run
-    taken = run_class.batches
+    taken = Pretraining.batches
     rank = int(os.environ["RANK"])
     codes: dict[str, list[int]] = {}
 
     def run(name: str, *signals: tuple[int, int, int], **changes: Any) -> None:
         """`signals`: (step, rank, signal) sent to itself by that rank."""
 
-        def batches(self: Any, step: int) -> Any:
+        def batches(self: Any, state: Any) -> Any:
             for when, whose, number in signals:
-                if (step, rank) == (when, whose):
+                if (state.step, rank) == (when, whose):
                     os.kill(os.getpid(), number)
-            return taken(self, step)
+            return taken(self, state)
 
-        run_class.batches = batches
+        Pretraining.batches = batches  # type: ignore[method-assign]
         path = folder / f"{name}-{rank}.yaml"
         path.write_text(yaml.safe_dump(tiny_recipe(data, folder / name, **changes)))
         codes.setdefault(name, []).append(pretrain.train.main([str(path)]))

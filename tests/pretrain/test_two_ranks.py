@@ -57,21 +57,20 @@ def one_modality(modality: int, step: int, number: int, words: Any) -> Batch:
 
 def trained_apart(data: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """What two ranks do: `APART` on hand-made batches, then `MODELS` on the digits. Returns the latter's gradients."""
-    import pretrain.train
+    from pretrain.pretraining import Pretraining
 
     rank = int(os.environ["RANK"])
-    run_class = pretrain.train.Run
-    taken = run_class.batches
+    taken = Pretraining.batches
 
-    def batches(self: Any, step: int) -> list[Batch]:
+    def batches(self: Any, state: Any) -> list[Batch]:
         count = self.recipe.train.global_batch // (2 * ROWS)
-        return [one_modality(rank, step, number, self.data.vocabulary) for number in range(count)]
+        return [one_modality(rank, state.step, number, self.data.vocabulary) for number in range(count)]
 
     with one_rendezvous(), contextlib.redirect_stdout(io.StringIO()):
-        run_class.batches = batches
+        Pretraining.batches = batches  # type: ignore[method-assign]
         for stage, accumulated in APART:
             train(folder, apart(data, folder, stage, accumulated))
-        run_class.batches = taken
+        Pretraining.batches = taken  # type: ignore[method-assign]
         return trained_together(data, folder)
 
 

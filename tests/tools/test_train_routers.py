@@ -136,7 +136,7 @@ def plain(run: Path, main: Path) -> dict[str, torch.Tensor]:
     assert [group["eps"] for group in optimizer.param_groups] == [recipe.optimizer.eps]
     data, train = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None), recipe.train
     for step in range(STEPS):
-        first = run_folder.position(main)["row"] + step * train.global_batch
+        first = run_folder.position(main).row + step * train.global_batch
         batches = micro_batches(data.train, first, train.global_batch, train.micro_batch, 0, 1, step, recipe.seed)
         tokens = sum(sum(batch.context.totals) for batch in batches)
         for batch in batches:
@@ -188,7 +188,7 @@ def test_thresholds_are_those_of_calibration(runs: Path) -> None:
     for router in routers.values():
         router.threshold = torch.zeros_like(router.threshold)
     data, train = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None), recipe.train
-    first = run_folder.position(runs / "3-fp32_parts")["row"]
+    first = run_folder.position(runs / "3-fp32_parts").row
     batches = micro_batches(data.train, first, ROWS, train.micro_batch, 0, 1, STEPS, recipe.seed)
     zoo.calibrate(model, [(batch.tokens, batch.context) for batch in batches])
     for name, router in routers.items():
@@ -223,11 +223,11 @@ def test_routers_that_are_there_go_on_or_begin_anew(runs: Path, tmp_path: Path) 
     name = "layers.0.feedforward.groups.text.auxiliary.w_in"
     for fresh in (False, True):
         recipe: Recipe = train_routers.second_stage(runs / "3-fp32_parts", [f"run_dir={tmp_path / str(fresh)}"])
-        first, start = train_routers.begin(runs / "3-fp32_parts", recipe, fresh)
-        assert torch.equal(first[name], trained[name]) is not fresh
-        assert start["row"] == 4 * (3 + STEPS)
-        kept, _ = run_folder.load_initial(recipe.folder)
-        assert all(torch.equal(first[key], kept[key]) for key in first)
+        initial = train_routers.begin(runs / "3-fp32_parts", recipe, fresh)
+        assert torch.equal(initial.weights[name], trained[name]) is not fresh
+        assert initial.position.row == 4 * (3 + STEPS)
+        kept = run_folder.load_initial(recipe.folder).weights
+        assert all(torch.equal(value, kept[key]) for key, value in initial.weights.items())
 
 
 def test_what_is_not_possible_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,9 +257,9 @@ def test_what_is_not_possible_is_refused(runs: Path, tmp_path: Path, capsys: pyt
 
 
 def test_a_frozen_run_needs_a_trained_model(digit_shards: Path, tmp_path: Path) -> None:
-    import pretrain.train
     from pretrain import recipe as recipes
+    from pretrain.pretraining import Pretraining
 
     recipe = recipes.resolve(tiny_recipe(digit_shards, tmp_path / "run", train={"trainable": "auxiliary"}))
     with pytest.raises(UserError, match="no trained model to freeze"):
-        pretrain.train.Run(recipe, open_data(recipe.data, recipe.modalities, 0, log=lambda line: None), {}, "cpu", None)
+        Pretraining(recipe, open_data(recipe.data, recipe.modalities, 0, log=lambda line: None), {}, "cpu", None)

@@ -38,10 +38,11 @@ def test_a_seed_run_grows(digit_shards: Path, tmp_path: Path, capsys: pytest.Cap
     before, after = re.search(r"^eval/topk/loss: (\S+) → (\S+)$", printed, re.MULTILINE).groups()
     ended = [item for item in metrics.read(tmp_path / "seed" / "metrics.jsonl") if "eval/topk/loss" in item][-1]
     assert float(before) == pytest.approx(ended["eval/topk/loss"], abs=1e-4) and before != after
-    initial, position = run_folder.load_initial(tmp_path / "grown")
+    initial = run_folder.load_initial(tmp_path / "grown")
     old, _ = run_folder.load_model(tmp_path / "seed")
     name = "layers.0.feedforward.groups.text.experts.w_in"
-    assert initial[name].shape[0] == 2 and all(copy.equal(old.state_dict()[name][0]) for copy in initial[name])
+    grown_weight = initial.weights[name]
+    assert grown_weight.shape[0] == 2 and all(copy.equal(old.state_dict()[name][0]) for copy in grown_weight)
 
     processes = start([grown], tmp_path / "printed")
     assert processes.wait() == [0], processes.printed()
@@ -50,6 +51,6 @@ def test_a_seed_run_grows(digit_shards: Path, tmp_path: Path, capsys: pytest.Cap
     assert (first["step"], second["step"]) == (1, 2), "the schedule begins anew"
     assert first["loss"] < seed_steps[0]["loss"], "it does not start from its seed"
     state = json.loads((tmp_path / "grown" / "checkpoints" / "step-2" / "trainer.json").read_text())
-    assert state["first_row"] == 16 == position["row"], "the data go on"
+    assert state["first_row"] == 16 == initial.position.row, "the data go on"
     assert main([str(tmp_path / "seed"), str(grown)]) == 2
     assert "is a run that has begun" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pretrain.finetune import answers
 from tools.adapt_sweep.answering import ANSWERING, Unasked
 from tools.adapt_sweep.prompts import Prompts
 from zoo.adapt import Trace
+from zoo.routing.statistics import RoutingStatistics
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def judge(model: nn.Module, prompts: Prompts, metric: str | None = "accuracy") -
     layers = [layer.routing.name for layer in za.routed_layers(model)]
     answering = (Unasked if metric is None else ANSWERING[metric])(model, prompts)
     sums: Counter[str] = Counter()
-    logits = []
+    routing, logits = RoutingStatistics(), []
     for batch in prompts.batches:
         trace = Trace()
         cache = answering.read(batch, trace if layers else None)
@@ -41,9 +42,9 @@ def judge(model: nn.Module, prompts: Prompts, metric: str | None = "accuracy") -
         sums["dense"] += sum(n * za.decoder_flops(model, length).total for length, n in Counter(batch.lengths).items())
         sums["bytes"] += cache.bytes
         sums["dense bytes"] += cache.dense_bytes
-        sums.update({name: float(value) for name, value in answers.routing_sums(trace, layers).items()})
+        routing += answers.routing_sums(trace, layers)
         logits += [decision.logits for decision in trace.decisions.values()]
-    values = answers.routing_values(sums, layers)
+    values = answers.routing_values(routing)
     return {
         **answering.values(),
         "questions": sums["questions"],

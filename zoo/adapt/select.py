@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext
 from zoo.registry import Place
+from zoo.roles import Role
 from zoo.routing.candidates import Candidates
 from zoo.routing.capacity import capacity_count
 from zoo.routing.chooser import ExpertChoice, Threshold
@@ -27,6 +28,8 @@ class ModRouter(LinearScorer, counter_noise=True):
 
     Under softmax there are two scores, skip and keep, as γ-MoD has them; their difference is the logit.
     """
+
+    roles = {"weight": Role.ADDED_ROUTER, "bias": Role.ADDED_ROUTER}
 
     def __init__(self, config: AdaptConfig, d_model: int) -> None:
         softmax = config.gate.activation == "softmax"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo import noise
 from zoo.config import ConfigError
 from zoo.registry import BlockConfig, Place, register
+from zoo.roles import Role
 from zoo.routing.candidates import Candidates
 from zoo.routing.scorer import Scorer
 
@@ -25,6 +26,8 @@ class LinearScorer(Scorer, counter_noise=True):
 
     Sigmoid per expert: a token's weight does not depend on other tokens or experts (MoMa eq. 2).
     """
+
+    roles = {"weight": Role.ROUTER}
 
     class Config(BlockConfig):
         activation: Literal["sigmoid", "raw", "softmax", "tanh"] = "sigmoid"

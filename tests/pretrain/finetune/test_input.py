@@ -22,6 +22,10 @@ from pretrain.finetune import recipe as finetune_recipe
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import read_questions
 from pretrain.finetune.samples import Batcher, Batches, Samples
+from pretrain.finetune.task import FineTuning
+from pretrain.process_group import Ranks
+from pretrain.sums import Sums
+from pretrain.task import Step
 from tests.pretrain.finetune.processors import IMAGE, llava_processor
 from tests.pretrain.finetune.tuning import ADAPT, tuning_recipe, write_base, write_data
 from tests.pretrain.runs import ROOT
@@ -65,7 +69,7 @@ def refused(
     def launched(*arguments: Any) -> None:
         raise AssertionError("the run was launched")
 
-    monkeypatch.setattr(pretrain.finetune.train, "Run", launched)
+    monkeypatch.setattr(pretrain.finetune.train, "FineTuning", launched)
     monkeypatch.setattr(pretrain.finetune.train, "prepare_environment", lambda device: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(folder)
@@ -262,19 +266,20 @@ def test_micro_batches_of_any_size_are_one_step(
     steps = []
     for size in (8, 2, 1):
         batches = [maker.batch(asked[first : first + size], first) for first in range(0, 8, size)]
-        totals = pretrain.finetune.train.Run.counts(run, batches)
-        sums: dict[str, float] = {}
+        step = Step(0, batches, FineTuning.count(run, batches))
+        whole, sums = 0.0, Sums()
         model.zero_grad()
         for batch in batches:
-            loss, reports = pretrain.finetune.train.Run.forward(run, batch, len(batches), totals, True)
-            loss.backward()
-            for name, value in (reports | {"whole": loss}).items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-        steps.append((totals, sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (totals, sums, gradients), *others = steps
-    assert sums["loss"] > 0 and (candidates == "image" and texts == 1) == (totals[2] == 0 == sums["auxiliary"])
+            forward = FineTuning.forward(run, batch, step, True)
+            forward.loss.backward()
+            whole, sums = whole + float(forward.loss.detach()), sums + forward.sums
+        totals = sums.over(Ranks(), "cpu")
+        found = [whole, totals.loss, totals.auxiliary, *totals.routing.flat().tolist()]
+        steps.append((step.counts, found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (counts, (_, loss, auxiliary, *_), gradients), *others = steps
+    assert loss > 0 and (candidates == "image" and texts == 1) == (counts.candidates == 0 == auxiliary)
     for counted, found, theirs in others:
-        assert counted == totals and found == pytest.approx(sums, rel=1e-6)
+        assert counted == counts and found == pytest.approx(steps[0][1], rel=1e-6)
         for name, gradient in gradients.items():
             torch.testing.assert_close(theirs[name], gradient, rtol=0, atol=1e-6, msg=name)
 

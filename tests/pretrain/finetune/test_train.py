@@ -47,22 +47,22 @@ def tune(folder: Path, name: str, *signals: tuple[int, int, int], **changes: Any
     import pretrain.finetune.train
 
     rank = int(os.environ["RANK"])
-    taken = pretrain.finetune.train.Run.batches
+    taken = pretrain.finetune.train.FineTuning.batches
 
-    def batches(self: Any, step: int) -> Any:
+    def batches(self: Any, state: Any) -> Any:
         for when, whose, number in signals:
-            if (step, rank) == (when, whose):
+            if (state.step, rank) == (when, whose):
                 os.kill(os.getpid(), number)
-        return taken(self, step)
+        return taken(self, state)
 
     recipe = tuning_recipe(folder / "base", folder / changes.pop("data", "mixed"), folder / name, **changes)
     path = folder / f"{name}-{rank}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    pretrain.finetune.train.Run.batches = batches  # type: ignore[method-assign]
+    pretrain.finetune.train.FineTuning.batches = batches  # type: ignore[method-assign]
     try:
         return pretrain.finetune.train.main([str(path)])
     finally:
-        pretrain.finetune.train.Run.batches = taken  # type: ignore[method-assign]
+        pretrain.finetune.train.FineTuning.batches = taken  # type: ignore[method-assign]
 
 
 def two_ranks(folder: Path) -> list[int]:

@@ -1,0 +1,253 @@
+"""Pretraining: packed rows of text and images, an objective, losses by modality; see `Pretraining`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zoo
+from pretrain import run_folder
+from pretrain.data import Batch, Data, micro_batches
+from pretrain.describe import blueprint
+from pretrain.engine import Engine, Gather
+from pretrain.evaluate import StepCounts, count_batches, evaluate, validation_loss
+from pretrain.optim import AUXILIARY_SCALE, freeze_main
+from pretrain.progress import Progress
+from pretrain.recipe import Recipe
+from pretrain.run_folder import Initial
+from pretrain.sums import Sums, Totals
+from pretrain.task import Forward, State, Step, Task
+from pretrain.updates import Updates
+from zoo.auxiliary import AuxiliaryRouter
+from zoo.config import UserError
+from zoo.context import Trace
+from zoo.flops import TRAINING_FACTOR
+from zoo.model import load_weights
+from zoo.objectives.autoregressive import Z_LOSS
+
+
+def auxiliary_routers(model: torch.nn.Module) -> dict[str, AuxiliaryRouter]:
+    """All of them, by their dotted names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryRouter)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PretrainingState(State):
+    """Where a pretraining stands."""
+
+    first_row: int
+    """Global row at which the data of the run begin."""
+
+
+class Pretraining(Task[Batch, StepCounts, PretrainingState]):
+    """One pretraining run.
+
+    Args:
+        config: the dictionary that DeepSpeed gets.
+        device: "cpu" or "cuda".
+        initial: first weights and the position at which the data begin; None to start from the seed.
+    Raises:
+        UserError: only routers are to be trained, and there is no trained model.
+    """
+
+    recipe: Recipe
+
+    def __init__(
+        self, recipe: Recipe, data: Data, config: Mapping[str, Any], device: str, initial: Initial | None
+    ) -> None:
+        self.recipe, self.data = recipe, data
+        self.frozen = recipe.train.trainable == "auxiliary"
+        if self.frozen and initial is None:
+            raise UserError(
+                "train.trainable: auxiliary; there is no trained model to freeze, a run from its seed has random "
+                "weights: start from a trained run with python -m tools.train_routers RUN"
+            )
+        self.position = None if initial is None else initial.position
+
+        def initialise(model: torch.nn.Module, seed: int, gather: Gather) -> None:
+            zoo.initialise(model, seed, gather)
+            if initial is not None:
+                load_weights(model, initial.weights, gather)
+
+        self.blueprint = blueprint(recipe)
+        self.engine = Engine(
+            build_model=self._build,
+            initialise_model=initialise,
+            config=config,
+            optimizer=recipe.optimizer,
+            seed=recipe.seed,
+            device=device,
+        )
+        self.updates = Updates(self.engine.module, self.engine.device, self.engine.ranks.sum)
+        self.objective = zoo.build(
+            "objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.blueprint.modalities
+        )
+        self.cost = self.blueprint.cost(recipe.data.sequence_length)
+
+    def _build(self) -> zoo.Model:
+        recipe, checkpointing = self.recipe, self.recipe.train.activation_checkpointing
+        model = zoo.build(
+            "model", recipe.model, kernels=recipe.kernels, activation_checkpointing=checkpointing, seed=None
+        )
+        if self.frozen:
+            freeze_main(model)
+        return model
+
+    # ------------------------------------------------------------------------------------------------- a run's begin
+
+    def new_state(self) -> PretrainingState:
+        # an upcycled run takes up the data where the old run stopped
+        goes_on = self.position is not None and self.position.data == self.data.fingerprint
+        return PretrainingState(data=self.data.fingerprint, first_row=self.position.row if goes_on else 0)
+
+    def take_up(self, state: PretrainingState) -> None:
+        for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type):
+            if self.engine.ranks.first:
+                print(f"kernels: {choice.operation} runs on {choice.backend}: {choice.reason}", flush=True)
+
+    def training_mode(self) -> None:
+        self.engine.train()
+        if self.frozen:  # the finished model as it will be used: no dropout, no noise, nothing that is fitted moves
+            self.engine.module.module.eval()
+
+    def begin(self) -> None:
+        # routers learn the odds of being chosen; a threshold is set once they have
+        for router in auxiliary_routers(self.engine.module.module).values():
+            router.threshold = torch.zeros_like(router.threshold)
+
+    # ------------------------------------------------------------------------------------------------------ one step
+
+    def batches(self, state: PretrainingState) -> list[Batch]:
+        train, ranks = self.recipe.train, self.engine.ranks
+        first = state.first_row + state.step * train.global_batch
+        return micro_batches(
+            self.data.train,
+            first,
+            train.global_batch,
+            train.micro_batch,
+            ranks.rank,
+            ranks.world,
+            state.step,
+            self.recipe.seed,
+        )
+
+    def count(self, batches: Sequence[Batch]) -> StepCounts:
+        return count_batches(self.objective, self.blueprint.modalities, batches)
+
+    def forward(self, batch: Batch, step: Step[Batch, StepCounts], reporting: bool) -> Forward:
+        trace, counts = Trace(), step.counts
+        batch = Batch(batch.tokens, batch.context.replace(trace=trace)).to(self.engine.device)
+        parts = {name: total for name, (total, _) in self.objective(self.engine.module, batch).items()}
+        loss = main = self.objective.combine(parts, counts.targets_by_name(self.blueprint.modalities))
+        balance = auxiliary = None
+        if trace.penalties:  # their mean over micro-batches and ranks
+            penalties = torch.stack(list(trace.penalties.values())).sum()
+            balance = penalties / (len(step.batches) * self.engine.ranks.world)
+            loss = main + balance
+        if trace.losses:
+            auxiliary = sum(total for total, _ in trace.losses.values()) / max(sum(counts.tokens), 1)
+            loss = auxiliary if self.frozen else loss + AUXILIARY_SCALE * auxiliary
+        self.updates.add(trace.updates)
+        return Forward(loss, Sums(main, parts, auxiliary, balance, trace.statistics) if reporting else Sums())
+
+    def applied(self, step: int, applied: bool) -> None:
+        self.updates.apply(step, applied)
+
+    def account(self, state: PretrainingState, counts: StepCounts) -> None:
+        state.tokens += sum(counts.tokens)
+        cost, main = self.cost, 1.0 if self.frozen else TRAINING_FACTOR  # a frozen model runs forward alone
+        state.flops += sum(
+            n * (main * (cost.flops[m] + cost.router[m]) + TRAINING_FACTOR * cost.auxiliary[m])
+            for m, n in enumerate(counts.tokens)
+        )
+
+    # -------------------------------------------------------------------------------------------------------- reports
+
+    def report(self, state: PretrainingState, totals: Totals, counts: StepCounts) -> dict[str, float]:
+        return step_values(totals, counts.targets_by_name(self.blueprint.modalities))
+
+    def line(self, step: int, report: Mapping[str, float], progress: Progress) -> str:
+        routers = f"  routers {report['auxiliary/accuracy']:.1%} right" if self.frozen else ""
+        return progress.line(step, report, self.blueprint.modalities) + routers
+
+    def evaluate(self) -> dict[str, float] | None:
+        if self.data.validation is None:
+            return None
+        values = evaluate(
+            self.engine.module,
+            self.blueprint,
+            self.objective,
+            self.data.validation,
+            self.recipe.evaluate.rows,
+            self.recipe.train.micro_batch,
+            self.engine.ranks,
+            self.engine.device,
+        )
+        # the loss of the best constant guess: what any model must beat
+        return values | {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
+
+    def shown(self, key: str) -> bool:
+        return "flops" not in key and (key.count("/") < 3 or "auxiliary" not in key)
+
+    def judge(self, values: Mapping[str, float]) -> float:
+        return validation_loss(values)
+
+    # ------------------------------------------------------------------------------------------------------- the end
+
+    def finish(self, state: PretrainingState) -> None:
+        """Set the thresholds of the auxiliary routers on training rows not seen yet."""
+        if not self.recipe.train.calibrate_rows:
+            return
+        weights = self.engine.full_state_dict()
+        found = self._calibrated(weights, state.first_row) if self.engine.ranks.first else None
+        found = self.engine.ranks.broadcast(found)
+        for name, router in auxiliary_routers(self.engine.module.module).items():
+            router.threshold = torch.tensor(found[name])
+
+    def _calibrated(self, weights: dict[str, Tensor], first_row: int) -> dict[str, Any]:
+        """Thresholds by router, found on a whole copy of the model, whatever the ZeRO stage."""
+        recipe, train, device = self.recipe, self.recipe.train, self.engine.device
+        model = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
+        model.load_state_dict(weights)
+        model.to(device, self.engine.dtype)
+        rows = -(-train.calibrate_rows // train.micro_batch) * train.micro_batch
+        first = first_row + train.steps * train.global_batch
+        batches = micro_batches(self.data.train, first, rows, train.micro_batch, 0, 1, train.steps, recipe.seed)
+        shares = zoo.calibrate(model, [(b.tokens, b.context) for b in (b.to(device) for b in batches)])
+        off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
+        print(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True)
+        return {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
+
+    def export(self, weights: dict[str, Tensor]) -> None:
+        run_folder.save_model(self.recipe.folder, weights | self._frozen_weights())
+
+    def _frozen_weights(self) -> dict[str, Tensor]:
+        """Those that did not train, in the precision they came in; an engine in bf16 has rounded its own."""
+        initial = run_folder.load_initial(self.recipe.folder) if self.frozen else None
+        frozen = {name for name, p in self.engine.module.module.named_parameters() if not p.requires_grad}
+        return {} if initial is None else {name: value for name, value in initial.weights.items() if name in frozen}
+
+
+def step_values(totals: Totals, targets: Mapping[str, int]) -> dict[str, float]:
+    """What a log step says of losses and routers.
+
+    Args:
+        totals: of the step, with a `loss`.
+        targets: tokens predicted of each modality over the whole step.
+    """
+    assert totals.loss is not None
+    values = {"loss": totals.loss} | {f"loss/{name}": totals.parts[name] / n for name, n in targets.items() if n}
+    if Z_LOSS in totals.parts:
+        values["loss/z"] = totals.parts[Z_LOSS] / max(sum(targets.values()), 1)
+    if totals.auxiliary is not None:
+        values["auxiliary/loss"] = totals.auxiliary
+        values |= {f"auxiliary/{key}": value for key, value in totals.routing.all_hits().rates().items()}
+    if totals.balance is not None:
+        values["balance/loss"] = totals.balance
+    for block, load in totals.routing.expert_loads.items():
+        values |= {f"load/{block}/{key}": value for key, value in load.balance().items()}
+    return values

@@ -1,0 +1,57 @@
+"""Counts and sums: added over micro-batches, flattened in a fixed order and put together again over ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pretrain.process_group import Ranks
+from pretrain.sums import Counts, Sums
+from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Fruit(Counts):
+    apples: int
+    pears: tuple[int, ...]
+    plums: int
+
+
+class Twice(Ranks):
+    """Two ranks that hold the same."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.mul_(2)
+
+
+def test_counts_become_numbers_and_counts_again() -> None:
+    fruit = Fruit(1, (2, 3), 2**53 + 1)
+    assert fruit.numbers() == [1, 2, 3, 2**53 + 1]
+    assert fruit.of(fruit.numbers()) == fruit
+    assert fruit.over(Twice(), "cpu") == Fruit(2, (4, 6), 2**54 + 2)
+
+
+def sums(scale: float, image_first: bool = False) -> Sums:
+    parts = {"text": torch.tensor(1.0 * scale), "image": torch.tensor(10.0 * scale)}
+    hits, loads = {"b": RouterHits(4, 3, 2, 1)}, {"a": Load(1, 2)}
+    routing = RoutingStatistics(hits, loads, {"c": ExpertLoad((5, 6))})
+    parts = dict(reversed(parts.items())) if image_first else parts
+    loss = torch.tensor(0.5 * scale, requires_grad=True)
+    return Sums(loss, parts, balance=torch.tensor(0.1 * scale), routing=routing)
+
+
+@pytest.mark.parametrize("image_first", [False, True])
+def test_sums_over_micro_batches_and_ranks(image_first: bool) -> None:
+    total = Sums() + sums(1.0) + sums(2.0, image_first)
+    assert total.loss is not None and not total.loss.requires_grad
+    found = total.over(Twice(), "cpu")
+    assert found.parts == {"text": 6.0, "image": 60.0} and found.loss == 3.0 and found.auxiliary is None
+    assert found.balance == pytest.approx(0.6)
+    assert found.routing.hits == {"b": RouterHits(16, 12, 8, 4)}
+    assert found.routing.loads == {"a": Load(4, 8)} and found.routing.expert_loads == {"c": ExpertLoad((20, 24))}
+
+
+def test_nothing_sums_to_nothing() -> None:
+    assert Sums().over(Ranks(), "cpu").loss is None
