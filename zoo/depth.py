@@ -27,7 +27,7 @@ from torch import Tensor
 from zoo import noise
 from zoo.auxiliary import AuxiliaryRouter, RoutedBlock, train_auxiliary
 from zoo.config import ConfigError
-from zoo.context import TokenContext
+from zoo.context import Kept, TokenContext
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routing.candidates import Candidates
@@ -65,7 +65,7 @@ class Passed:
 
     selection: TokenSelection
     context: TokenContext
-    """Of the tokens that pass, without the trace that keeps this decision."""
+    """Of the tokens that pass, without a trace: the trace keeps this decision, and a cycle would outlive the step."""
 
 
 @register("depth", "mod")
@@ -203,21 +203,21 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             ranking, logits: (n, 1).
             pools: the candidates of each pool.
         """
-        counts = None
+        left = None
         if self.decided_by_auxiliary(context):
             taken = Threshold().mask(logits.detach(), candidates)[:, 0]
         else:
             parts = zip(self.pools, pools, ranking.split([pool.index.shape[0] for pool in pools]), strict=True)
             best = [ExpertChoice(self._capacity(pool, context)).mask(part, members) for pool, members, part in parts]
             taken = torch.cat(best)[:, 0]
-            counts = self._static_counts(context)
+            left = self._static_counts(context)
         # everybody but padding and the candidates that were not taken
         kept = context.valid.reshape(-1).index_copy(0, candidates.index, taken).view(context.shape)
-        if counts is None:
-            counts = context.kept_counts(kept)
+        if left is None:
+            left = context.kept(kept)
         # the block runs even when nothing is kept: every rank uses every parameter
-        selection = TokenSelection.of_rows(taken, kept, tuple(map(sum, counts)), least=1)
-        return Passed(selection, context.replace(trace=None).select(selection.index, selection.valid, counts))
+        selection = TokenSelection.of_rows(taken, kept, left.row_counts, least=1)
+        return Passed(selection, context.replace(trace=None).select(selection.index, selection.valid, left))
 
     def _capacity(self, pool: DepthPool, context: TokenContext) -> Fraction:
         """Capacity of a pool at the context's step."""
@@ -225,7 +225,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             return pool.capacity
         return self.over_steps.capacity(context.step, pool.capacity)
 
-    def _static_counts(self, context: TokenContext) -> tuple[tuple[int, ...], ...] | None:
+    def _static_counts(self, context: TokenContext) -> Kept | None:
         """Tokens that top-k keeps of each row and modality, where that does not depend on the data: every modality has
         a capacity of its own, and the scope is a row."""
         if self.blind or (self.scope != "row" and context.shape[0] > 1):
@@ -233,7 +233,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         capacities = [Fraction(1)] * self.modalities
         for pool in self.pools:
             capacities[pool.modality] = self._capacity(pool, context)
-        return tuple(tuple(map(capacity_count, row, capacities)) for row in context.counts)
+        return Kept(tuple(tuple(map(capacity_count, row, capacities)) for row in context.counts))
 
     def _report(
         self,
