@@ -155,7 +155,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
         seen = None if batch.filler and not batch.candidates else trace
         auxiliary = main.new_zeros(())
         if seen is not None and seen.losses:
-            auxiliary = sum(total for total, _ in seen.losses.values()) / max(counts.candidates, 1)
+            auxiliary = sum((total for total, _ in seen.losses.values()), auxiliary) / max(counts.candidates, 1)
             loss = main + self.weight * auxiliary
         if not reporting:
             return Forward(loss, Sums())
