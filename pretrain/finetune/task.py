@@ -216,7 +216,7 @@ def _plan(base: Any) -> str:
     """Which layers are routed, and what to know about it."""
     routed = za.routed_layers(base.blueprint)
     depth = len(parts(base.blueprint).layers)
-    kept = ", ".join(f"{layer.routing.layer}: {float(layer.routing.keep):.2f}" for layer in routed)
+    kept = ", ".join(f"{layer.routing.layer}: {float(layer.routing.capacity):.2f}" for layer in routed)
     last = routed[-1].routing.layer == depth - 1
     note = "; the last layer is routed too, its router gets next to no gradient from the language loss" if last else ""
     return f"{len(routed)} of {depth} layers are routed and keep of their candidates {kept}{note}"
