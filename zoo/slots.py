@@ -37,9 +37,20 @@ class Part(ParameterOwner):
     without help. Otherwise activation checkpointing saves torch's random state and restores it before the recomputation.
     Every class says so for itself, `class Mine(Mixer, counter_noise=True)`; a subclass does not inherit it."""
 
+    name: str = ""
+    """Dotted name in the model. A part that tells the trace something, or has an `update`, sets it to its place's."""
+
     def __init_subclass__(cls, counter_noise: bool = False, **rest: Any) -> None:
         super().__init_subclass__(**rest)
         cls.counter_noise = counter_noise
+
+    def update(self, statistics: Mapping[str, Tensor], step: int) -> None:
+        """Renew state that no gradient trains (buffers), once an optimizer step; as default there is none.
+
+        Args:
+            statistics: sums over all micro-batches and ranks of what `forward` put into `Trace.updates` under `name`.
+            step: number of the step, from 0.
+        """
 
 
 class Component(Part):
