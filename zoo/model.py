@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -101,16 +102,20 @@ class Model(nn.Module):
             x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
-            for layer in self.layers:
+            for layer in self._components:
                 x = _recomputed(layer, x, context)
         else:
             for i, layer in enumerate(self.layers):
                 x = layer(x, context, None if states is None else states[i])
         return self.head(self.norm(x))
 
-    def init_state(self, rows: int, length: int) -> list[State]:
+    @property
+    def _components(self) -> Iterable[Component]:
+        return cast(Iterable[Component], self.layers)
+
+    def init_state(self, rows: int, length: int) -> list[State | None]:
         """Decoding states of all layers, for `rows` rows of at most `length` tokens."""
-        return [layer.init_state(rows, length, self.norm.weight) for layer in self.layers]
+        return [layer.init_state(rows, length, self.norm.weight) for layer in self._components]
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Cost a token at sequence length `length`. Embedding and head count whole as active.
@@ -120,7 +125,7 @@ class Model(nn.Module):
         """
         unmultiplied = self.embedding.weight.numel() + self.norm.weight.numel()
         ends = Cost.matmul(self.head.weight.numel()) + Cost.of(active=unmultiplied)
-        whole = ends + Cost.total(layer.cost(length, load) for layer in self.layers)
+        whole = ends + Cost.total(layer.cost(length, load) for layer in self._components)
         return whole.expand(len(self.modalities))
 
 
