@@ -27,7 +27,7 @@ class Begun:
     data: Data
     """Of the new run."""
     row: int
-    """Global row at which its data go on."""
+    """Global row at which its data begin: where those of the old run stopped, if they are the same."""
     copied: int
     """How many weights come from the old model."""
     fresh: int
@@ -50,7 +50,8 @@ def begin(old_run: Path, recipe: Recipe) -> Begun:
     new.load_state_dict(made.weights)
     copied = sum(made.weights[name].numel() for name in made.origin)
     total = sum(value.numel() for value in made.weights.values())
-    return Begun(old, new.eval(), data, start.row, copied, total - copied)
+    row = start.row if start.data == data.fingerprint else 0
+    return Begun(old, new.eval(), data, row, copied, total - copied)
 
 
 def check_ids(old_run: Path, old_recipe: Recipe, start: DataPosition, data: Data) -> None:

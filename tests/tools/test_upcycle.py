@@ -27,7 +27,9 @@ def layers(text: int, image: int) -> list[dict]:
 def run(folder: Path, data: Path, name: str, model_layers: list[dict], **changes: Any) -> Path:
     """A recipe file `name` whose run folder has the same name."""
     model = {**tiny_recipe(data, folder)["model"], "layers": model_layers}
-    return write_recipe(folder / f"{name}_recipe", data, folder / name, **{"model": model, "train": {"steps": 1}, **changes})
+    return write_recipe(
+        folder / f"{name}_recipe", data, folder / name, **{"model": model, "train": {"steps": 1}, **changes}
+    )
 
 
 def test_a_seed_run_grows(digit_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,8 +102,9 @@ def test_other_tokenizers_of_equal_size_are_refused(
     assert main([*command, f"modalities.image.path={files / 'image.safetensors'}"]) == 0
     initial = run_folder.load_initial(tmp_path / "grown")
     assert initial is not None and initial.position.data == run_folder.position(tmp_path / "seed").data
+    assert "data begin at row 0" in capsys.readouterr().out
 
-    again = run(tmp_path, other, "again", layers(2, 2), name="again")
+    again = run(tmp_path, other, "again", layers(2, 2))
     text = (tmp_path / "seed" / "recipe.yaml").read_text().replace(str(digit_shards), str(tmp_path / "gone"))
     (tmp_path / "seed" / "recipe.yaml").write_text(text)
     assert main([str(tmp_path / "seed"), str(again), "--rows", "0"]) == 2
