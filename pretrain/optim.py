@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ import pydantic
 import torch
 
 from zoo.config import Config
+from zoo.roles import Role, parameter_roles
 
 AUXILIARY_SCALE = 2.0**-16
 """Factor on the loss of the auxiliary (causal) routers *and* on Adam's epsilon of their group.
@@ -21,8 +21,17 @@ power of two makes that exact. In the global gradient norm such gradients vanish
 frozen model, are not scaled.
 """
 
-_ADAM_NAMES = re.compile(r"embed|(^|\.)(lm_head|head|unembedding)(\.|$)|router", re.IGNORECASE)
-_NO_DECAY_NAMES = re.compile(r"(^|[._])(A_log|D)$|embed|norm\.weight$|(^|\.)mod_router\.", re.IGNORECASE)
+DECAYED = {
+    Role.MATRIX,
+    Role.MODALITY_MATRIX,
+    Role.EXPERT_MATRIX,
+    Role.CONVOLUTION,
+    Role.HEAD,
+    Role.ROUTER,
+}
+"""What weight decay acts on. Not on vectors, gains of norms, and the decay and skip of a recurrence; not on routers added
+to a pretrained model, whose few weights it would flatten beside those; not on embeddings, whose rows it would shrink in
+proportion to how rarely a token is seen."""
 
 
 class OptimizerConfig(Config):
@@ -99,31 +108,26 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) 
     return schedule.final_fraction + (1 - schedule.final_fraction) * fall
 
 
-def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Shape of the whole parameter; under ZeRO-3 its own `shape` is that of an empty placeholder."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def group_of(name: str, shape: tuple[int, ...]) -> str:
-    """`"auxiliary"`, `"no_decay"` or `"decay"` for the parameter with this dotted name.
+def group_of(role: Role, muon: bool = False) -> str:
+    """The group of a parameter: `"auxiliary"`, `"no_decay"` or `"decay"`; under Muon `"muon"` for a single hidden matrix.
 
-    Not decayed: vectors (norms, biases), norms that have a gain for each modality, Mamba's A_log and D, the routers of
-    adapted models (beside pretrained weights a decay would flatten their few), and embeddings, whose rows a decay would
-    shrink in proportion to how rarely a token is seen. Stacked expert weights (E, D, F) are
-    matrices: decayed.
+    Stacked 3-D weights stay with Adam (DeepSpeed's bf16 optimizer refuses them), as do embeddings, heads and routers.
     """
-    if "auxiliary" in name:
+    if role is Role.AUXILIARY:
         return "auxiliary"
-    return "no_decay" if len(shape) < 2 or _NO_DECAY_NAMES.search(name) else "decay"
+    if muon and role is Role.MATRIX:
+        return "muon"
+    return "decay" if role in DECAYED else "no_decay"
 
 
-def uses_muon(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether Muon may have this parameter: a single hidden matrix.
-
-    Stacked 3-D weights stay with Adam (DeepSpeed's bf16 optimizer refuses them), as do embeddings, heads,
-    routers and everything that is not decayed.
-    """
-    return len(shape) == 2 and group_of(name, shape) == "decay" and not _ADAM_NAMES.search(name)
+def roles(model: torch.nn.Module) -> dict[str, Role]:
+    """The role of every parameter by name, also where parameters are partitioned."""
+    return parameter_roles(model, full_shape)
 
 
 def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -135,10 +139,9 @@ def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[di
     """
     members: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": [], "auxiliary": [], "muon": []}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    role = roles(model)
     for name, parameter in trainable:
-        shape = full_shape(parameter)
-        muon = config.type == "muon" and uses_muon(name, shape)
-        members["muon" if muon else group_of(name, shape)].append(parameter)
+        members[group_of(role[name], muon=config.type == "muon")].append(parameter)
 
     alone = not any(params for name, params in members.items() if name != "auxiliary")
     groups = [_settings(name, config, alone) | {"params": params} for name, params in members.items() if params]
@@ -150,8 +153,9 @@ def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[di
 
 def freeze_main(model: torch.nn.Module) -> None:
     """Leave the auxiliary routers the only parameters of `model` that train."""
+    role = roles(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(group_of(name, full_shape(parameter)) == "auxiliary")
+        parameter.requires_grad_(role[name] is Role.AUXILIARY)
 
 
 def _settings(name: str, config: OptimizerConfig, alone: bool) -> dict[str, Any]:

@@ -201,8 +201,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> Path:
     """Bars of rank_over_length with standard errors over samples; chosen layers in colour, the threshold as a line."""
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     layers, settings = result["layers"], result["settings"]
     figure = Figure(figsize=(max(5.0, 0.3 * len(layers) + 2), 3.5), layout="constrained")
@@ -210,13 +212,13 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     colors = ["C1" if layer["chosen"] else "0.7" for layer in layers]
     heights = [layer["rank_over_length"] for layer in layers]
     axes.bar(range(len(layers)), heights, color=colors, yerr=[layer["stderr"] or 0.0 for layer in layers], capsize=2)
-    legend = [Patch(color="C1", label="routed"), Patch(color="0.7", label="dense")]
+    legend: list[Artist] = [Patch(color="C1", label="routed"), Patch(color="0.7", label="dense")]
     threshold = settings["proposal"].get("threshold")
     if threshold is not None:
         legend.append(axes.axhline(threshold, color="C3", linestyle="--", label=f"threshold {threshold:g}"))
     title = f"{Path(settings['model']).name}, {settings['samples']} samples, rtol {settings['rtol']:g}"
     axes.set(xlabel="layer", ylabel="rank / length", title=title, xlim=(-0.6, len(layers) - 0.4))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(handles=legend)
     figure.savefig(path, dpi=120)
     return path

@@ -89,7 +89,10 @@ def show(options: argparse.Namespace) -> list[Path]:
     ratios[loads[:, 1] == 0] = 0.0
     for layer, ratio in enumerate(ratios):
         print(f"layer {layer:3}  skips {ratio:6.1%}" if loads[layer, 1] else f"layer {layer:3}  dense")
-    return [*written, draw_ratios(ratios, f"{Path(options.model).name}, {len(questions)} samples", options.out)]
+    return [
+        *written,
+        draw_ratios(ratios.tolist(), f"{Path(options.model).name}, {len(questions)} samples", options.out),
+    ]
 
 
 def open_adapted(folder: Path, base: str | None, device: str) -> tuple[Any, Any]:
@@ -204,12 +207,13 @@ def draw(picture: Picture, path: Path) -> Path:
 def draw_ratios(ratios: Sequence[float], title: str, folder: Path) -> Path:
     """Bars: the share of candidates that each layer skips; dense layers skip none."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(max(5.0, 0.3 * len(ratios) + 2), 3.2), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(ratios)), ratios)
     axes.set(xlabel="layer", ylabel="share of image tokens skipped", ylim=(0, 1), title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     path = folder / "skip_ratio.png"
     figure.savefig(path, dpi=120)
     return path

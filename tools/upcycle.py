@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def losses(model: zoo.Model, recipe: recipes.Recipe, rows: int) -> dict[str, float]:
-    """Losses of `pretrain.evaluate.evaluate` on the first `rows` held-out rows."""
+    """Losses of `pretrain.evaluate.evaluate` on the first `rows` held-out rows, of data that have some."""
     data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None)
+    assert data.validation is not None
     objective = zoo.build("objective", recipe.objective, d_model=recipe.model.d_model, modalities=model.modalities)
     values = evaluate(model, model, objective, data.validation, rows, recipe.train.micro_batch)
     return {name: value for name, value in values.items() if "/loss" in name}

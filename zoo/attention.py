@@ -67,8 +67,8 @@ class Attention(Mixer, counter_noise=True):
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim, self.theta = config.width(place), config.rope_theta
         inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.grouping = Grouping.of(place.modalities, config.towers) if config.untied else None
-        groups = {name: self.grouping.count for name in config.untied} if self.grouping else {}
+        self.grouping = Grouping.of(place.modalities, config.towers, untied=bool(config.untied))
+        groups = dict.fromkeys(config.untied, self.grouping.count)
         self.q_proj = ModalityLinear(place.d_model, inner, groups.get("q_proj", 1))
         self.k_proj = ModalityLinear(place.d_model, kv, groups.get("k_proj", 1))
         self.v_proj = ModalityLinear(place.d_model, kv, groups.get("v_proj", 1))
@@ -84,16 +84,13 @@ class Attention(Mixer, counter_noise=True):
 
         With `state` the tokens continue what it has seen; an item is fed whole, see `AttentionState`.
         """
-        rows, columns, _ = x.shape
-        sizes = self.grouping.sizes(context) if self.grouping else ()
-        tokens = self.grouping.split(x, context) if self.grouping else x
+        sizes, tokens = self.grouping.sizes(context), self.grouping.split(x, context)
         query = self._heads(self.q_proj(tokens, sizes), self.heads)
         key = self._heads(self.k_proj(tokens, sizes), self.kv_heads)
         value = self._heads(self.v_proj(tokens, sizes), self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query, sizes), self.k_norm(key, sizes)
-        if self.grouping:
-            query, key, value = (self.grouping.merge(part, context) for part in (query, key, value))
+        query, key, value = (self.grouping.unsort(part, context) for part in (query, key, value))
         kernel = kernels.choose("attention", self.asked, x.device.type).module
         tables = rotary_tables(context, self.head_dim, self.theta, x.dtype)
         query, key = rotate(query, tables), rotate(key, tables)
@@ -102,11 +99,8 @@ class Attention(Mixer, counter_noise=True):
         else:
             key, value, mask = state.append(key, value, context)
             mixed = kernel.masked_attention(query, key, value, mask)
-        mixed = mixed.reshape(rows, columns, -1)
-        if self.grouping:
-            return self.grouping.merge(self.o_proj(self.grouping.split(mixed, context), sizes), context)
-        y = self.o_proj(mixed, sizes)
-        return y.masked_fill(~context.valid.unsqueeze(-1), 0.0) if context.padded else y
+        mixed = self.grouping.split(mixed.flatten(2), context)
+        return self.grouping.merge(self.o_proj(mixed, sizes), context)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         """(…, H·K) → (…, H, K)."""

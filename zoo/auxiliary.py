@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from zoo.context import TokenContext
 from zoo.registry import Place
+from zoo.roles import ParameterOwner, Role
 from zoo.routing.statistics import RouterHits
 
 
-class AuxiliaryRouter(nn.Module):
+class AuxiliaryRouter(ParameterOwner):
     """SiLU(x W₁) W₂ with W₁ (D, D/2): predicts, from one token alone, what the top-k of the scope decides (MoMa §2.4).
 
     Its input is detached: training it never moves the main model. Its logits are relative to a threshold, 0 at first,
@@ -27,6 +28,8 @@ class AuxiliaryRouter(nn.Module):
         names: of the groups of tokens with a threshold of their own, as the block calls them in the trace; default:
             `<block>` alone.
     """
+
+    roles = {"w_in": Role.AUXILIARY, "w_out": Role.AUXILIARY}
 
     def __init__(self, place: Place, outputs: int, names: Sequence[str] | None = None) -> None:
         super().__init__()

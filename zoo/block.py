@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo import noise
 from zoo.config import Config
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.layers import RMSNorm
 from zoo.registry import DepthSlot, FeedForwardSlot, MixerSlot, Place
 from zoo.slots import Branch, Component
 from zoo.states import State
-from zoo.untied import BlockNorm, Grouping, Towers, check_towers
+from zoo.untied import Grouping, Towers, check_towers
 
 
 class LayerConfig(Config):
@@ -76,14 +77,14 @@ class Block(Component, counter_noise=True):
         super().__init__()
         self.name, self.post, self.dropout = place.name, config.norm == "post", config.dropout
         self.mixer = config.mixer.block(config.mixer, place.child("mixer", norm=config.norm))
-        grouping = Grouping.of(place.modalities, config.towers) if config.untied_norms else None
-        self.mixer_norm = self._norm_for(self.mixer, place, grouping)
+        self.norm_grouping = Grouping.of(place.modalities, config.towers, untied=config.untied_norms)
+        self.mixer_norm = self._norm_for(self.mixer, place)
         self.feedforward = self.feedforward_norm = None
         if config.feedforward is not None:
             self.feedforward = config.feedforward.block(
-                config.feedforward, place.child("feedforward", norm=config.norm, norm_grouping=grouping)
+                config.feedforward, place.child("feedforward", norm=config.norm, norm_grouping=self.norm_grouping)
             )
-            self.feedforward_norm = self._norm_for(self.feedforward, place, grouping)
+            self.feedforward_norm = self._norm_for(self.feedforward, place)
 
     def forward(self, x: Tensor, context: TokenContext, state: State | None = None) -> Tensor:
         """(B, T, D) → (B, T, D), residual included."""
@@ -94,19 +95,19 @@ class Block(Component, counter_noise=True):
         return x
 
     def _branch(
-        self, x: Tensor, part: Branch, norm: nn.Module | None, slot: str, context: TokenContext, state: State | None
+        self, x: Tensor, part: Branch, norm: RMSNorm | None, slot: str, context: TokenContext, state: State | None
     ) -> Tensor:
-        y = part(x if self.post or norm is None else norm(x, context), context, state)
+        group = self.norm_grouping.group_of_token(context)
+        y = part(x if self.post or norm is None else norm(x, group), context, state)
         if self.post and norm is not None:
-            y = norm(y, context)
+            y = norm(y, group)
         if self.training and self.dropout:
             y = noise.dropout(y, self.dropout, context.key, noise.salt(f"{self.name}.{slot}", context.step))
         return y
 
-    @staticmethod
-    def _norm_for(part: Branch, place: Place, grouping: Grouping | None) -> nn.Module | None:
+    def _norm_for(self, part: Branch, place: Place) -> RMSNorm | None:
         """Parts that normalise inside themselves (experts gated outside a post-norm) need none here."""
-        return None if part.owns_norm else BlockNorm(place.d_model, grouping)
+        return None if part.owns_norm else RMSNorm(place.d_model, self.norm_grouping.count)
 
     def init_state(self, rows: int, length: int, like: Tensor) -> State | None:
         """The mixer's, and the feed-forward's where that has one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -11,6 +11,32 @@ import zoo.kernels
 from zoo.config import Config, ConfigError
 from zoo.model import Model, ModelConfig, initialise
 from zoo.registry import SLOTS, Place, parse_block
+
+
+@overload
+def build(
+    slot: Literal["model"],
+    config: Mapping[str, Any] | Config,
+    *,
+    kernels: Mapping[str, str] | None = None,
+    activation_checkpointing: bool = False,
+    seed: int | None = 0,
+) -> Model: ...
+
+
+@overload
+def build(
+    slot: str,
+    config: Mapping[str, Any] | Config,
+    *,
+    d_model: int = 0,
+    modalities: tuple[str, ...] = ("text", "image"),
+    name: str = "",
+    norm: str = "pre",
+    layers: int = 1,
+    kernels: Mapping[str, str] | None = None,
+    seed: int | None = 0,
+) -> Any: ...
 
 
 def build(

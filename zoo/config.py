@@ -27,7 +27,7 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any] | Self, path: str = "") -> Self:
+    def parse(cls, data: Mapping[str, Any] | Config, path: str = "") -> Self:
         """Validate `data` (a mapping as YAML gives it) into this config.
 
         Args:

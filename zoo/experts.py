@@ -23,11 +23,12 @@ from zoo.config import ConfigError
 from zoo.context import CAUSAL, TokenContext
 from zoo.feedforward import Dense
 from zoo.flops import Cost
+from zoo.layers import RMSNorm
 from zoo.registry import BlockConfig, Place, RouterSlot, register
+from zoo.roles import ParameterOwner, Role
 from zoo.routers import Candidates, Capacity, LinearRouter, Route, Scope, decide, membership
 from zoo.slots import FeedForward
 from zoo.states import State
-from zoo.untied import BlockNorm
 
 
 class ExpertConfig(BlockConfig):
@@ -75,8 +76,10 @@ class ExpertConfig(BlockConfig):
             router.check_group(self.router, experts, self.noop_experts, f"{path}.router")
 
 
-class StackedSwiGLU(nn.Module):
+class StackedSwiGLU(ParameterOwner):
     """E SwiGLU experts of one shape, their weights stacked: every rank touches all of them, whatever its tokens."""
+
+    roles = {"w_in": Role.EXPERT_MATRIX, "w_out": Role.EXPERT_MATRIX}
 
     def __init__(self, experts: int, d_ff: int, place: Place) -> None:
         super().__init__()
@@ -92,17 +95,6 @@ class StackedSwiGLU(nn.Module):
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
         """x (R, D), rows sorted by expert, `counts` rows each → (R, D)."""
         return self.kernel.grouped_swiglu(x, counts, self.w_in, self.w_out)
-
-
-class ExpertNorm(BlockNorm):
-    """The norm of each expert's output, before its gate: one gain, or one a modality."""
-
-    def forward(self, rows: Tensor, token: Tensor, context: TokenContext) -> Tensor:
-        """rows (R, D) of the tokens with flat indices `token` (R,)."""
-        if self.grouping is None:
-            return F.rms_norm(rows, (self.width,), self.weight, self.eps)
-        group = self.grouping.group_of_token(context).reshape(-1).index_select(0, token)
-        return F.rms_norm(rows, (self.width,), None, self.eps) * F.embedding(group, self.weight)
 
 
 @dataclasses.dataclass
@@ -175,7 +167,8 @@ class RoutedExperts(FeedForward):
         shared = Dense.Config(d_ff=max(1, config.shared_experts) * config.d_ff, untied=self.untied_shared)
         self.shared = Dense(shared, place.child("shared")) if config.shared_experts else None
         self.owns_norm = place.norm == "post" and config.gate == "outside"
-        self.norm = ExpertNorm(place.d_model, place.norm_grouping) if self.owns_norm else None
+        self.norm_grouping = place.norm_grouping
+        self.norm = RMSNorm(place.d_model, self.norm_grouping.count) if self.owns_norm else None
 
     def members(self, context: TokenContext) -> list[tuple[Tensor, tuple[int, ...]]]:
         """For each group the flat indices of its tokens (n,) in row order, and how many each row has."""
@@ -196,14 +189,15 @@ class RoutedExperts(FeedForward):
         y = torch.cat(
             [group.experts(part, c) for group, part, c in zip(self.groups.values(), parts, counts, strict=True)]
         )
+        group = self.norm_grouping.group_of_token(context)
         if self.norm is not None:
-            y = self.norm(y, token, context)
+            y = self.norm(y, None if group is None else group.reshape(-1).index_select(0, token))
         y = y * torch.cat(weights).unsqueeze(-1).to(y.dtype)
         total = torch.zeros_like(flat)
         if self.shared is not None:
             total = self.shared(x, context).reshape(flat.shape)
             if self.norm is not None:
-                total = self.norm(total, torch.arange(flat.shape[0], device=flat.device), context)
+                total = self.norm(total, None if group is None else group.reshape(-1))
         return total.index_add(0, token, y).view_as(x)
 
     def init_state(self, rows: int, length: int, like: Tensor) -> GroupStates | None:

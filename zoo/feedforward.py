@@ -32,18 +32,16 @@ class Dense(FeedForward, counter_noise=True):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
-        self.grouping = Grouping.of(place.modalities, config.towers) if config.untied else None
-        groups = self.grouping.count if self.grouping else 1
+        self.grouping = Grouping.of(place.modalities, config.towers, untied=config.untied)
+        groups = self.grouping.count
         self.w_in = ModalityLinear(place.d_model, 2 * config.d_ff, groups)
         self.w_out = ModalityLinear(config.d_ff, place.d_model, groups, scale=(2 * place.layers) ** -0.5)
 
     def forward(self, x: Tensor, context: TokenContext, state: None = None) -> Tensor:
         """(B, T, D) → (B, T, D); 0 stays 0, so padding does."""
-        sizes = self.grouping.sizes(context) if self.grouping else ()
-        tokens = self.grouping.split(x, context) if self.grouping else x
-        gate, up = self.w_in(tokens, sizes).chunk(2, dim=-1)
-        y = self.w_out(F.silu(gate) * up, sizes)
-        return self.grouping.merge(y, context) if self.grouping else y
+        sizes = self.grouping.sizes(context)
+        gate, up = self.w_in(self.grouping.split(x, context), sizes).chunk(2, dim=-1)
+        return self.grouping.unsort(self.w_out(F.silu(gate) * up, sizes), context)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         return self.w_in.cost() + self.w_out.cost()

@@ -7,19 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.context import TokenContext
+from zoo.roles import ParameterOwner, Role
 
 
-class Linear(nn.Module):
+class Linear(ParameterOwner):
     """y = x Wᵀ, no bias.
 
     Args:
         d_in, d_out: widths.
         scale: standard deviation of the first weights in units of 1/√d_in.
+        role: of the weight.
     """
 
-    def __init__(self, d_in: int, d_out: int, scale: float = 1.0) -> None:
+    def __init__(self, d_in: int, d_out: int, scale: float = 1.0, role: Role = Role.MATRIX) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.roles = scale, {"weight": role}
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -30,23 +32,39 @@ class Linear(nn.Module):
         return F.linear(x, self.weight)
 
 
-class RMSNorm(nn.Module):
-    """x / √(mean x² + eps) · weight over the last dimension; 0 stays 0."""
+class RMSNorm(ParameterOwner):
+    """x / √(mean x² + eps) · gain over the last dimension; 0 stays 0.
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    Args:
+        width: of the last dimension.
+        groups: number of gains; with one they are tied.
+    """
+
+    roles = {"weight": Role.GAIN}
+
+    def __init__(self, width: int, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
+        self.width, self.groups, self.eps = width, groups, eps
+        self.weight = nn.Parameter(torch.empty(width if groups == 1 else (groups, width)))
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.fill_(1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
+        """x (…, width) → (…, width).
+
+        Args:
+            group: (…) which gain each vector has; None: there is one (`Grouping.group_of_token`).
+        """
+        if group is None:
+            return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        return F.rms_norm(x, (self.width,), None, self.eps) * F.embedding(group, self.weight)
 
 
-class Embedding(nn.Module):
+class Embedding(ParameterOwner):
     """Token ids (B, T) → (B, T, D)."""
+
+    roles = {"weight": Role.EMBEDDING}
 
     def __init__(self, size: int, d_model: int) -> None:
         super().__init__()

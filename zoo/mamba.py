@@ -16,6 +16,7 @@ from zoo.context import TokenContext
 from zoo.flops import Cost
 from zoo.kernels.layout import Layout
 from zoo.registry import BlockConfig, Place, register
+from zoo.roles import Role
 from zoo.slots import Mixer
 from zoo.states import MambaState
 from zoo.untied import Grouping, ModalityLinear, Towers, check_towers
@@ -53,14 +54,22 @@ class Recurrent(Mixer):
     not defined there. Decay and skip are computed in fp32 from whatever the engine holds the parameter in.
     """
 
+    roles = {
+        "dt_bias": Role.MODALITY_BIAS,
+        "conv_weight": Role.CONVOLUTION,
+        "conv_bias": Role.BIAS,
+        "A_log": Role.RECURRENCE,
+        "D": Role.RECURRENCE,
+    }
+
     def __init__(self, config: RecurrentConfig, place: Place, operation: str, steps: int, bias_untied: bool) -> None:
         """`steps` is the number of step sizes a token has, `operation` the recurrence's kernel."""
         super().__init__()
         self.inner, self.d_conv = config.expand * place.d_model, config.d_conv
-        self.grouping = Grouping.of(place.modalities, config.towers) if config.untied else None
+        self.grouping = Grouping.of(place.modalities, config.towers, untied=bool(config.untied))
         self.steps, self.dt_range = steps, (config.dt_min, config.dt_max, config.dt_floor)
         self.bias_groups = self.groups(bias_untied)
-        self.dt_bias = nn.Parameter(torch.empty(self.bias_groups * steps))  # flat: a vector is not decayed
+        self.dt_bias = nn.Parameter(torch.empty(self.bias_groups * steps))
         self.operation = operation
         self.asked = {name: place.kernels.get(name, "auto") for name in (operation, "conv")}
         for name, backend in self.asked.items():
@@ -68,7 +77,7 @@ class Recurrent(Mixer):
 
     def groups(self, untied: bool) -> int:
         """Number of weights of a part."""
-        return self.grouping.count if untied and self.grouping is not None else 1
+        return self.grouping.count if untied else 1
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         if name == "dt_bias":  # softplus⁻¹ of Δ, drawn for each group by itself
@@ -94,10 +103,9 @@ class Recurrent(Mixer):
     def forward(self, x: Tensor, context: TokenContext, state: MambaState | None = None) -> Tensor:
         """x (B, T, D) → branch output (B, T, D), 0 at padding."""
         layout = Layout.of(context, self.grouping, None if state is None else state.document)
-        if self.grouping is None:
-            return self.project(x.reshape(-1, x.shape[-1]), (), layout, state).view_as(x)
-        rows = self.grouping.split(x, context)
-        return self.grouping.merge(self.project(rows, self.grouping.sizes(context), layout, state), context)
+        rows = self.grouping.split(x, context).flatten(0, -2)
+        y = self.project(rows, self.grouping.sizes(context), layout, state)
+        return self.grouping.unsort(y, context).view_as(x)
 
     def convolve(self, values: Tensor, layout: Layout, state: MambaState | None) -> tuple[Tensor, Tensor | None]:
         """values (R, W) → (R, W) after convolution and SiLU; and the state's next window."""

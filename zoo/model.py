@@ -17,6 +17,7 @@ from zoo.context import TokenContext, Trace
 from zoo.flops import Cost
 from zoo.layers import Embedding, Linear, RMSNorm
 from zoo.registry import Place
+from zoo.roles import ParameterOwner, Role
 from zoo.slots import Component, Part
 from zoo.states import State
 
@@ -78,7 +79,7 @@ class Model(nn.Module):
             [layer.build(place.child(f"layers.{i}", layer=i)) for i, (_, layer) in enumerate(config.pattern())]
         )
         self.norm = RMSNorm(config.d_model)
-        self.head = Linear(config.d_model, config.vocab_size)
+        self.head = Linear(config.d_model, config.vocab_size, role=Role.HEAD)
 
     def forward(self, tokens: Tensor, context: TokenContext, states: Sequence[State] | None = None) -> Tensor:
         """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
@@ -146,9 +147,10 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     """
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not hasattr(module, "initialise"):
+            if not isinstance(module, ParameterOwner):
                 raise TypeError(
-                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator)"
+                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator); derive it "
+                    "from zoo.roles.ParameterOwner, or use what zoo.layers has"
                 )
             digest = hashlib.sha256(f"{seed}:{module_name}.{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

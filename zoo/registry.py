@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, suggestion
 from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective, Part
-from zoo.untied import Grouping
+from zoo.untied import TIED, Grouping
 
 SLOTS: dict[str, type] = {
     "mixer": Mixer,
@@ -55,8 +55,8 @@ class Place:
     kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layer: int = 0
     """Number of the layer the block belongs to, from 0."""
-    norm_grouping: Grouping | None = None
-    """Which modalities share the gains of the surrounding block's norms; None: all do."""
+    norm_grouping: Grouping = TIED
+    """Which modalities share the gains of the surrounding block's norms."""
 
     def check_modality(self, name: str, key: str) -> None:
         """Raise `ConfigError` at the dotted `key` where `name` is none of the model's modalities."""
@@ -110,6 +110,11 @@ def register(slot: str, name: str) -> Callable[[type], type]:
 def known(slot: str) -> list[str]:
     """Names registered in a slot, in order of registration."""
     return list(_tables[slot])
+
+
+def config_of(slot: str, name: str) -> type[BlockConfig]:
+    """The config of the block that is registered under a name."""
+    return _tables[slot][name].Config
 
 
 def resolve(slot: str, value: Any) -> BlockConfig:

@@ -22,6 +22,7 @@ from zoo import noise
 from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.registry import BlockConfig, Place, register
+from zoo.roles import Role
 from zoo.slots import Part
 from zoo.states import State
 
@@ -165,6 +166,8 @@ class LinearRouter(Router, counter_noise=True):
 
     Sigmoid per expert: a token's weight does not depend on other tokens or experts (MoMa eq. 2).
     """
+
+    roles = {"weight": Role.ROUTER}
 
     class Config(BlockConfig):
         activation: Literal["sigmoid", "raw", "softmax", "tanh"] = "sigmoid"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.roles import ParameterOwner
 from zoo.states import State
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from zoo.objectives.autoregressive import Batch
 
 
-class Part(nn.Module):
+class Part(ParameterOwner):
     """Base of whatever can be registered for a slot."""
 
     counter_noise: ClassVar[bool] = False

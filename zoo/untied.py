@@ -1,8 +1,8 @@
 """Modality-untied layers: a linear map or a norm whose weights are picked by each token's modality.
 
-The one mechanism behind Mixture-of-Transformers, Mixture-of-Mamba and untied feed-forwards. Tied is the case of one
-group. A block sorts its tokens by group once (`split`), runs everything pointwise on the sorted rows, where each
-group is one contiguous slice, and goes back to time order (`merge`) only where tokens meet.
+The one mechanism behind Mixture-of-Transformers, Mixture-of-Mamba and untied feed-forwards. A block sorts its tokens by
+group once (`split`), runs everything pointwise on the sorted rows, where each group is one contiguous slice, and goes back
+to time order (`merge`) only where tokens meet. Tied weights are the case of one group, in which nothing is sorted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from zoo.config import ConfigError, suggestion
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.layers import RMSNorm
+from zoo.roles import ParameterOwner, Role
 
 Towers = list[list[str]]
 """Which modalities share their untied weights: `[[text, image], [speech]]`. Default: each has its own."""
@@ -52,30 +54,44 @@ def check_towers(towers: Towers | None, modalities: Sequence[str], path: str, un
 
 @dataclasses.dataclass(frozen=True)
 class Grouping:
-    """The order of rows sorted by tower: which group each modality belongs to."""
+    """Which modalities share weights, and the order of rows sorted by those who do.
 
-    group: tuple[int, ...]
-    """group[m] of modality m, from 0, every number up to the largest used."""
+    With one group weights are tied: "rows" are then the tokens (B, T, …) as they stand, padding included, and nothing is
+    moved.
+    """
+
+    group: tuple[int, ...] = ()
+    """group[m] of modality m, from 0, every number up to the largest used; empty: all are in one group."""
 
     @classmethod
-    def of(cls, modalities: Sequence[str], towers: Towers | None) -> Grouping:
-        """One group a tower; without towers one a modality."""
+    def of(cls, modalities: Sequence[str], towers: Towers | None = None, untied: bool = True) -> Grouping:
+        """One group a tower; without towers one a modality; one in all where nothing is untied."""
+        if not untied:
+            return TIED
         if towers is None:
             return cls(tuple(range(len(modalities))))
         return cls(tuple(next(g for g, tower in enumerate(towers) if name in tower) for name in modalities))
 
     @property
     def count(self) -> int:
-        return max(self.group) + 1
+        return max(self.group, default=0) + 1
+
+    @property
+    def tied(self) -> bool:
+        return self.count == 1
 
     def sizes(self, context: TokenContext) -> tuple[int, ...]:
         """Rows of each group, known on the host."""
+        if self.tied:
+            return (context.modality.numel(),)
         return tuple(
             sum(n for g, n in zip(self.group, context.totals, strict=True) if g == group) for group in range(self.count)
         )
 
-    def group_of_token(self, context: TokenContext) -> Tensor:
-        """(B, T) group of each token; padding counts as group 0."""
+    def group_of_token(self, context: TokenContext) -> Tensor | None:
+        """(B, T) group of each token, padding counts as group 0; None where there is one group."""
+        if self.tied:
+            return None
 
         def compute() -> Tensor:
             table = torch.tensor(self.group, device=context.modality.device)
@@ -99,17 +115,35 @@ class Grouping:
         return context.shared(("grouping", self.group), compute)
 
     def split(self, x: Tensor, context: TokenContext) -> Tensor:
-        """x (B, T, …) → (n, …): the tokens that are not padding, sorted by group, in row and time order within each."""
+        """x (B, T, …) → (n, …): the tokens that are not padding, sorted by group, in row and time order within each.
+
+        With one group x itself.
+        """
+        if self.tied:
+            return x
         order, _ = self._orders(context)
         return F.embedding(order, x.reshape(-1, *x.shape[2:]).flatten(1)).view(-1, *x.shape[2:])
 
     def merge(self, rows: Tensor, context: TokenContext) -> Tensor:
         """The inverse of `split`: (n, …) → (B, T, …), 0 at padding."""
+        y = self.unsort(rows, context)
+        if self.tied and context.padded:
+            return y.masked_fill(~context.valid.view(*context.shape, *[1] * (y.dim() - 2)), 0.0)
+        return y
+
+    def unsort(self, rows: Tensor, context: TokenContext) -> Tensor:
+        """As `merge`, for rows that nobody reads at padding, or that are 0 there: with one group they are left there."""
+        if self.tied:
+            return rows
         _, inverse = self._orders(context)
         flat = rows.flatten(1)
         if context.padded:
             flat = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))
         return F.embedding(inverse, flat).view(*context.shape, *rows.shape[1:])
+
+
+TIED = Grouping()
+"""All modalities share the weights."""
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -141,7 +175,7 @@ class _GroupedLinear(torch.autograd.Function):
         return d_rows, d_weight, None
 
 
-class ModalityLinear(nn.Module):
+class ModalityLinear(ParameterOwner):
     """y = x W_gᵀ with W_g of the token's group; no bias.
 
     Args:
@@ -152,6 +186,7 @@ class ModalityLinear(nn.Module):
     def __init__(self, d_in: int, d_out: int, groups: int = 1, scale: float = 1.0) -> None:
         super().__init__()
         self.groups, self.scale = groups, scale
+        self.roles = {"weight": Role.MATRIX if groups == 1 else Role.MODALITY_MATRIX}
         shape = (d_out, d_in) if groups == 1 else (groups, d_out, d_in)
         self.weight = nn.Parameter(torch.empty(shape))
 
@@ -169,44 +204,12 @@ class ModalityLinear(nn.Module):
         return Cost.matmul(self.weight.shape[-1] * self.weight.shape[-2])
 
 
-class ModalityNorm(nn.Module):
-    """RMSNorm over the last dimension with a gain of the token's group.
+class ModalityNorm(RMSNorm):
+    """RMSNorm of rows that are sorted by group, with a gain of each group."""
 
-    Args:
-        groups: number of gains; 1 is an ordinary RMSNorm.
-    """
-
-    def __init__(self, width: int, groups: int = 1, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.groups, self.eps, self.width = groups, eps, width
-        self.weight = nn.Parameter(torch.empty(width if groups == 1 else (groups, width)))
-
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        parameter.fill_(1.0)
-
-    def forward(self, rows: Tensor, sizes: Sequence[int] = ()) -> Tensor:
-        """rows (n, …, width) sorted by group; with one group any shape (…, width)."""
+    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """rows (n, …, width) sorted by group, `sizes` of each → (n, …, width). One gain takes rows of any order."""
         if self.groups == 1:
-            return F.rms_norm(rows, (self.width,), self.weight, self.eps)
+            return super().forward(rows)
         parts = zip(rows.split(list(sizes)), self.weight.unbind(0), strict=True)
         return torch.cat([F.rms_norm(part, (self.width,), gain, self.eps) for part, gain in parts])
-
-
-class BlockNorm(nn.Module):
-    """The norm of a branch: one gain for all tokens, or one a modality."""
-
-    def __init__(self, width: int, grouping: Grouping | None) -> None:
-        super().__init__()
-        self.grouping = grouping
-        self.weight = nn.Parameter(torch.empty(width if grouping is None else (grouping.count, width)))
-        self.eps, self.width = 1e-5, width
-
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        parameter.fill_(1.0)
-
-    def forward(self, x: Tensor, context: TokenContext) -> Tensor:
-        """(B, T, D) → (B, T, D); 0 stays 0."""
-        if self.grouping is None:
-            return F.rms_norm(x, (self.width,), self.weight, self.eps)
-        gain = F.embedding(self.grouping.group_of_token(context), self.weight)
-        return F.rms_norm(x, (self.width,), None, self.eps) * gain

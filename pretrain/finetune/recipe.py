@@ -15,14 +15,15 @@ from zoo.config import Config
 
 
 class LoraConfig(Config):
-    """`lora:`, the adapters of PEFT (arXiv 2106.09685) on linear maps of the decoder; all else is frozen, but the routers and
+    """Adapters of PEFT (arXiv 2106.09685) on linear maps of the decoder; all else is frozen, but the routers and
     `modules_to_save`."""
 
     r: int = Field(gt=0)
-    """Rank."""
+    """Rank of the update of each linear map."""
     alpha: float = Field(gt=0)
     """The update is scaled by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """On the input of the adapters."""
     targets: list[str] | None = Field(None, min_length=1)
     """Names of the linear maps in a decoder layer, such as [q_proj, v_proj]; null: all of them."""
     modules_to_save: list[str] = Field(default_factory=list)
@@ -31,7 +32,7 @@ class LoraConfig(Config):
 
 
 class QuestionsConfig(Config):
-    """`data:`, questions about images; see `pretrain.finetune.questions`."""
+    """Questions about images; see `pretrain.finetune.questions`."""
 
     path: str
     """Folder with train.jsonl, validation.jsonl, test.jsonl and the images."""
@@ -43,9 +44,10 @@ class QuestionsConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """`evaluate:`, see `pretrain.finetune.answers`."""
+    """How a model is judged: by its loss, and by the answers that it generates; see `pretrain.finetune.answers`."""
 
     split: str = "validation"
+    """The questions it is judged on."""
     samples: int | None = Field(256, gt=0)
     """From the beginning of the split; null: all."""
     batch: int | None = Field(None, gt=0)
@@ -55,7 +57,7 @@ class EvaluateConfig(Config):
 
 
 class AdaptRecipe(RunRecipe):
-    """A whole recipe; the sections stand for themselves."""
+    """The recipe of a fine-tuning. Keys at its top:"""
 
     base: str
     """Folder (or name on the hub) of a multimodal model of Transformers with its processor. One that was adapted before

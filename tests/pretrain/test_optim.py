@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import zoo
+import zoo.adapt as za
+from pretrain import recipe as recipes
 from pretrain.optim import (
     AUXILIARY_SCALE,
     OptimizerConfig,
     ScheduleConfig,
+    freeze_main,
     group_of,
     learning_rate_factor,
     parameter_groups,
-    uses_muon,
+    roles,
 )
 from tests.pretrain.tiny import TinyModel
+from tests.zoo.adapt.families import llava
 from zoo.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 def factors(total: int, **keys: object) -> list[float]:
@@ -109,28 +117,84 @@ def test_muon_gets_single_hidden_matrices_only() -> None:
     assert settings["decay"]["use_muon"] is False
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "group"),
-    [
-        ("layers.0.mixer.A_log", (4, 8), "no_decay"),
-        ("layers.0.mixer_norm.weight", (2, 8), "no_decay"),
-        ("layers.0.mixer.text.D", (4, 8), "no_decay"),
-        ("layers.0.mixer.in_projection.weight", (2, 4, 8), "decay"),
-        ("layers.0.norm.weight", (8,), "no_decay"),
-        ("layers.0.depth.auxiliary.weight", (1, 8), "auxiliary"),
-        ("layers.0.feedforward.router.weight", (4, 8), "decay"),
-        ("tokens.embedding.weight", (50, 8), "no_decay"),
-    ],
-)
-def test_group_of(name: str, shape: tuple[int, ...], group: str) -> None:
-    assert group_of(name, shape) == group
+NO_DECAY = {
+    "A_log",
+    "D",
+    "dt_bias",
+    "conv_bias",
+    "embedding",
+    "norm",
+    "mixer_norm",
+    "feedforward_norm",
+    "q_norm",
+    "k_norm",
+}
+"""What weight decay spares in our own models, by the last word of a name that is not `weight`."""
+MATRICES = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "x_proj", "dt_proj", "out_proj"),
+    *("w_in", "w_out"),  # of a feed-forward; those of experts are stacked
+}
+"""What Muon may have, where it is one matrix and not one a modality."""
+OURS = sorted(file for folder in ("tiny", "models") for file in (ROOT / "recipes" / folder).glob("*.yaml"))
 
 
-def test_uses_muon() -> None:
-    assert uses_muon("layers.0.mixer.out_projection.weight", (8, 8))
-    assert not uses_muon("layers.0.feedforward.router.weight", (4, 8))
-    assert not uses_muon("layers.0.feedforward.experts", (4, 8, 8))
-    assert not uses_muon("lm_head.weight", (50, 8))
+def expected(name: str, dimensions: int) -> str:
+    """The group of a parameter of ours under Muon."""
+    words = [word for word in name.split(".") if word != "weight"]
+    if "auxiliary" in words:
+        return "auxiliary"
+    if words[-1] in NO_DECAY:
+        return "no_decay"
+    return "muon" if words[-1] in MATRICES and dimensions == 2 else "decay"
+
+
+@pytest.mark.parametrize("recipe", OURS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_groups_of_every_recipe(recipe: Path) -> None:
+    """The same as when groups were found by names, of which this is an independent statement."""
+    data = recipes.read(recipe)
+    config = {"modalities": list(data["modalities"]), "vocab_size": 64, **data["model"]}
+    with torch.device("meta"):
+        model = zoo.build("model", config, seed=None)
+    dimensions = {name: parameter.dim() for name, parameter in model.named_parameters()}
+    found = {name: group_of(role, muon=True) for name, role in roles(model).items()}
+    assert found == {name: expected(name, count) for name, count in dimensions.items()}
+    without = {name: group_of(role) for name, role in roles(model).items()}
+    assert without == {name: "decay" if group == "muon" else group for name, group in found.items()}
+
+
+LLAVA = {
+    "muon": {
+        *(f"model.language_model.layers.{i}.self_attn.{x}_proj.weight" for i in range(4) for x in "qkvo"),
+        *(f"model.language_model.layers.{i}.mlp.{x}_proj.weight" for i in range(4) for x in ("gate", "up", "down")),
+        *(f"model.vision_tower.encoder.layers.{i}.self_attn.{x}.weight" for i in (0, 1) for x in ("q_proj", "k_proj")),
+        *(
+            f"model.vision_tower.encoder.layers.{i}.self_attn.{x}.weight"
+            for i in (0, 1)
+            for x in ("v_proj", "out_proj")
+        ),
+        *(f"model.vision_tower.encoder.layers.{i}.mlp.{x}.weight" for i in (0, 1) for x in ("fc1", "fc2")),
+        *(f"model.multi_modal_projector.linear_{i}.weight" for i in (1, 2)),
+    },
+    "decay": {"lm_head.weight"},
+}
+"""Groups of an adapted LLaVA; all else, its routers, norms, biases, embeddings and patches, is not decayed."""
+
+
+def test_groups_of_an_adapted_model() -> None:
+    model = llava()
+    za.adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.5}})
+    found: dict[str, set[str]] = {}
+    for name, role in roles(model).items():
+        found.setdefault(group_of(role, muon=True), set()).add(name)
+    rest = {name for name, _ in model.named_parameters()} - LLAVA["muon"] - LLAVA["decay"]
+    assert found == LLAVA | {"no_decay": rest} and sum("mod_router" in name for name in rest) == 2
+
+
+def test_only_auxiliary_routers_are_left_to_train() -> None:
+    model = TinyModel()
+    freeze_main(model)
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trains == ["auxiliary.weight", "auxiliary.bias"]
 
 
 def test_frozen_parameters_are_left_out() -> None:

@@ -10,12 +10,23 @@ import torch
 
 from pretrain.deepspeed_config import effective
 from pretrain.optim import AUXILIARY_SCALE, OptimizerConfig
+from zoo.roles import ParameterOwner, Role
 
 WIDTH, EXPERTS, VOCABULARY, ROWS = 8, 2, 11, 4
 
 
-class TinyModel(torch.nn.Module):
+class Auxiliary(torch.nn.Linear, ParameterOwner):
+    roles = {"weight": Role.AUXILIARY, "bias": Role.AUXILIARY}
+
+
+class Head(torch.nn.Linear, ParameterOwner):
+    roles = {"weight": Role.HEAD}
+
+
+class TinyModel(ParameterOwner):
     """Embedding, a matrix, stacked experts (E, D, F), a norm, a buffer, an auxiliary router, a head."""
+
+    roles = {"A_log": Role.RECURRENCE, "experts": Role.EXPERT_MATRIX}
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,8 +35,8 @@ class TinyModel(torch.nn.Module):
         self.A_log = torch.nn.Parameter(torch.empty(WIDTH, 2))
         self.experts = torch.nn.Parameter(torch.empty(EXPERTS, WIDTH, WIDTH))
         self.norm = torch.nn.LayerNorm(WIDTH)
-        self.auxiliary = torch.nn.Linear(WIDTH, 1)
-        self.lm_head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.auxiliary = Auxiliary(WIDTH, 1)
+        self.lm_head = Head(WIDTH, VOCABULARY, bias=False)
         self.register_buffer("load", torch.ones(EXPERTS))
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,7 @@ def layout_of(*rows: str, grouped: bool = False, continued: bool = False) -> Lay
     """Layout of rows drawn as in `stream`; `grouped`: rows are sorted by modality; `continued`: document 0 has begun."""
     context = stream(*rows)
     before = torch.zeros(context.shape[0], dtype=torch.int64) if continued else None
-    return Layout.of(context, Grouping.of(context.modalities, None) if grouped else None, before)
+    return Layout.of(context, Grouping.of(context.modalities, untied=grouped), before)
 
 
 def scan_inputs(layout: Layout, state: bool, width: int = 21, states: int = 5) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 import zoo
 from tests.zoo.helpers import ATTENTION, DENSE, assert_equal, gradients, stream, values
 from zoo import ConfigError, initialise
-from zoo.untied import Grouping, ModalityLinear, ModalityNorm, check_towers
+from zoo.layers import RMSNorm
+from zoo.untied import TIED, Grouping, ModalityLinear, ModalityNorm, check_towers
 
 THREE = ("text", "image", "speech")
 ROWS = {
@@ -40,7 +41,7 @@ def grouping(request) -> Grouping:
 
 def test_rows_are_sorted_by_group_in_time_order_within_each(context, grouping):
     flat = torch.arange(context.modality.numel()).view(*context.shape, 1)
-    rows = grouping.split(flat, context)[:, 0].tolist()
+    rows = grouping.split(flat, context).flatten().tolist()
     modality = context.modality.view(-1).tolist()
     expected = [
         token
@@ -50,9 +51,12 @@ def test_rows_are_sorted_by_group_in_time_order_within_each(context, grouping):
         for token in range(len(modality))
         if modality[token] == m
     ]
-    assert rows == expected
     sizes = grouping.sizes(context)
     assert sum(sizes) == len(rows) and len(sizes) == grouping.count
+    if grouping.tied:  # nothing is sorted, nothing left out
+        assert rows == list(range(len(modality)))
+        return
+    assert rows == expected
     assert [grouping.group[modality[r]] for r in rows] == [g for g, size in enumerate(sizes) for _ in range(size)]
 
 
@@ -64,11 +68,33 @@ def test_merge_undoes_split_and_padding_is_zero(context, grouping):
     assert torch.equal(grad, 3.0 * context.valid.unsqueeze(-1).expand_as(x))
 
 
+@pytest.mark.parametrize("tied", [TIED, Grouping.of(THREE, [list(THREE)])], ids=["tied", "all in one tower"])
+def test_tied_rows_are_the_tokens_themselves(context, tied):
+    """Nothing is copied, whatever stands at padding."""
+    x = values(context)
+    assert tied.split(x, context) is x is tied.unsort(x, context) and tied.group_of_token(context) is None
+    ones = torch.ones(*context.shape, 2, 3)
+    assert torch.equal(tied.merge(ones, context), context.valid[:, :, None, None].float().expand(-1, -1, 2, 3))
+    assert context.padded or tied.merge(ones, context) is ones
+
+
+def test_a_gain_by_the_tokens_group_is_one_by_sorted_rows(context, grouping):
+    by_token, by_rows = RMSNorm(8, grouping.count), ModalityNorm(8, grouping.count)
+    initialise(by_rows, 0)
+    by_token, by_rows = by_token.double(), by_rows.double()
+    with torch.no_grad():
+        by_rows.weight += torch.randn_like(by_rows.weight)
+        by_token.weight.copy_(by_rows.weight)
+    x = values(context)
+    y = by_token(x, grouping.group_of_token(context))
+    torch.testing.assert_close(y, untied(by_rows, context, grouping, x), rtol=0, atol=1e-13)
+
+
 def test_split_keeps_trailing_dimensions(context, grouping):
     x = values(context, width=6)
     wide = grouping.split(x.view(*context.shape, 2, 3), context)
-    assert torch.equal(wide.flatten(1), grouping.split(x, context))
-    assert torch.equal(grouping.merge(wide, context).flatten(2), grouping.merge(wide.flatten(1), context))
+    assert torch.equal(wide.flatten(-2), grouping.split(x, context))
+    assert torch.equal(grouping.merge(wide, context).flatten(2), grouping.merge(wide.flatten(-2), context))
 
 
 def untied(module: torch.nn.Module, context, grouping, x):
@@ -105,7 +131,7 @@ def test_a_token_meets_the_weights_of_its_group(make, context, grouping):
     "make", [lambda g: ModalityLinear(8, 5, g), lambda g: ModalityNorm(8, g)], ids=["linear", "norm"]
 )
 def test_equal_groups_are_tied(make, context):
-    grouping, tied, apart = Grouping.of(THREE, None), make(1), make(3)
+    grouping, tied, apart = Grouping.of(THREE), make(1), make(3)
     initialise(tied, 1)
     tied, apart = tied.double(), apart.double()
     with torch.no_grad():

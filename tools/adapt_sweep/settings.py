@@ -21,7 +21,7 @@ class ArmConfig(Config):
     recipe: str | None = None
     """YAML file, relative to the sweep's, whose `adapt` section this arm takes."""
     adapt: dict[str, Any] = Field(default_factory=dict)
-    """Laid over it."""
+    """Keys of an `adapt` section, laid over the recipe's."""
     layers: Literal["recipe", "all", "every_second", "alternate", "random", "arank", "arank_high"] = "recipe"
     """Which layers are routed. "recipe": those of `adapt`; "all" that may be; "every_second" of them, where that does not
     reach the target all. The others take as few as let each keep `min_keep`: "alternate" spreads them evenly, "random"
@@ -61,13 +61,15 @@ class TestConfig(Config):
 
     __test__ = False
     metric: Literal["accuracy", "perplexity"] = "accuracy"
-    """See `metrics.METRICS`: of answers that are generated, or of the right ones."""
+    """"accuracy" of answers that are generated, or "perplexity" of the right ones."""
     split: str = "test"
+    """Name of the file of questions, without .jsonl."""
     samples: int | None = Field(None, gt=0)
-    """From the beginning of the split; null: all."""
+    """How many questions, from the beginning of the split; null: all."""
     before: int | None = Field(None, gt=0)
-    """The same, of those asked before tuning; null: all of `samples`."""
+    """How many of them are asked before tuning too; null: all of `samples`."""
     batch: int = Field(32, gt=0)
+    """Questions a forward pass."""
 
     @pydantic.model_serializer(mode="wrap")
     def _dumped(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class ThresholdConfig(Config):
     """How a threshold is tuned to the target."""
 
     split: str = "validation"
+    """The questions it is tuned on."""
     samples: int = Field(64, gt=0)
     """Prompts, each of other images."""
     rounds: int = Field(12, gt=2)
@@ -89,19 +92,28 @@ class ArankConfig(Config):
     """Options of `tools.arank`, measured once on the base."""
 
     split: str = "validation"
+    """The questions it is measured on."""
     samples: int = Field(50, gt=0)
+    """How many of them, drawn at random."""
     batch: int = Field(8, gt=0)
+    """Samples a forward pass."""
     seed: int = Field(0, ge=0)
+    """Seed of the draw."""
     rtol: float = Field(1e-2, gt=0, lt=1)
+    """Singular values below this share of the largest count as zero."""
     heads: int | None = Field(None, gt=0)
+    """Heads of each layer to look at, evenly spread; null: all."""
     rows: Literal["all", "image"] = "all"
+    """Whose attention is ranked: that of all tokens, or that of image tokens alone."""
 
 
 class TimingConfig(Config):
     """How prefill and decode are timed, dense and sparse in turn."""
 
     batch: int = Field(8, gt=0)
+    """Prompts a forward pass."""
     rounds: int = Field(7, ge=5)
+    """Samples of each time; medians are reported."""
 
 
 class SweepConfig(Config):
@@ -115,23 +127,29 @@ class SweepConfig(Config):
     """YAML file, relative to the sweep's: the fine-tuning that all arms get; its `base`, `data.path` and `adapt` are the
     sweep's."""
     optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Laid over the recipe's `optimizer` section."""
     schedule: dict[str, Any] = Field(default_factory=dict)
+    """Laid over the recipe's `schedule` section."""
     train: dict[str, Any] = Field(default_factory=dict)
+    """Laid over the recipe's `train` section."""
     evaluate: dict[str, Any] = Field(default_factory=dict)
-    """These four are laid over the recipe's sections."""
+    """Laid over the recipe's `evaluate` section."""
     targets: list[Target] = Field(min_length=1)
     """Decoder FLOPs of a test prompt over those of the dense model."""
     tolerance: float = Field(0.02, gt=0, lt=0.5)
-    """Relative, of a target."""
+    """How far, relative to it, an arm may be from a target."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    """Every arm is run with each of them."""
     min_keep: float = Field(0.1, gt=0, lt=1)
     """The least share that a layer keeps, where fewer layers would do."""
     last_layer: bool = False
     """Whether arms may route the last layer, those with a learned router only under an auxiliary loss."""
     arms: dict[str, ArmConfig] = Field(min_length=1)
+    """The ways to adapt, by name."""
     jobs: int = Field(1, gt=0)
     """Runs side by side."""
     keep_models: bool = False
+    """Keep the model of every run, not its figures alone."""
     test: TestConfig = TestConfig()
     threshold: ThresholdConfig = ThresholdConfig()
     arank: ArankConfig = ArankConfig()

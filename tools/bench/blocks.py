@@ -25,12 +25,12 @@ def alternating(rows: int, length: int, device: str = "cpu") -> TokenContext:
     return TokenContext.from_modality(modality, modalities=MODALITIES).to(device)
 
 
-def build(slot: str, config: Mapping[str, Any], width: int, **options: Any) -> nn.Module:
+def build(slot: str, config: Mapping[str, Any], width: int, **options: Any) -> Any:
     """A block of the zoo at width D."""
     return zoo.build(slot, config, d_model=width, modalities=MODALITIES, **options)
 
 
-def build_layer(config: Mapping[str, Any], width: int) -> nn.Module:
+def build_layer(config: Mapping[str, Any], width: int) -> Any:
     """One layer, residual included, and its depth router if it has one."""
     model = {"modalities": list(MODALITIES), "d_model": width, "vocab_size": 8, "layers": [dict(config)]}
     return zoo.build("model", model).layers[0]

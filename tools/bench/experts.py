@@ -9,8 +9,9 @@ from tools.bench.benchmark import HIGHER, Comparison, Goal, Group, Settings, ben
 from tools.bench.blocks import MODALITIES, alternating, build, variant, variants
 from tools.bench.measure import Variant, both_modes
 from zoo import TokenContext
+from zoo.layers import RMSNorm
 from zoo.model import initialise
-from zoo.untied import BlockNorm, Grouping
+from zoo.untied import TIED, Grouping
 
 ROWS, LENGTH = 4, 1024
 
@@ -63,12 +64,12 @@ def moma_against_mixtral(settings: Settings) -> Group:
 class Normed(nn.Module):
     """A feed-forward and the norm of its result, as a Mixture-of-Transformers layer has them."""
 
-    def __init__(self, feedforward: nn.Module, norm: BlockNorm) -> None:
+    def __init__(self, feedforward: nn.Module, grouping: Grouping, width: int) -> None:
         super().__init__()
-        self.feedforward, self.norm = feedforward, norm
+        self.feedforward, self.norm, self.grouping = feedforward, RMSNorm(width, grouping.count), grouping
 
     def forward(self, x: Tensor, context: TokenContext) -> Tensor:
-        return self.norm(self.feedforward(x, context), context)
+        return self.norm(self.feedforward(x, context), self.grouping.group_of_token(context))
 
 
 @benchmark("mot.512", width=512, hidden=1536)
@@ -79,17 +80,16 @@ def untied_over_dense(settings: Settings, width: int, hidden: int) -> Group:
     x, context = leaf(ROWS, length, width), alternating(ROWS, length)
     dense, untied = ({"type": "dense", "d_ff": hidden, "untied": untied} for untied in (False, True))
 
-    def normed(config: dict, grouping: Grouping | None) -> nn.Module:
-        module = Normed(build("feedforward", config, width), BlockNorm(width, grouping))
+    def normed(config: dict, grouping: Grouping) -> nn.Module:
+        module = Normed(build("feedforward", config, width), grouping, width)
         initialise(module, 0)
         return module
 
-    grouping = Grouping.of(MODALITIES, None)
     blocks = {
         "dense": build("feedforward", dense, width),
         "untied": build("feedforward", untied, width),
-        "dense with norm": normed(dense, None),
-        "untied with norm": normed(untied, grouping),
+        "dense with norm": normed(dense, TIED),
+        "untied with norm": normed(untied, Grouping.of(MODALITIES)),
     }
     pairs = [
         Comparison("untied", "dense", goals=goals(both=Goal(1.00))),

@@ -15,6 +15,7 @@ from tools.bench.depth import layer
 from tools.bench.experts import moma
 from tools.bench.measure import STEP, Variant, both_modes
 from zoo import TokenContext, Trace
+from zoo.slots import Objective
 
 ROWS, LENGTH, WIDTH, HIDDEN, LAYERS, VOCABULARY = 4, 1024, 512, 1344, 2, 1024
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -51,7 +52,7 @@ def build(layers: list[dict[str, Any]], width: int) -> zoo.Model:
     return zoo.build("model", config)
 
 
-def loss_of(model: nn.Module, objective: nn.Module, tokens: Tensor, modality: Tensor) -> Tensor:
+def loss_of(model: nn.Module, objective: Objective, tokens: Tensor, modality: Tensor) -> Tensor:
     """A training loss, context and all that layers derive from it included."""
     context = TokenContext.from_modality(modality, modalities=MODALITIES, trace=Trace()).to(tokens.device)
     parts = objective(model, _Batch(tokens, context))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.config import Config
 
@@ -16,9 +16,13 @@ class TowerConfig(Config):
     """CLIP's vision tower."""
 
     d_model: int = Field(gt=0, multiple_of=4)
+    """Features of a patch."""
     layers: int = Field(gt=0)
+    """Number of layers."""
     heads: int = Field(gt=0)
+    """Heads of each layer's attention."""
     d_ff: int = Field(gt=0)
+    """Hidden width of the feed-forward."""
     local: float = Field(2.0, ge=0)
     """How much its heads prefer near patches at the start; 0: not at all."""
 
@@ -27,12 +31,17 @@ class DecoderConfig(Config):
     """Llama's decoder."""
 
     d_model: int = Field(gt=0)
+    """Width of the residual stream."""
     layers: int = Field(gt=0)
+    """Number of layers."""
     heads: int = Field(gt=0)
+    """Heads of each layer's attention."""
     d_ff: int = Field(gt=0)
+    """Hidden width of the feed-forward."""
     positions: int = Field(1024, gt=0)
     """Tokens of the longest sequence."""
     rope_theta: float = Field(1e6, gt=1)
+    """Base of the wavelengths of rotary position embedding."""
     initial: float = Field(0.05, gt=0)
     """Deviation of all its first weights."""
 
@@ -74,7 +83,7 @@ def sines(side: int, width: int, fastest: float = 2.0, span: float = 20.0) -> Te
     return torch.cat([rows, columns], -1).reshape(side * side, width)
 
 
-def _near_patches(attention: nn.Module, config: TowerConfig) -> None:
+def _near_patches(attention: Any, config: TowerConfig) -> None:
     """Queries and keys of each head read the same share of the position code, besides a little at random."""
     quarter, size = config.d_model // 4, config.d_model // config.heads
     code = torch.zeros(config.d_model, config.d_model)

@@ -85,7 +85,9 @@ def load_pools() -> dict[str, tuple[np.ndarray, ...]]:
     return {split: tuple(x[y == digit] for digit in range(10)) for split, (x, y) in parts.items()}
 
 
-def paint(rng: np.random.Generator, cells: np.ndarray, pool: tuple[np.ndarray, ...], scale: int, shifted: float):
+def paint(
+    rng: np.random.Generator, cells: np.ndarray, pool: tuple[np.ndarray, ...], scale: int, shifted: float
+) -> np.ndarray:
     """The picture (R·8·scale, C·8·scale) uint8 of one frame's `cells` (R, C), each digit a draw from `pool`.
 
     Args:

@@ -15,6 +15,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -91,7 +92,7 @@ def write(folder: Path, shifts: int) -> dict[str, int]:
 def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits  # slow to import
 
-    digits = load_digits()
+    digits: Any = load_digits()
     return to_grey(digits.images), digits.target.astype(np.int64), np.arange(len(digits.target))
 
 

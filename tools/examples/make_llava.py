@@ -50,10 +50,12 @@ TEMPLATE = (
 
 
 class LlavaFolderConfig(Config):
-    """A whole folder. Sizes are in pixels, features and layers."""
+    """A LLaVA of random weights with its processor, as `tools.examples.make_llava` writes it."""
 
     image_size: int = Field(gt=0)
+    """Side of the square, in pixels, that every picture is brought to."""
     patch: int = Field(gt=0)
+    """Side of a patch in pixels."""
     vision: TowerConfig
     decoder: DecoderConfig
     units: list[str] = ["row", "column", "frame"]
@@ -62,6 +64,7 @@ class LlavaFolderConfig(Config):
     """null: a word is a token. A number: tokens of a byte-level byte-pair encoding, `SPECIAL` and the single bytes
     included; fewer where the texts are too short to learn as many."""
     seed: int = Field(0, ge=0)
+    """Seed of the first weights."""
 
     @property
     def image_tokens(self) -> int:
@@ -178,7 +181,7 @@ def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     ids = {role: index for index, role in enumerate(SPECIAL)}
-    ends = {f"{role}_id": ids[role] for role in ("pad_token", "bos_token", "eos_token")}
+    ends: dict[str, Any] = {f"{role}_id": ids[role] for role in ("pad_token", "bos_token", "eos_token")}
     vision, decoder = config.vision, config.decoder
     llava = LlavaConfig(
         vision_config=CLIPVisionConfig(

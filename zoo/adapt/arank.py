@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from zoo.adapt.family import Parts, parts, picture_ids
 from zoo.adapt.flops import attention_width
@@ -247,7 +248,7 @@ def _columns(inputs: Mapping[str, Tensor], pictures: Tensor, first: int) -> tupl
     return [row.nonzero()[:, 0] for row in valid], [row.nonzero()[:, 0] for row in images]
 
 
-def _moved(inputs: Mapping[str, Tensor], base: nn.Module, device: torch.device) -> dict[str, Tensor]:
+def _moved(inputs: Mapping[str, Tensor], base: PreTrainedModel, device: torch.device) -> dict[str, Tensor]:
     moved = {name: value.to(device) for name, value in inputs.items() if name != "labels"}
     return {name: value.to(base.dtype) if value.is_floating_point() else value for name, value in moved.items()}
 

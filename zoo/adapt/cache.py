@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from zoo.config import UserError
 
@@ -62,7 +62,7 @@ class RoutedLayer(DynamicLayer):
         self.columns, self.length, self.ragged, self.routed = None, 0, False, False
         self.edge = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.slots:
             super().reorder_cache(beam_idx)
         if self.columns is not None:
@@ -87,7 +87,7 @@ class RoutedLayer(DynamicLayer):
         if not tokens_to_remove or not self.length:
             return
         self.length = max(0, self.length + tokens_to_remove)
-        if self.columns is None or not self.slots:
+        if self.columns is None or self.keys is None or self.values is None or not self.slots:
             return
         columns = torch.where(self.columns < self.length, self.columns, -1)
         used = (columns >= 0).any(0).nonzero()  # one copy to the host: how much memory can go
@@ -118,7 +118,8 @@ def routed_layer(cache: Any, index: int) -> RoutedLayer:
             "cache_implementation); static, quantised and sliding-window layers would hold or count other tokens"
         )
     new = RoutedLayer()
-    if layer.get_seq_length():  # filled by the dense model: every token is there
+    if layer.keys is not None and layer.values is not None and layer.get_seq_length():
+        # filled by the dense model: every token is there
         new.lazy_initialization(layer.keys, layer.values)
         new.keys, new.values = layer.keys, layer.values
         rows, length = layer.keys.shape[0], layer.get_seq_length()
@@ -193,10 +194,12 @@ def cache_report(cache: Cache) -> CacheReport:
     """Bytes of keys and values, as allocated, and the bytes of a dense cache of the same batch and length."""
     held, dense, slots, full = 0, 0, [], []
     for layer in cache.layers:
-        if not getattr(layer, "is_initialized", False) or layer.keys is None or layer.keys.numel() == 0:
+        if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
             continue
-        mine = layer.keys.nbytes + layer.values.nbytes
-        there = layer.keys.shape[-2]
+        keys, values = layer.keys, layer.values
+        if keys is None or values is None or keys.numel() == 0:
+            continue
+        mine, there = keys.nbytes + values.nbytes, keys.shape[-2]
         length = layer.length if isinstance(layer, RoutedLayer) else there
         held, dense = held + mine, dense + mine // there * length
         slots.append(there)

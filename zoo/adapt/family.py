@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import nn
 
 from zoo.config import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEXT, IMAGE, VIDEO, ANSWER, PADDING = 0, 1, 2, 3, -1
 """What a token is. ANSWER: a text token with a label, in training."""
@@ -50,33 +53,38 @@ def has_pictures(inputs: Mapping[str, Any]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Of a multimodal model."""
+    """The parts of a multimodal model that adapting it touches."""
 
-    top: nn.Module
+    top: PreTrainedModel
     """What a caller calls: with the language head, if there is one."""
-    base: nn.Module
+    base: PreTrainedModel
     """Where token ids and pictures become one stream."""
-    decoder: nn.Module
+    decoder: PreTrainedModel
     """Where the layers are."""
 
     @property
     def layers(self) -> nn.ModuleList:
-        return self.decoder.layers
+        return cast(nn.ModuleList, self.decoder.layers)
 
     @property
     def text_config(self) -> Any:
         return self.top.config.get_text_config(decoder=True)
 
 
+def unwrapped(model: Any) -> Any:
+    """The model of Transformers, out of PEFT's wrapper of it if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def parts(model: nn.Module) -> Parts:
-    """Find them.
+    """Find the parts of a model.
 
     Args:
         model: of Transformers, or PEFT's wrapper of one.
     Raises:
         UserError: it is no multimodal decoder.
     """
-    top = model.get_base_model() if hasattr(model, "get_base_model") else model
+    top = unwrapped(model)
     name = type(top).__name__
     if not hasattr(top, "config") or not hasattr(top, "get_decoder"):
         raise UserError(f"{name} is no model of Transformers; give one loaded by AutoModelForImageTextToText")

@@ -47,9 +47,10 @@ def save_adapted(model: nn.Module, folder: str | Path, base: str | None = None) 
     about: dict[str, Any] = {"version": VERSION, "adapt": config.model_dump(), "class": type(top).__name__}
     if top is model:
         plain = {name: value for name, value in model.state_dict().items() if not _is_router(name)}
-        model.save_pretrained(folder, state_dict=plain)
+        top.save_pretrained(folder, state_dict=plain)
     else:
-        model.save_pretrained(folder)
+        wrapper: Any = model
+        wrapper.save_pretrained(folder)
         source = top.config._name_or_path if base is None else base
         dtype = str(next(p for p in top.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
         about |= {"base": source, "base_dtype": dtype, "base_sha256": weights_hash(top)}

@@ -55,7 +55,7 @@ def watch(layer: nn.Module) -> None:
     Raises:
         UserError: its attention is not called by the name that its config gives.
     """
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     module = sys.modules[type(attention).__module__]
     if not hasattr(attention, "config") or not hasattr(module, "eager_attention_forward"):
         raise UserError(
@@ -66,14 +66,14 @@ def watch(layer: nn.Module) -> None:
 
 
 def unwatch(layer: nn.Module) -> None:
-    """Undo `watch`."""
-    attention = getattr(layer, "self_attn", None)
+    """Undo what `watch` did to a layer."""
+    attention: Any = getattr(layer, "self_attn", None)
     if isinstance(getattr(attention, "config", None), Watched):
         attention.config = attention.config.dense
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The module's own attention; if the forward routes, `received` goes into its context."""
     eager = sys.modules[type(module).__module__].eager_attention_forward

@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext
 from zoo.registry import Place
+from zoo.roles import Role
 from zoo.routers import LinearRouter, capacity_count, expert_choice, membership
 
 
-class ModRouter(LinearRouter):
+class ModRouter(LinearRouter, counter_noise=True):
     """One logit a token, in fp32: the log-odds of keeping it. `gate` turns logits into weights.
 
     Under softmax there are two outputs, skip and keep, as γ-MoD has them; their difference is the logit.
     """
+
+    roles = {"weight": Role.ADDED_ROUTER, "bias": Role.ADDED_ROUTER}
 
     def __init__(self, config: AdaptConfig, d_model: int) -> None:
         softmax = config.gate.activation == "softmax"

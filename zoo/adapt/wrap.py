@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext
-from zoo.adapt.family import VIDEO, Parts, gated, parts, picture_ids
+from zoo.adapt.family import VIDEO, Parts, gated, parts, picture_ids, unwrapped
 from zoo.adapt.layer import RoutedDecoderLayer, Routing, routed_class
 from zoo.adapt.scores import unwatch, watch
 from zoo.adapt.select import ModRouter
@@ -58,7 +59,7 @@ def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int =
     """
     config = AdaptConfig.parse(config, "adapt")
     found = parts(model)
-    if getattr(found.top, "mod_adaptation", None) is not None:
+    if _adaptation(model) is not None:
         raise UserError(f"{type(found.top).__name__} is adapted already; zoo.adapt.restore(model) undoes it")
     plan = config.plan(len(found.layers))
     _check_layers(found, plan, config)
@@ -76,7 +77,7 @@ def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int =
         shared = _router(config, width, found.layers[next(iter(plan))], f"{seed}:{ROUTER}")
         found.decoder.add_module(ROUTER, shared)
     for number, keep in plan.items():
-        layer = found.layers[number]
+        layer: Any = found.layers[number]
         name = gated(layer) if config.gate.branch == "mlp" else ""
         if shared is None and config.router.learned:
             layer.add_module(ROUTER, _router(config, width, layer, f"{seed}:layers.{number}.{ROUTER}"))
@@ -87,23 +88,27 @@ def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int =
     if found.top is not found.base:
         handles.append(found.top.register_forward_pre_hook(LabelHook(config), with_kwargs=True))
         handles.append(found.top.register_forward_hook(LossHook(config), with_kwargs=True))
-    found.top.mod_adaptation = Adaptation(config, handles)
+    top: Any = found.top
+    top.mod_adaptation = Adaptation(config, handles)
     return model
 
 
 def adaptation(model: nn.Module) -> AdaptConfig | None:
     """The config that `model` is adapted by; None where it is dense."""
-    top = model.get_base_model() if hasattr(model, "get_base_model") else model
-    done = getattr(top, "mod_adaptation", None)
+    done = _adaptation(model)
     return None if done is None else done.config
+
+
+def _adaptation(model: nn.Module) -> Adaptation | None:
+    return getattr(unwrapped(model), "mod_adaptation", None)
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `adapt`, in place: the dense model, with whatever weights it has by now; the routers are dropped."""
-    found = parts(model)
-    if adaptation(model) is None:
+    found, done = parts(model), _adaptation(model)
+    if done is None:
         return model
-    for handle in found.top.mod_adaptation.handles:
+    for handle in done.handles:
         handle.remove()
     for layer in found.layers:
         unwatch(layer)
@@ -146,9 +151,9 @@ class ContextHook:
     config: AdaptConfig
     ids: dict[int, int]
     names: tuple[str, ...]
-    """Of the forward's positional parameters."""
+    """Names of the forward's positional parameters."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def __call__(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         trace, answers = kwargs.get("mod_trace"), kwargs.get("mod_answers")
         like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.context import TokenContext
-from zoo.untied import Grouping
+from zoo.untied import TIED, Grouping
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,11 +41,11 @@ class Layout:
     """Some sequence may hold more than one document; known on the host."""
 
     @classmethod
-    def of(cls, context: TokenContext, grouping: Grouping | None = None, before: Tensor | None = None) -> Layout:
+    def of(cls, context: TokenContext, grouping: Grouping = TIED, before: Tensor | None = None) -> Layout:
         """Layout of a context's tokens.
 
         Args:
-            grouping: the rows are those of `grouping.split`; None: they are the B·T tokens in time order, padding included.
+            grouping: the rows are those of `grouping.split`; with one group the B·T tokens, flat, padding included.
             before: (B,) id of the document that a decoding state holds, −1 for none; a first token of the same document
                 continues it. None: every sequence begins anew.
         """
@@ -124,12 +124,12 @@ def _take(values: Tensor, index: Tensor, partial: bool) -> Tensor:
     return F.embedding(index.reshape(-1), flat)
 
 
-def _lay_out(context: TokenContext, grouping: Grouping | None) -> Layout:
+def _lay_out(context: TokenContext, grouping: Grouping) -> Layout:
     device, tokens = context.modality.device, context.modality.numel()
     flat = torch.arange(tokens, device=device).view(context.shape)
     group = torch.zeros(tokens, dtype=torch.int32, device=device)
     row = flat
-    if grouping is not None:
+    if not grouping.tied:
         order = grouping.split(flat.unsqueeze(-1), context)[:, 0]
         row = flat.new_empty(tokens).index_copy(0, order, flat.view(-1)[: order.numel()]).view(context.shape)
         sizes = grouping.sizes(context)
@@ -148,7 +148,7 @@ def _lay_out(context: TokenContext, grouping: Grouping | None) -> Layout:
         count=context.valid.sum(1),
         group=group,
         padded=context.padded,
-        in_order=grouping is None and not context.padded,
+        in_order=grouping.tied and not context.padded,
         many_documents=not context.single_document,
     )
 
