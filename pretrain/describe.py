@@ -10,6 +10,7 @@ from torch import nn
 import zoo
 from pretrain import recipe as recipes
 from pretrain.recipe import Recipe
+from zoo.roles import Role, parameter_roles
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -61,4 +62,6 @@ def memory(recipe: Recipe, parameters: int, ranks: int) -> dict[str, Any]:
 
 
 def _auxiliary(model: nn.Module) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" in name)
+    """Parameters of the auxiliary routers."""
+    role = parameter_roles(model)
+    return sum(p.numel() for name, p in model.named_parameters() if role[name] is Role.AUXILIARY)

@@ -13,7 +13,7 @@ MOVED = {
         "make_llava",
         "pretrain_tower",
     )
-}
+} | {"tools.adapt_sweep": "tools.sweep"}
 """Old names of commands, `python -m NAME`, and their new ones."""
 
 

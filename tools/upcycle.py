@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old_model, _ = run_folder.load_model(options.old_run)
         recipe = recipes.load(options.recipe, options.overrides)
         new_model = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
-        result = upcycle(old_model.state_dict(), new_model.state_dict())
+        result = upcycle(old_model.state_dict(), new_model)
         start = run_folder.position(options.old_run)
         run_folder.save_initial(recipe.folder, run_folder.Initial(result.weights, start))
     except UserError as error:

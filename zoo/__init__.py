@@ -11,7 +11,7 @@ from zoo import (  # noqa: F401  they register their blocks
     moma,
     token_choice,
 )
-from zoo.build import build
+from zoo.build import build, build_block, build_model
 from zoo.calibrate import calibrate
 from zoo.config import Config, ConfigError, UserError
 from zoo.context import TokenContext, Trace
@@ -37,6 +37,8 @@ __all__ = [
     "Trace",
     "UserError",
     "build",
+    "build_block",
+    "build_model",
     "calibrate",
     "initialise",
     "known",

@@ -7,32 +7,33 @@ the device to learn one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.noise import token_keys
 from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
+from zoo.spans import Span, Spans
 
 TOPK, CAUSAL = "topk", "causal"
-Span = tuple[int, int, int]
-"""(row, start, length): where a document or an item stands, as numbers on the host. Several are in row and time order."""
 
 
 @dataclasses.dataclass(eq=False)
 class Trace:
     """Collector for one forward: routing decisions, losses, and what routers report or learn from, by block name.
 
-    Use a fresh one for each forward. While activation checkpointing recomputes a layer the trace replays the decisions
-    of the first pass and takes nothing in, so that routes cannot flip and nothing counts twice.
+    Use a fresh one for each forward. Where activation checkpointing recomputes a layer, the layer is given a `replay` of
+    the trace, so that routes cannot flip and nothing counts twice.
     """
 
     decisions: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """name → what the block decided. It holds neither this trace nor a context with it: the cycle would outlive the step.
+    """
     losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
     """name → (sum over tokens, count)."""
     statistics: RoutingStatistics = dataclasses.field(default_factory=RoutingStatistics)
@@ -43,6 +44,7 @@ class Trace:
     """name → sums, to be added over micro-batches and ranks: what the `update` of the module of that name is given once
     an optimizer step. Tensors of any shape; the same names and shapes on every rank."""
     replaying: bool = False
+    """A replay: decisions are repeated, and what is added is dropped."""
 
     def decide(self, name: str, decision: Callable[[], Any]) -> Any:
         """The decision of block `name`: computed and recorded in the first pass, replayed in a recomputation."""
@@ -74,14 +76,24 @@ class Trace:
         if not self.replaying:
             self.updates[name] = {key: value.detach() for key, value in sums.items()}
 
-    @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
-        """The region in which a checkpointed layer is recomputed."""
-        self.replaying = True
-        try:
-            yield
-        finally:
-            self.replaying = False
+    def replay(self) -> Trace:
+        """A trace with the same decisions, for computing a layer once more: it repeats them and takes nothing in."""
+        return Trace(decisions=self.decisions, replaying=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What is left of a batch where only some tokens are kept, known on the host."""
+
+    counts: tuple[tuple[int, ...], ...]
+    """counts[b][m]: tokens kept of modality m in row b."""
+    spans: Spans | None = None
+    """What is left of documents and items, in the columns of the kept tokens; None where the host does not know it."""
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Tokens kept of each row."""
+        return tuple(map(sum, self.counts))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,14 +115,14 @@ class TokenContext:
     counts: tuple[tuple[int, ...], ...]
     """counts[b][m]: tokens of modality m in row b, known on the host."""
     single_document: bool
-    """Every row is one document, its padding (if any) at the end: plain causal attention is right."""
+    """Every row is one document, its padding (if any) at the end: without items plain causal attention is right."""
     item: Tensor | None = None
     """(B, T) int64, number within its row of the item with bidirectional attention that a position belongs to (an image
     whose parts all see each other), −1 elsewhere; None where the batch has no such item."""
-    segments: tuple[Span, ...] | None = None
-    """Span of every document, where the host knows them."""
-    item_spans: tuple[Span, ...] | None = ()
-    """Span of every item, where the host knows them; empty where `item` is None."""
+    spans: Spans | None = None
+    """Where documents and items stand, if the host knows it already; `document_spans` and `item_spans` always do."""
+    narrowed: bool = False
+    """A sub-sequence that a router kept, for a single layer: what is derived from it is shared by no other layer."""
     step: int = 0
     routing: str = TOPK
     """"topk": expert choice over the scope, as in training. "causal": auxiliary routers decide token by token."""
@@ -158,14 +170,16 @@ class TokenContext:
             )
         if not torch.equal(host_modality < 0, host_document < 0):
             raise ValueError("modality and document disagree about padding; both are −1 exactly there")
-        segments = _spans(host_document, "document")
-        item_spans: tuple[Span, ...] = ()
         if item is not None:
-            item_spans = _item_spans(item.cpu().to(torch.int64), host_document)
-            item = item.to(torch.int64) if item_spans else None
+            if item.shape != modality.shape:
+                raise ValueError(
+                    f"item: shape {tuple(item.shape)}; it must be that of modality, {tuple(modality.shape)}"
+                )
+            item = item.to(torch.int64)
+        spans = Spans.of(host_document, item)
         if position is None:
             position = torch.zeros_like(host_document)
-            for row, start, length in segments:
+            for row, start, length in spans.documents:
                 position[row, start : start + length] = torch.arange(length)
             position = position.to(modality.device)
         if key is None:
@@ -177,12 +191,11 @@ class TokenContext:
             position=position.to(torch.int64),
             document=document,
             key=key,
-            counts=_counts(host_modality, len(modalities)),
-            single_document=len({row for row, _, _ in segments}) == len(segments)
-            and all(s == 0 for _, s, _ in segments),
-            item=item,
-            segments=segments,
-            item_spans=item_spans,
+            counts=_on_host(_counts(host_modality, len(modalities))),
+            single_document=len({row for row, _, _ in spans.documents}) == len(spans.documents)
+            and all(start == 0 for _, start, _ in spans.documents),
+            item=item if spans.items else None,
+            spans=spans,
             step=step,
             routing=routing,
             trace=trace,
@@ -208,6 +221,19 @@ class TokenContext:
     @property
     def padded(self) -> bool:
         return sum(self.row_counts) < self.modality.numel()
+
+    @property
+    def document_spans(self) -> tuple[Span, ...]:
+        """Span of every document. Where the host does not know them, the first to ask waits for their copy."""
+        return self._known_spans().documents
+
+    @property
+    def item_spans(self) -> tuple[Span, ...]:
+        """Span of every item with bidirectional attention, as `document_spans`; empty where `item` is None."""
+        return self._known_spans().items if self.item is not None else ()
+
+    def _known_spans(self) -> Spans:
+        return self.spans or self.shared("spans", lambda: Spans.of(self.document, self.item))
 
     # ------------------------------------------------------------------------------------------- derived once, shared
 
@@ -258,37 +284,52 @@ class TokenContext:
 
     # ---------------------------------------------------------------------------------------------------- narrowing
 
-    def kept_counts(self, keep: Tensor) -> tuple[tuple[int, ...], ...]:
-        """`counts` of the tokens at which `keep` (B, T) is true; they depend on the data and are copied to the host."""
-        return _counts(self.modality.masked_fill(~keep, -1), len(self.modalities))
+    def kept(self, keep: Tensor) -> Kept:
+        """What is left where only the tokens at which `keep` (B, T) is true are kept.
 
-    def select(self, index: Tensor, valid: Tensor, counts: tuple[tuple[int, ...], ...] | None = None) -> TokenContext:
+        It depends on the data: counts, and spans where attention needs them, are copied to the host together, once.
+        """
+        counts = _counts(self.modality.masked_fill(~keep, -1), len(self.modalities))
+        spans = self.spans
+        if spans is None or (self.single_document and self.item is None):
+            return Kept(_on_host(counts))
+
+        def compute() -> Tensor:
+            return torch.tensor(spans.boundaries(self.shape[1]), device=keep.device)
+
+        before = F.pad(keep.reshape(-1).cumsum(0), (1, 0)).index_select(0, self.shared("boundaries", compute))
+        numbers = torch.cat((counts.reshape(-1), before)).cpu()
+        per_row, before = numbers[: counts.numel()].view_as(counts), numbers[counts.numel() :]
+        return Kept(_on_host(per_row), spans.narrowed(before.tolist()))
+
+    def select(self, index: Tensor, valid: Tensor, kept: Kept | None = None) -> TokenContext:
         """The context of a kept sub-sequence.
 
         Args:
             index: (B, K) columns kept, ascending within a row; K is the largest row's count.
             valid: (B, K) bool; False where a shorter row is padded.
-            counts: tokens kept of each row and modality, where the host knows them. Otherwise they depend on the data
-                and are copied to the host here, once.
+            kept: what the host knows of it, from `kept`, or counts alone where they do not depend on the data; default:
+                the counts are copied to the host here, once.
         Returns:
-            Context of B rows of K tokens with original positions, documents and items. What was kept of an item is one
-            run again and still sees all of itself.
+            Context of B rows of K tokens with original positions, documents and items. What was kept of a document or
+            an item is one run again, and what was kept of an item still sees all of itself.
         """
 
         def take(values: Tensor, padding: int) -> Tensor:
             return values.gather(1, index).masked_fill(~valid, padding)
 
         modality = take(self.modality, -1)
+        kept = kept or Kept(_on_host(_counts(modality, len(self.modalities))))
         return dataclasses.replace(
             self,
             modality=modality,
             position=take(self.position, 0),
             document=take(self.document, -1),
             key=take(self.key, 0),
-            counts=_counts(modality, len(self.modalities)) if counts is None else counts,
+            counts=kept.counts,
             item=None if self.item is None else take(self.item, -1),
-            segments=None,
-            item_spans=() if self.item is None else None,
+            spans=kept.spans,
+            narrowed=True,
             _derived={},
         )
 
@@ -308,48 +349,17 @@ class TokenContext:
         return dataclasses.replace(self, **moved, _derived={})
 
 
-def _counts(modality: Tensor, modalities: int) -> tuple[tuple[int, ...], ...]:
-    rows = torch.stack([(modality == m).sum(1) for m in range(modalities)], dim=1)
-    return tuple(tuple(row) for row in rows.tolist())
+def _counts(modality: Tensor, modalities: int) -> Tensor:
+    """(B, M): tokens of each row and modality; modality (B, T)."""
+    return torch.stack([(modality == m).sum(1) for m in range(modalities)], dim=1)
+
+
+def _on_host(counts: Tensor) -> tuple[tuple[int, ...], ...]:
+    """(B, M) counts as numbers; the host waits for them."""
+    return tuple(map(tuple, counts.tolist()))
 
 
 def same_item(item: Tensor) -> Tensor:
     """(B, 1, T, T) bool: both positions belong to the same item; item (B, T), −1 where there is none."""
     query, key = item[:, None, :, None], item[:, None, None, :]
     return (query == key) & (query >= 0)
-
-
-def _spans(ids: Tensor, what: str) -> tuple[Span, ...]:
-    """The span of every id ≥ 0; ids (B, T) on the host.
-
-    Raises:
-        ValueError: the places of an id do not stand together; `what` names them.
-    """
-    numbers = ids.numpy()
-    if numbers.size == 0:
-        return ()
-    begins = np.ones_like(numbers, dtype=bool)
-    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    rows, starts = np.nonzero(begins)
-    ends = np.append(rows * numbers.shape[1] + starts, numbers.size)
-    lengths = np.diff(ends)
-    real = numbers[rows, starts] >= 0
-    begun = np.stack((rows, numbers[rows, starts]))[:, real]
-    if np.unique(begun, axis=1).shape[1] < begun.shape[1]:
-        raise ValueError(f"{what}: an id stands in two places of a row; the tokens of one {what} stand together")
-    return tuple(zip(rows[real].tolist(), starts[real].tolist(), lengths[real].tolist(), strict=True))
-
-
-def _item_spans(item: Tensor, document: Tensor) -> tuple[Span, ...]:
-    """The span of every item, each inside one document; both (B, T) on the host."""
-    if item.shape != document.shape:
-        raise ValueError(f"item: shape {tuple(item.shape)}; it must be that of modality, {tuple(document.shape)}")
-    spans = _spans(item, "item")
-    for row, start, length in spans:
-        inside = document[row, start : start + length]
-        if int(inside[0]) < 0 or not bool((inside == inside[0]).all()):
-            raise ValueError(
-                f"item: {int(item[row, start])} of row {row}, columns {start} to {start + length - 1}, is not inside "
-                "one document; an item is a part of its document, and padding belongs to none"
-            )
-    return spans

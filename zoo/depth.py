@@ -27,7 +27,7 @@ from torch import Tensor
 from zoo import noise
 from zoo.auxiliary import AuxiliaryRouter, train_auxiliary
 from zoo.config import ConfigError
-from zoo.context import CAUSAL, TokenContext
+from zoo.context import CAUSAL, Kept, TokenContext
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routers import Capacity, LinearRouter, Router, Scope, capacity_count, decide, expert_choice, membership
@@ -159,6 +159,7 @@ class MixtureOfDepths(Depth, counter_noise=True):
         scores = self.router(candidates, key, noise.salt(self.name, context.step))  # (n, 1)
         logits = None if self.auxiliary is None else self.auxiliary(candidates, sizes)
         taken, index, valid, inner = decide(context, self.name, lambda: self._select(scores, logits, context))
+        inner = inner.replace(trace=context.trace)
         self._report(logits, taken, context, inner)
         flat_index = (index + torch.arange(rows, device=x.device)[:, None] * columns).reshape(-1)
         kept = F.embedding(flat_index, flat).view(rows, -1, width).masked_fill(~valid.unsqueeze(-1), 0.0)
@@ -180,9 +181,12 @@ class MixtureOfDepths(Depth, counter_noise=True):
     def _select(
         self, scores: Tensor, logits: Tensor | None, context: TokenContext
     ) -> tuple[Tensor, Tensor, Tensor, TokenContext]:
-        """taken (n,) bool among the candidates, columns kept (B, K), which of them are real (B, K), their context."""
+        """taken (n,) bool among the candidates, columns kept (B, K), which of them are real (B, K), their context.
+
+        The context has no trace: the trace keeps what is returned here, and a cycle would outlive the step.
+        """
         members, sizes = self._candidates(context)
-        counts = None
+        kept = None
         if context.routing == CAUSAL:
             if logits is None:
                 raise ConfigError(
@@ -192,16 +196,16 @@ class MixtureOfDepths(Depth, counter_noise=True):
         else:
             parts = zip(self.pools, scores.detach().split(list(sizes)), strict=True)
             taken = torch.cat([self._top(pool, part, context) for pool, part in parts])
-            counts = self._static_counts(context)
+            kept = self._static_counts(context)
         # everybody but padding and the candidates that were not taken
         keep = context.valid.reshape(-1).index_copy(0, members, taken).view(context.shape)
-        if counts is None:
-            counts = context.kept_counts(keep)
-        totals = tuple(map(sum, counts))
+        if kept is None:
+            kept = context.kept(keep)
+        totals = kept.row_counts
         largest = max(1, *totals)  # the block runs even when nothing is kept: every rank uses every parameter
         index = keep.logical_not().sort(dim=1, stable=True).indices[:, :largest]  # kept columns first, in time order
         valid = torch.arange(largest, device=keep.device) < torch.tensor(totals, device=keep.device)[:, None]
-        return taken, index, valid, context.select(index, valid, counts)
+        return taken, index, valid, context.replace(trace=None).select(index, valid, kept)
 
     def _share(self, pool: Pool, context: TokenContext) -> Fraction:
         """Capacity of a pool at the context's step."""
@@ -216,7 +220,7 @@ class MixtureOfDepths(Depth, counter_noise=True):
         index = expert_choice(scores, scopes, self._share(pool, context), context)
         return membership(index, scores.shape[0])[:, 0]
 
-    def _static_counts(self, context: TokenContext) -> tuple[tuple[int, ...], ...] | None:
+    def _static_counts(self, context: TokenContext) -> Kept | None:
         """Tokens that top-k keeps of each row and modality, where that does not depend on the data: every modality has
         a capacity of its own, and the scope is a row."""
         if self.blind or (self.scope != "row" and context.shape[0] > 1):
@@ -224,7 +228,7 @@ class MixtureOfDepths(Depth, counter_noise=True):
         shares = [Fraction(1)] * self.modalities
         for pool in self.pools:
             shares[pool.modality] = self._share(pool, context)
-        return tuple(tuple(map(capacity_count, row, shares)) for row in context.counts)
+        return Kept(tuple(tuple(map(capacity_count, row, shares)) for row in context.counts))
 
     def _report(self, logits: Tensor | None, taken: Tensor, context: TokenContext, inner: TokenContext) -> None:
         """Tell the trace the load, and train the auxiliary router on what was decided."""

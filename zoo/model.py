@@ -115,16 +115,16 @@ class Model(nn.Module):
 
 
 def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
-    trace = context.trace
-    assert trace is not None
-    return checkpoint(
-        layer,
-        x,
-        context,
-        use_reentrant=False,
-        preserve_rng_state=not counter_noise_alone(layer),
-        context_fn=lambda: (contextlib.nullcontext(), trace.replay()),
-    )
+    """The layer's output; of all that the layer computes only x is kept, the backward pass computes the rest again."""
+    assert context.trace is not None
+    # taken out by the first pass: the trace's losses hold the autograd graph, so the graph must not hold the trace
+    first = [context]
+    again = context.replace(trace=context.trace.replay())
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, first.pop() if first else again)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not counter_noise_alone(layer))
 
 
 def counter_noise_alone(layer: Component) -> bool:

@@ -13,15 +13,17 @@ moments of one weight say nothing about N copies that see other tokens.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.config import UserError
+from zoo.experts import RoutedExperts
+from zoo.roles import Role, parameter_roles
+from zoo.slots import Depth
 
-_FRESH = re.compile(r"\.(router|auxiliary)\.")
-_EXPERT = re.compile(r"(?P<path>.*\.feedforward)\.groups\.(?P<group>[^.]+)\.experts\.(?P<weight>w_in|w_out)$")
+FRESH = {Role.ROUTER, Role.AUXILIARY}
+"""What may keep its first values; so may buffers, which no gradient trains."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,51 +35,83 @@ class Upcycled:
     """Name in the new model → name in the old one; absent for what keeps its first value."""
 
 
-def upcycle(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Upcycled:
-    """Fill a new model's weights from an old one's.
+def upcycle(old: Mapping[str, Tensor], new: nn.Module) -> Upcycled:
+    """Fill a new model's weights from an old one's; the new model itself is left as it is.
 
     Args:
         old: whole weights of the trained model by name.
-        new: whole first weights of the new model by name; gives names, shapes, and what stays fresh.
+        new: the model with its first weights; gives names, roles, shapes, and what stays fresh.
     Raises:
         UserError: a weight of the new model has no counterpart of a shape it can be copied from.
     """
+    roles, sources = parameter_roles(new), _Sources(new)
     weights, origin = {}, {}
-    for name, value in new.items():
-        found = _counterpart(name, old)
-        if _FRESH.search(name) and (found is None or old[found].shape != value.shape):
+    for name, value in new.state_dict().items():
+        found = next((source for source in sources.of(name) if source.name in old), None)
+        role = roles.get(name)
+        if (role is None or role in FRESH) and (found is None or old[found.name].shape != value.shape):
             # also a router of one expert: N copies of its column would choose the same tokens for all N experts
             weights[name] = value
             continue
-        copied = None if found is None else _spread(_as_stored(old[found], value, name, found), value)
+        copied = None if found is None else _spread(found.laid_out(old[found.name], role, value), value)
         if copied is None:
             raise UserError(_problem(name, value, found, old))
-        weights[name], origin[name] = copied.to(value.dtype).clone(), found  # type: ignore[assignment]
+        weights[name], origin[name] = copied.to(value.dtype).clone(), found.name
     return Upcycled(weights, origin)
 
 
-def _counterpart(name: str, old: Mapping[str, Tensor]) -> str | None:
-    """The old weight that `name` comes from: of the same name, from inside or outside an MoD wrapper, from the dense
-    feed-forward that became experts, or from the one group that became several."""
-    for candidate in (name, name.replace(".block.", ".", 1), re.sub(r"^(layers\.\d+)\.", r"\1.block.", name)):
-        if candidate in old:
-            return candidate
-        expert = _EXPERT.fullmatch(candidate)
-        if expert:
-            path, weight = expert["path"], expert["weight"]
-            for source in (f"{path}.{weight}.weight", f"{path}.groups.all.experts.{weight}"):
-                if source in old:
-                    return source
-    return None
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where an old model may hold a weight."""
+
+    name: str
+    dense: bool = False
+    """The linear map of a dense feed-forward, stored (out, in); stacked experts are (E, in, out)."""
+
+    def laid_out(self, value: Tensor, role: Role | None, target: Tensor) -> Tensor:
+        """The old `value`, laid out as the new weight `target` of this role is."""
+        if self.dense:
+            return value.transpose(-1, -2)
+        if role is Role.MODALITY_BIAS and target.shape[0] % value.shape[0] == 0:
+            return value.repeat(target.shape[0] // value.shape[0])
+        return value
 
 
-def _as_stored(source: Tensor, target: Tensor, name: str, found: str) -> Tensor:
-    """The old weight `found`, laid out as the new weight `name` is."""
-    if _EXPERT.fullmatch(name) and found.endswith(".weight"):
-        return source.transpose(-1, -2)  # linear maps are stored (out, in), stacked experts (E, in, out)
-    if name.endswith(".dt_bias") and target.shape[0] % source.shape[0] == 0:
-        return source.repeat(target.shape[0] // source.shape[0])  # flat, one part a modality
-    return source
+class _Sources:
+    """Names under which an old model may hold what a new one's weights come from."""
+
+    def __init__(self, new: nn.Module) -> None:
+        modules = list(new.named_modules())
+        lists = [(name, part) for name, part in modules if isinstance(part, nn.ModuleList)]
+        self.layers = {f"{name}.{i}.": layer for name, part in lists for i, layer in enumerate(part)}
+        self.experts = {
+            f"{name}.groups.{group}.experts.{weight}": (f"groups.{group}.experts.{weight}", weight)
+            for name, part in modules
+            if isinstance(part, RoutedExperts)
+            for group in part.groups
+            for weight in ("w_in", "w_out")
+        }
+
+    def of(self, name: str) -> Iterator[_Source]:
+        """Best first: of the same name, from inside or outside an MoD wrapper; each time itself, the dense feed-forward
+        that became experts, or the one group that became several."""
+        tail, weight = self.experts.get(name, ("", ""))
+        for same in self._moved(name):
+            yield _Source(same)
+            if weight:
+                path = same.removesuffix(tail)
+                yield _Source(f"{path}{weight}.weight", dense=True)
+                yield _Source(f"{path}groups.all.experts.{weight}")
+
+    def _moved(self, name: str) -> Iterator[str]:
+        yield name
+        for prefix, layer in self.layers.items():
+            if name.startswith(prefix):
+                rest = name.removeprefix(prefix)
+                if not isinstance(layer, Depth):
+                    yield f"{prefix}block.{rest}"
+                elif rest.startswith("block."):
+                    yield prefix + rest.removeprefix("block.")
 
 
 def _spread(source: Tensor, target: Tensor) -> Tensor | None:
@@ -91,8 +125,9 @@ def _spread(source: Tensor, target: Tensor) -> Tensor | None:
     return None
 
 
-def _problem(name: str, value: Tensor, found: str | None, old: Mapping[str, Tensor]) -> str:
+def _problem(name: str, value: Tensor, found: _Source | None, old: Mapping[str, Tensor]) -> str:
     shape = tuple(value.shape)
     if found is None:
         return f"upcycle: {name} {shape} has no counterpart; the recipes may differ in experts, untying and depth alone"
-    return f"upcycle: {name} {shape} cannot be copied from {found} {tuple(old[found].shape)}; keep widths and heads"
+    there = f"{found.name} {tuple(old[found.name].shape)}"
+    return f"upcycle: {name} {shape} cannot be copied from {there}; keep widths and heads"

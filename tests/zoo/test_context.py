@@ -66,7 +66,7 @@ def test_from_modality(batch):
     assert_describes(context, modality, document)
     starts = {(b, d): row.index(d) for b, row in enumerate(document) for d in {*row} - {-1}}
     segments = [(b, start, document[b].count(d)) for (b, d), start in starts.items()]
-    assert context.segments == tuple(sorted(segments))
+    assert context.document_spans == tuple(sorted(segments))
     for b, t in real(modality):
         assert context.position[b, t] == t - starts[b, document[b][t]]
     by_hand = all(
@@ -95,7 +95,7 @@ def test_select_keeps_positions_documents_and_keys(batch, data):
     for b, row in enumerate(kept):
         assert narrow.position[b, : len(row)].tolist() == context.position[b, row].tolist()
         assert narrow.key[b, : len(row)].tolist() == context.key[b, row].tolist()
-    assert narrow.step == 3 and narrow.segments is None
+    assert narrow.step == 3 and narrow.spans is None
 
 
 def test_defaults():
@@ -103,7 +103,7 @@ def test_defaults():
     assert context.modalities == ("text", "image")
     assert context.document.tolist() == [[0, 0, 0, -1]] and context.position[0, :3].tolist() == [0, 1, 2]
     assert (context.step, context.routing, context.trace) == (0, "topk", None)
-    assert context.single_document and context.segments == ((0, 0, 3),)
+    assert context.single_document and context.document_spans == ((0, 0, 3),)
     assert context.key.dtype == torch.int32 and len(context.key.unique()) == 4
 
 
@@ -172,14 +172,18 @@ def test_errors(modality, document, message):
         TokenContext.from_modality(torch.tensor(modality), None if document is None else torch.tensor(document))
 
 
-def test_a_trace_replays_and_takes_nothing_in_while_it_does():
+def test_a_replay_repeats_decisions_and_takes_nothing_in():
     trace, decisions = Trace(), iter("ab")
     assert trace.decide("block", lambda: next(decisions)) == "a"
-    with trace.replay():
-        assert trace.decide("block", lambda: next(decisions)) == "a"
-        trace.add_loss("block", torch.ones(()), 1)
-        trace.add_hits("block", RouterHits(2, 1, 1, 0))
-        trace.add_load("block", 1, 2)
-        trace.add_expert_load("block", (1, 1))
-    assert not trace.losses and trace.statistics == RoutingStatistics()
+    replay = trace.replay()
+    assert replay.decide("block", lambda: next(decisions)) == "a"
+    replay.add_loss("block", torch.ones(()), 1)
+    replay.add_penalty("block", torch.ones(()))
+    replay.add_hits("block", RouterHits(2, 1, 1, 0))
+    replay.add_load("block", 1, 2)
+    replay.add_expert_load("block", (1, 1))
+    replay.add_update("block", {"sum": torch.ones(())})
+    for taken in (trace, replay):
+        assert not taken.losses and not taken.penalties and not taken.updates
+        assert taken.statistics == RoutingStatistics()
     assert trace.decide("block", lambda: next(decisions)) == "b"

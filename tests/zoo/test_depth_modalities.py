@@ -141,13 +141,13 @@ def test_shapes_are_static_so_that_no_device_is_asked():
 @pytest.mark.parametrize("capacity", [0.5, IMAGES], ids=str)
 def test_counts_are_copied_at_most_once_and_are_right(capacity, scope, routing, monkeypatch):
     routed, context = build_model(mod(capacity, scope=scope, feedforward=DENSE)).layers[0], stream(*ROWS, trace=Trace())
-    copies, count = [], zoo.context._counts
-    monkeypatch.setattr(zoo.context, "_counts", lambda *given: copies.append(1) or count(*given))
+    copies, on_host = [], zoo.context._on_host
+    monkeypatch.setattr(zoo.context, "_on_host", lambda counts: copies.append(1) or on_host(counts))
     routed(values(context), context.replace(routing=routing))
     static = routing == "topk" and scope == "row" and capacity == IMAGES
     assert len(copies) == (0 if static else 1)
     inner = context.trace.decisions["layers.0"][3]
-    assert inner.counts == count(inner.modality, 2)
+    assert inner.counts == on_host(zoo.context._counts(inner.modality, 2))
 
 
 def test_cost_is_what_every_modality_pays():
@@ -228,8 +228,8 @@ def test_the_gradient_of_a_tanh_router_is_a_finite_difference(norm):
     assert gradient.abs().max() > 1e-4
 
     def replayed() -> float:
-        with context.trace.replay():
-            return float((routed(x, context) * probe).sum())
+        again = context.replace(trace=context.trace.replay())
+        return float((routed(x, again) * probe).sum())
 
     assert_derivative(replayed, routed.router.weight, gradient)
 

@@ -31,7 +31,7 @@ def inputs():
 
 
 def upcycled(old, new):
-    result = upcycle(old.state_dict(), new.state_dict())
+    result = upcycle(old.state_dict(), new)
     new.load_state_dict(result.weights)
     return result
 
@@ -119,6 +119,6 @@ def test_a_block_moves_into_its_depth_router_and_routers_start_fresh():
 
 def test_what_cannot_be_copied_is_named():
     with pytest.raises(UserError, match=r"layers\.0\.feedforward\.w_in\.weight.*cannot be copied"):
-        upcycle(model(DENSE).state_dict(), model({**DENSE, "d_ff": 32}).state_dict())
+        upcycle(model(DENSE).state_dict(), model({**DENSE, "d_ff": 32}))
     with pytest.raises(UserError, match="has no counterpart"):
-        upcycle(model(DENSE, {"type": "attention", "heads": 2}).state_dict(), model(DENSE).state_dict())
+        upcycle(model(DENSE, {"type": "attention", "heads": 2}).state_dict(), model(DENSE))

@@ -14,9 +14,11 @@ from pretrain.recipe import Recipe
 from tools.describe.papers import UNITS
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.experts import StackedSwiGLU
-from zoo.flops import Cost
-from zoo.routers import LinearRouter
-from zoo.untied import ModalityLinear
+from zoo.routers import Router
+from zoo.slots import Component, Depth
+
+SHOWN = (Component, Router, AuxiliaryRouter, StackedSwiGLU)
+"""What has a branch of its own; the projections inside a mixer are part of it."""
 
 
 def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
@@ -26,7 +28,7 @@ def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
     root = Tree(
         f"[bold]{recipe.name}[/bold]  {count(parameters['total'])} parameters, {count(parameters['active'])} active"
     )
-    _grow(root, model, length, recipe.model.modalities)
+    _grow(root, model, length)
     console = Console()
     console.print(root)
     console.print(f"at {length} tokens a row, forward, 2 FLOPs a multiply-add:")
@@ -48,32 +50,25 @@ def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
     )
 
 
-def _grow(tree: Tree, module: nn.Module, length: float, modalities: Sequence[str], top: bool = True) -> None:
+def _grow(tree: Tree, module: nn.Module, length: float, top: bool = True) -> None:
     """A branch for every child that has a cost or routes tokens; layers that are alike share one."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             alike: dict[str, list[int]] = {}
             for index, entry in enumerate(child):
-                alike.setdefault(_label(entry, length, modalities) + repr(entry), []).append(index)
+                alike.setdefault(_label(entry, length) + repr(entry), []).append(index)
             for indices in alike.values():
-                _branch(tree, f"{name}.{ranges(indices)}", child[indices[0]], length, modalities)
+                _branch(tree, f"{name}.{ranges(indices)}", child[indices[0]], length)
         elif isinstance(child, nn.ModuleDict):
             for key, entry in child.items():
-                _branch(tree, f"{name}.{key}", entry, length, modalities)
-        elif top or _shown(child):
-            _branch(tree, name, child, length, modalities)
+                _branch(tree, f"{name}.{key}", entry, length)
+        elif top or isinstance(child, SHOWN):
+            _branch(tree, name, child, length)
 
 
-def _shown(module: nn.Module) -> bool:
-    """Blocks and routers; the projections inside a mixer are part of it."""
-    if isinstance(module, ModalityLinear):
-        return False
-    return hasattr(module, "cost") or isinstance(module, LinearRouter | AuxiliaryRouter | StackedSwiGLU)
-
-
-def _branch(tree: Tree, name: str, module: nn.Module, length: float, modalities: Sequence[str]) -> None:
-    inner = length * float(module.capacity) if hasattr(module, "capacity") else length
-    _grow(tree.add(f"{name}  {_label(module, length, modalities)}"), module, inner, modalities, top=False)
+def _branch(tree: Tree, name: str, module: nn.Module, length: float) -> None:
+    inner = length * float(module.capacity) if isinstance(module, Depth) else length
+    _grow(tree.add(f"{name}  {_label(module, length)}"), module, inner, top=False)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -85,16 +80,15 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _label(module: nn.Module, length: float, modalities: Sequence[str]) -> str:
+def _label(module: nn.Module, length: float) -> str:
     parameters = sum(p.numel() for p in module.parameters())
     text = f"[cyan]{type(module).__name__}[/cyan]  {count(parameters)}"
-    if hasattr(module, "cost"):
-        cost: Cost = module.cost(length)
-        flops = sorted(set(cost.flops))
+    if isinstance(module, Component):
+        flops = sorted(set(module.cost(length).flops))
         text += "  " + " / ".join(count(value) for value in flops) + " FLOPs a token"
     if isinstance(module, StackedSwiGLU):
         text += f"  {module.w_in.shape[0]} experts"
-    if hasattr(module, "capacity"):
+    if isinstance(module, Depth):
         text += f"  capacity {float(module.capacity):g} of each {module.scope}"
     return text
 

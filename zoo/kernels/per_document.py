@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.context import TokenContext
+from zoo.context import TokenContext, same_item
 from zoo.kernels import sdpa
 from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is one row a document already
 
+SHORT = 256
+"""Tokens a row up to which a sub-sequence costs less under one mask than a table of its documents and a call a length."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents:
+    """Documents of the same length L, for one call."""
+
+    index: Tensor
+    """(documents, L), flat indices into B·T."""
+    mask: Tensor | None
+    """(documents, 1, L, L) bool, what each token may see; None: all that came before it, and itself."""
+
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenContext) -> Tensor:
-    """As `reference.packed_attention`: one causal call for all documents of the same length.
-
-    Where the host does not know the documents' bounds (a sub-sequence selected by a router) the mask is used.
-    """
-    if context.single_document or context.segments is None or context.item is not None:
+    """As `reference.packed_attention`: one causal call for all documents of the same length, and another, under a mask,
+    for those of them that have items. Short sub-sequences that a router kept take one call under the mask."""
+    short = context.narrowed and context.shape[1] <= SHORT
+    if short or (context.single_document and context.item is None):
         return sdpa.packed_attention(query, key, value, context)
     rows, columns = query.shape[:2]
     groups = query.shape[2] // key.shape[2]
@@ -27,28 +41,38 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenCo
     flat = [x.reshape(rows * columns, -1) for x in (query, key, value)]
     heads, width = query.shape[2:]
     pieces, places = [], []
-    for length, index in _by_length(context):
-        batch = [F.embedding(index, x).view(-1, length, heads, width).transpose(1, 2) for x in flat]
-        out = F.scaled_dot_product_attention(*batch, is_causal=True)
+    for documents in calls(context):
+        length = documents.index.shape[1]
+        batch = [F.embedding(documents.index, x).view(-1, length, heads, width).transpose(1, 2) for x in flat]
+        mask = documents.mask
+        out = F.scaled_dot_product_attention(*batch, attn_mask=mask, is_causal=mask is None)
         pieces.append(out.transpose(1, 2).reshape(-1, heads * width))
-        places.append(index.reshape(-1))
+        places.append(documents.index.reshape(-1))
     result = flat[0].new_zeros(flat[0].shape)
     if pieces:
         result = result.index_copy(0, torch.cat(places), torch.cat(pieces))
     return result.view(rows, columns, heads, width)
 
 
-def _by_length(context: TokenContext) -> list[tuple[int, Tensor]]:
-    """(length, flat token indices (documents, length)) for each distinct document length; shared by all layers."""
+def calls(context: TokenContext) -> list[Documents]:
+    """The documents by length, those that need a mask apart; shared by all layers."""
+    return context.shared("documents by length", lambda: _by_length(context))
 
-    def compute() -> list[tuple[int, Tensor]]:
-        starts = collections.defaultdict(list)
-        for row, start, length in context.segments or ():
-            starts[length].append(row * context.shape[1] + start)
-        device = context.modality.device
-        return [
-            (length, torch.tensor(first, device=device)[:, None] + torch.arange(length, device=device))
-            for length, first in sorted(starts.items())
-        ]
 
-    return context.shared("documents by length", compute)
+def _by_length(context: TokenContext) -> list[Documents]:
+    spans, device = context.document_spans, context.modality.device
+    masked = {
+        bisect.bisect_right(spans, (row, start, context.shape[1])) - 1 for row, start, n in context.item_spans if n > 1
+    }
+    starts = collections.defaultdict(list)
+    for number, (row, start, length) in enumerate(spans):
+        starts[length, number in masked].append(row * context.shape[1] + start)
+    result = []
+    for (length, has_items), first in sorted(starts.items()):
+        time = torch.arange(length, device=device)
+        index = torch.tensor(first, device=device)[:, None] + time
+        mask = None
+        if has_items:
+            mask = same_item(F.embedding(index, context.item.view(-1, 1))[..., 0]) | (time[:, None] >= time)
+        result.append(Documents(index, mask))
+    return result

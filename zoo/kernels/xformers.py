@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.context import TokenContext
-from zoo.kernels import sdpa
+from zoo.kernels import per_document, sdpa
 from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is a few queries under a mask: nothing to pass over
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,11 +35,13 @@ def missing() -> str | None:
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenContext) -> Tensor:
     """As `reference.packed_attention`.
 
-    Rows of a single document, sub-sequences whose documents the host does not know (a router selected them), contexts with
-    items (the package's blocks are causal), fp64, and head widths that are no multiple of 8 go by `sdpa`.
+    Rows of a single document, fp64, and head widths that are no multiple of 8 go by `sdpa`. Contexts with items go by
+    `per_document`: the package's blocks on the diagonal are causal and know nothing of items.
     """
-    if context.single_document or context.segments is None or context.item is not None or not takes(query):
+    if (context.single_document and context.item is None) or not takes(query):
         return sdpa.packed_attention(query, key, value, context)
+    if context.item is not None:
+        return per_document.packed_attention(query, key, value, context)
     from xformers.ops import memory_efficient_attention
 
     groups = query.shape[2] // key.shape[2]
@@ -71,7 +73,7 @@ def runs(context: TokenContext) -> list[int]:
     """
     rows, columns = context.shape
     lengths, end = [], 0
-    for row, start, length in context.segments or ():
+    for row, start, length in context.document_spans:
         begin = row * columns + start
         if begin > end:
             lengths.append(begin - end)

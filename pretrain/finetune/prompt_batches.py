@@ -13,9 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from pretrain.finetune.answers import kinds_of
 from pretrain.finetune.prompts import IGNORED, collate, encode, padding_id
 from pretrain.finetune.questions import Question
-from tools.adapt_sweep.plan import Shapes
 from zoo.adapt import AdaptConfig, AdaptContext
 from zoo.adapt.family import picture_ids
+
+Shapes = Counter[tuple[int, tuple[int, ...]]]
+"""How often a prompt of so many tokens, with candidates in groups of these sizes, is asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Prompts:
         return cls([_batch(chunk, processor, answers) for chunk in chunks], processor)
 
     def shapes(self, config: AdaptConfig, model_config: Any) -> Shapes:
-        """See `plan.Shapes`."""
+        """See `Shapes`."""
         pictures = picture_ids(model_config, type(model_config).__name__)
         found: Shapes = Counter()
         for batch in self.batches:

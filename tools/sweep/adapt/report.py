@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.finetune.train import MODEL
-from tools.adapt_sweep import pictures
-from tools.adapt_sweep.comparison import comparison
-from tools.adapt_sweep.metrics import METRICS, Metric
-from tools.adapt_sweep.plan import Point
-from tools.adapt_sweep.rows import Result, Row, gather
-from tools.adapt_sweep.settings import SweepConfig
+from tools.sweep import report
+from tools.sweep.adapt import pictures
+from tools.sweep.adapt.comparison import comparison
+from tools.sweep.adapt.metrics import METRICS, Metric
+from tools.sweep.adapt.plan import Point, target_of
+from tools.sweep.adapt.settings import SweepConfig
+from tools.sweep.kind import Result
+from tools.sweep.rows import Row, gather
+from zoo.files import atomic_write
 
 
 def write(config: SweepConfig, points: Sequence[Point], out: Path) -> list[Path]:
@@ -24,8 +27,8 @@ def write(config: SweepConfig, points: Sequence[Point], out: Path) -> list[Path]
     times = json.loads(timing.read_text()) if timing.exists() else {}
     ranks = out / "arank.json"
     depth = len(json.loads(ranks.read_text())["layers"]) if ranks.exists() else 0
-    text = "\n\n".join([table(config, rows, times), comparison(config, rows), layers_of(rows)]) + "\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    text = "\n\n".join([results(config, rows, times), comparison(config, rows), layers_of(rows)]) + "\n"
+    atomic_write(out / "results.md", text)
     drawn = pictures.draw_metric(metric, rows, out / f"{metric.name}.png")
     return [out / "results.md", drawn, pictures.draw_skip(rows, out / "skip.png", depth)]
 
@@ -33,7 +36,7 @@ def write(config: SweepConfig, points: Sequence[Point], out: Path) -> list[Path]
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> str:
+def results(config: SweepConfig, rows: Sequence[Row[Point]], times: dict[str, Any]) -> str:
     """One line an arm and target."""
     metric = METRICS[config.test.metric]
     kinds = list(dict.fromkeys(kind for row in rows for kind in _kinds(row)))
@@ -54,15 +57,10 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
         "decode",
         "training",
     ]
-    dense = [row for row in rows if row.target == 1]
+    dense = [row for row in rows if target_of(row) == 1]
     seconds = statistics.mean(found) if dense and (found := dense[0].each(_seconds)) else None
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        cells = _cells(row, metric, kinds, times.get(f"{row.arm}-{row.target:g}"), seconds, config.tolerance)
-        lines.append("| " + " | ".join(cells) + " |")
-    problems = [f"- {p.name}: not run, {p.problem}." for row in rows for p in row.points if p.problem]
-    missing = [
-        p.name for row in rows for p in row.points if not p.problem and p.name not in {q.name for q, _ in row.results}
+    lines = [
+        _cells(row, metric, kinds, times.get(f"{row.arm}-{row.setting}"), seconds, config.tolerance) for row in rows
     ]
     tested, first = (
         "/".join(map(str, sorted({result[when]["questions"] for row in rows for _, result in row.results}))) or "no"
@@ -82,13 +80,11 @@ def table(config: SweepConfig, rows: Sequence[Row], times: dict[str, Any]) -> st
         "of layers. A random draw of tokens depends on their place alone when a model is judged: all images keep the same "
         "places.",
     ]
-    if missing:
-        notes.append(f"Not finished yet: {', '.join(missing)}.")
-    return "\n\n".join([*notes, "\n".join(lines), *(["\n".join(problems)] if problems else [])])
+    return "\n\n".join([*notes, *report.unfinished(rows), report.table(heads, lines), *report.problems(rows)])
 
 
 def _cells(
-    row: Row,
+    row: Row[Point],
     metric: Metric,
     kinds: Sequence[str],
     times: dict[str, Any] | None,
@@ -107,12 +103,14 @@ def _cells(
     void = " (void)" if all(p.void for p in row.points) else ""
     flops = row.each(lambda r: r["after"]["flops"])
     untrained = "" if any(p.train for p in row.points) or not flops else " (not tuned)"
-    cells = [row.arm, f"{row.target:g}", "–".join(map(str, counts)) + void, keep, _mean(flops, "{:.3f}")]
-    cells.append(metric.show(row.each(lambda r: metric.of(r["before"])), row.runs if row.target < 1 else 1))
+    cells = [row.arm, f"{row.setting}", "–".join(map(str, counts)) + void, keep, _mean(flops, "{:.3f}")]
+    cells.append(metric.show(row.each(lambda r: metric.of(r["before"])), row.runs if target_of(row) < 1 else 1))
     cells.append(metric.show(row.each(lambda r: metric.of(r["after"])), row.runs) + untrained)
     cells += [metric.show(row.each(lambda r, kind=kind: r["after"]["kinds"].get(kind)), row.runs) for kind in kinds]
     judged = [result["threshold"] for _, result in row.results if "threshold" in result]
-    off = sum(not each["validation"]["reached"] or abs(each["flops"] / row.target - 1) > tolerance for each in judged)
+    off = sum(
+        not each["validation"]["reached"] or abs(each["flops"] / target_of(row) - 1) > tolerance for each in judged
+    )
     cells.append(metric.show([metric.of(each) for each in judged], row.runs))
     cells.append(_mean([each["flops"] for each in judged], "{:.3f}") + (f" ({off} off target)" if off else ""))
     cells.append(_mean(row.each(lambda r: r["after"]["keys_and_values"]), "{:.3f}"))
@@ -130,14 +128,10 @@ def _cells(
     return cells
 
 
-def layers_of(rows: Sequence[Row]) -> str:
+def layers_of(rows: Sequence[Row[Point]]) -> str:
     """Which layers each run routed, and what its routers skipped and foresaw."""
-    lines = [
-        "## Layers",
-        "",
-        "| run | layers | skipped of the image tokens | routers right | same as |",
-        "|---|---|---|---|---|",
-    ]
+    heads = ["run", "layers", "skipped of the image tokens", "routers right", "same as"]
+    lines = []
     for row in rows:
         found = {point.name: result for point, result in row.results}
         for point in row.points:
@@ -145,21 +139,15 @@ def layers_of(rows: Sequence[Row]) -> str:
             skip = ", ".join(f"{share:.2f}" for share in after.get("skip", {}).values())
             taught = point.adapt is not None and point.adapt.get("auxiliary", {}).get("type", "none") != "none"
             right = after.get("routers", {}).get("accuracy") if taught else None
-            cells = [
-                point.name,
-                ", ".join(map(str, point.keep)),
-                skip,
-                "" if right is None else f"{right:.1%}",
-                point.same_as,
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            layers, share = ", ".join(map(str, point.keep)), "" if right is None else f"{right:.1%}"
+            lines.append([point.name, layers, skip, share, point.same_as])
+    return "## Layers\n\n" + report.table(heads, lines)
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def _kinds(row: Row) -> list[str]:
+def _kinds(row: Row[Point]) -> list[str]:
     """Kinds of questions that the metric tells apart."""
     return [kind for _, result in row.results for kind in result["after"].get("kinds", {})]
 

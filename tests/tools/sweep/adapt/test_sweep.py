@@ -1,4 +1,4 @@
-"""`python -m tools.adapt_sweep`: arms of equal FLOPs, restartable runs, and a report that says what the results say."""
+"""`python -m tools.sweep`, `type: adapt`: arms of equal FLOPs, restartable runs, a report that says what results say."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ import yaml
 
 from tests.pretrain.finetune.tuning import write_base, write_data
 from tests.pretrain.runs import Processes, environment
-from tests.tools.sweeps import ARMS, RECIPES, config, write_sweep
+from tests.tools.sweep.adapt.sweeps import ARMS, RECIPES, config, parsed, write_sweep
 from tests.zoo.adapt.families import llava
-from tools.adapt_sweep import __main__ as command
-from tools.adapt_sweep import launch, settings
-from tools.adapt_sweep.metrics import Metric
-from tools.adapt_sweep.plan import Planner, Point, layer_sets, solve
-from tools.adapt_sweep.point import work
+from tools.sweep import __main__ as command
+from tools.sweep import launch
+from tools.sweep.adapt.plan import Planner, Point, layer_sets, solve
+from tools.sweep.adapt.sweep import AdaptSweep, base_recipe
+from tools.sweep.folder import check_folder
+from tools.sweep.kinds import open_sweep
+from tools.sweep.run import main as run_one
 from zoo.config import ConfigError, UserError
 
 RANKS = [0.9, 0.3, 0.1, 0.2, 0.5]
@@ -76,7 +78,7 @@ def test_solve_finds_the_nearest_step() -> None:
 
 def planned(tmp_path: Path, **changes: Any) -> tuple[Planner, list[Point]]:
     """Points for a decoder of four layers and prompts of 264 or 268 tokens, 256 of them an image's."""
-    sweep = settings.SweepConfig.parse(config(tmp_path, **changes))
+    sweep = parsed(tmp_path, **changes)
     shapes = Counter({(264, (256,)): 2, (268, (256,)): 1})
     with torch.device("meta"):
         model = llava(num_hidden_layers=8)
@@ -137,7 +139,7 @@ def test_bad_sweeps(tmp_path: Path, changes: dict[str, Any], message: str) -> No
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(config(tmp_path, **changes)))
     with pytest.raises(ConfigError, match=message):
-        settings.load(path, [])
+        open_sweep(path, [])
 
 
 def test_bad_arms_are_named(tmp_path: Path) -> None:
@@ -145,20 +147,20 @@ def test_bad_arms_are_named(tmp_path: Path) -> None:
         planned(tmp_path, arms={"x": {"adapt": {"group": "image"}}})
     with pytest.raises(ConfigError, match=r"arms.x: adapt.grou: unknown key"):
         planned(tmp_path, arms={"x": {"adapt": {"grou": "image", "layers": [1]}}})
-    bad = settings.SweepConfig.parse(config(tmp_path, train={"stepps": 3}))
+    bad = parsed(tmp_path, train={"stepps": 3})
     with pytest.raises(ConfigError, match="train.stepps: unknown key"):
-        command.base_recipe(bad)
+        base_recipe(bad)
 
 
 @pytest.mark.parametrize("name", ["digits", "digit_frames", "photos"])
 def test_the_recipes(tmp_path: Path, name: str) -> None:
-    sweep = settings.load(RECIPES.parent / "sweeps" / f"{name}.yaml", [f"base={tmp_path}", f"data={tmp_path}"])
-    assert command.base_recipe(sweep)["data"]["path"] == str(tmp_path)
+    sweep = open_sweep(RECIPES.parent / "sweeps" / f"{name}.yaml", [f"base={tmp_path}", f"data={tmp_path}"])
+    assert isinstance(sweep, AdaptSweep) and sweep.recipe["data"]["path"] == str(tmp_path)
     with torch.device("meta"):
         model = llava(num_hidden_layers=8)
     groups = (64,) * 4 if name == "digit_frames" else (256,)
     shapes = Counter({(266, groups): 1})
-    for point in Planner(sweep, model, lambda adapt: shapes, [0.1 * n for n in range(8)]).points():
+    for point in Planner(sweep.config, model, lambda adapt: shapes, [0.1 * n for n in range(8)]).points():
         assert not point.problem and point.flops == pytest.approx(point.target, rel=0.02)
 
 
@@ -204,12 +206,10 @@ def test_a_sweep_by_perplexity(folders: Path, monkeypatch: Any) -> None:
         (run / "metrics.jsonl").touch()
         return 1.0
 
-    def run(waiting: list[Path], jobs: int, metric: Metric) -> list[Path]:
-        for folder in waiting:
-            work(folder, json.loads((folder / "point.json").read_text()))
-        return []
+    def run(sweep: AdaptSweep, waiting: list[Path]) -> list[Path]:
+        return [folder for folder in waiting if run_one([sweep.type, str(folder)])]
 
-    monkeypatch.setattr("tools.adapt_sweep.point.train", train)
+    monkeypatch.setattr("tools.sweep.adapt.run.train", train)
     monkeypatch.setattr(command, "launch", run)
     test = {"split": "validation", "samples": 7, "batch": 3, "metric": "perplexity"}
     path, out = (
@@ -234,14 +234,13 @@ def test_a_sweep_by_perplexity(folders: Path, monkeypatch: Any) -> None:
 def test_a_metric_that_is_the_default_leaves_no_trace(tmp_path: Path) -> None:
     """A sweep that says it goes on in the folder of one from before metrics could be chosen."""
     silent, said, other = (
-        settings.SweepConfig.parse(config(tmp_path, test=test))
-        for test in ({}, {"metric": "accuracy"}, {"metric": "perplexity"})
+        AdaptSweep(parsed(tmp_path, test=test), {}) for test in ({}, {"metric": "accuracy"}, {"metric": "perplexity"})
     )
-    command.check_folder(silent, tmp_path / "out")
+    check_folder(silent, tmp_path / "out")
     assert "metric" not in json.loads((tmp_path / "out" / "sweep.json").read_text())["test"]
-    command.check_folder(said, tmp_path / "out")
+    check_folder(said, tmp_path / "out")
     with pytest.raises(UserError, match="belongs to another sweep"):
-        command.check_folder(other, tmp_path / "out")
+        check_folder(other, tmp_path / "out")
 
 
 def test_data_without_images_are_refused_before_a_run(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,7 +270,7 @@ def test_a_killed_sweep_goes_on(folders: Path) -> None:
         "log_every": 1,
     }
     path, out = write_sweep(folders, "killed", arms=arms, train=train, jobs=2), folders / "killed"
-    arguments = [sys.executable, "-m", "tools.adapt_sweep", str(path), str(out)]
+    arguments = [sys.executable, "-m", "tools.sweep", str(path), str(out)]
     first = Processes([(arguments, environment())], folders / "first")
     checkpoint = out / "runs" / "dense-1-0" / "run" / "checkpoints" / "step-2"
     assert first.wait_until(checkpoint.exists), first.printed()

@@ -6,24 +6,25 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.adapt_sweep.metrics import Metric
-from tools.adapt_sweep.rows import Row, deviation
+from tools.sweep.adapt.metrics import Metric
+from tools.sweep.adapt.plan import Point, target_of
+from tools.sweep.rows import Row, deviation
 
 
-def draw_metric(metric: Metric, rows: Sequence[Row], path: Path) -> Path:
+def draw_metric(metric: Metric, rows: Sequence[Row[Point]], path: Path) -> Path:
     """The metric after tuning against measured FLOPs: a line an arm, standard deviations over seeds, dense as a star."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, arm in enumerate(dict.fromkeys(row.arm for row in rows)):
-        own = sorted((row for row in rows if row.arm == arm and row.results), key=lambda row: row.target)
+        own = sorted((row for row in rows if row.arm == arm and row.results), key=target_of)
         if not own:
             continue
         x = [statistics.mean(row.each(lambda r: r["after"]["flops"])) for row in own]
         numbers = [row.each(lambda r: metric.number(metric.of(r["after"]))) for row in own]
         y, spread = [statistics.mean(each) for each in numbers], [deviation(each) for each in numbers]
-        marker, style = ("*", "") if own[-1].target == 1 else ("o", "-" if own[0].points[0].train else "--")
+        marker, style = ("*", "") if target_of(own[-1]) == 1 else ("o", "-" if own[0].points[0].train else "--")
         color = "black" if marker == "*" else f"C{number % 10}"
         axes.errorbar(
             x,
@@ -46,7 +47,7 @@ def draw_metric(metric: Metric, rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def draw_skip(rows: Sequence[Row], path: Path, depth: int = 0) -> Path:
+def draw_skip(rows: Sequence[Row[Point]], path: Path, depth: int = 0) -> Path:
     """Share of candidates skipped in each layer, mean over seeds: a panel a target, a line of squares an arm.
 
     Args:
@@ -54,8 +55,8 @@ def draw_skip(rows: Sequence[Row], path: Path, depth: int = 0) -> Path:
     """
     from matplotlib.figure import Figure
 
-    targets = sorted({row.target for row in rows if row.target < 1}, reverse=True) or [1.0]
-    arms = list(dict.fromkeys(row.arm for row in rows if row.target < 1))
+    targets = sorted({target_of(row) for row in rows if target_of(row) < 1}, reverse=True) or [1.0]
+    arms = list(dict.fromkeys(row.arm for row in rows if target_of(row) < 1))
     depth = max(depth, 1 + max((layer for row in rows for point in row.points for layer in point.keep), default=0))
     figure = Figure(figsize=(1 + 0.45 * depth * len(targets), 1.5 + 0.35 * max(len(arms), 1)), layout="constrained")
     panels = figure.subplots(1, len(targets), squeeze=False)[0]
@@ -63,7 +64,7 @@ def draw_skip(rows: Sequence[Row], path: Path, depth: int = 0) -> Path:
     for axes, target in zip(panels, targets, strict=True):
         values = [[0.0] * depth for _ in arms]
         for row in rows:
-            for _, result in row.results if row.target == target and row.arm in arms else ():
+            for _, result in row.results if target_of(row) == target and row.arm in arms else ():
                 for layer, share in result["after"]["skip"].items():
                     values[arms.index(row.arm)][int(layer.rpartition(".")[2])] += share / len(row.results)
         image = axes.imshow(values or [[0.0] * depth], vmin=0, vmax=1, cmap="viridis", aspect="auto")

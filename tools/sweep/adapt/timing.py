@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ import tqdm
 
 import zoo.adapt as za
 from pretrain.finetune import model as models
+from pretrain.finetune.prompt_batches import Prompts
 from pretrain.finetune.questions import read_questions
 from pretrain.finetune.recipe import AdaptRecipe
 from pretrain.finetune.samples import moved
 from pretrain.process_group import choose_device
-from tools.adapt_sweep.plan import Point
-from tools.adapt_sweep.prompts import Prompts
-from tools.adapt_sweep.settings import SweepConfig
 from tools.bench.adapted import prefilling, step
 from tools.bench.measure import Sample, read
 from tools.bench.measure import measure as take_turns
+from tools.sweep.adapt.plan import Point
+from tools.sweep.adapt.settings import SweepConfig
+from tools.sweep.folder import write_json
 
 DENSE, SPARSE, TOWER = "dense", "sparse", "tower"
 SECONDS = 60.0
@@ -42,7 +42,7 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
         prefills that is the vision tower and projector.
     """
     times = json.loads(path.read_text()) if path.exists() else {}
-    wanted = {f"{p.arm}-{p.target:g}": p for p in points if p.seed == config.seeds[0] and p.adapt is not None}
+    wanted = {f"{p.arm}-{p.setting}": p for p in points if p.seed == config.seeds[0] and p.adapt is not None}
     missing = {
         name: point
         for name, point in wanted.items()
@@ -63,9 +63,7 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
             "settings": _settings(config, point),
             **_pair(dense, sparse, inputs, config.timing.rounds, device),
         }
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(times, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, times)
     return times
 
 

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tools.sweeps import ARMS, config
-from tools.adapt_sweep import report, settings
-from tools.adapt_sweep.chance import compare
-from tools.adapt_sweep.metrics import PERPLEXITY
-from tools.adapt_sweep.plan import Point
-from tools.adapt_sweep.rows import Result
+from tests.tools.sweep.adapt.sweeps import ARMS, parsed
+from tools.sweep.adapt import report
+from tools.sweep.adapt.plan import Point
+from tools.sweep.chance import Scores, compare
 
 
 def judged(accuracy: float, flops: float) -> dict[str, Any]:
@@ -80,7 +78,7 @@ def write_results(
 )
 def test_the_report_says_what_the_results_say(tmp_path: Path, rival: list[float], said: str) -> None:
     arms = {name: ARMS[name] for name in ("dense", "arank", "random")}
-    sweep = settings.SweepConfig.parse(config(tmp_path, arms=arms, base="runs/digits/model"))
+    sweep = parsed(tmp_path, arms=arms, base="runs/digits/model")
     accuracies = {"dense": [0.95, 0.97, 0.96], "arank": [0.8, 0.8, 0.8], "random": rival}
     written = report.write(sweep, write_results(tmp_path, accuracies), tmp_path)
     assert [path.name for path in written] == ["results.md", "accuracy.png", "skip.png"]
@@ -108,7 +106,7 @@ def test_the_report_says_what_the_results_say(tmp_path: Path, rival: list[float]
 )
 def test_a_report_of_perplexities(tmp_path: Path, rival: list[float], said: str) -> None:
     arms = {name: ARMS[name] for name in ("dense", "arank", "random")}
-    sweep = settings.SweepConfig.parse(config(tmp_path, arms=arms, test={"metric": "perplexity"}))
+    sweep = parsed(tmp_path, arms=arms, test={"metric": "perplexity"})
     losses = {"dense": [2.0, 2.01, 1.99], "arank": [2.2, 2.2, 2.2], "random": rival}
     (tmp_path / "test.jsonl").write_text('{"question": "Which?", "answer": "a"}\n')
     written = report.write(sweep, write_results(tmp_path, losses, told, 4.0), tmp_path)
@@ -122,12 +120,9 @@ def test_a_report_of_perplexities(tmp_path: Path, rival: list[float], said: str)
     assert "other pictures (each question is given the next picture): perplexity 20.29 ± 0.20. " in text
 
 
-def pairs(losses: torch.Tensor, tokens: torch.Tensor) -> dict[int, list[tuple[Result, Result]]]:
+def pairs(losses: torch.Tensor, tokens: torch.Tensor) -> dict[int, list[tuple[Scores, Scores]]]:
     """Of one seed: a model that loses so much (N,) more than another at every answer of so many tokens (N,)."""
-    ours, theirs = (
-        {"after": {"loss": float(each.sum() / tokens.sum()), "losses": each.tolist(), "tokens": tokens.tolist()}}
-        for each in (losses + 3.0, torch.full_like(losses, 3.0))
-    )
+    ours, theirs = (Scores(each.tolist(), tokens.tolist()) for each in (losses + 3.0, torch.full_like(losses, 3.0)))
     return {0: [(ours, theirs)]}
 
 
@@ -135,11 +130,11 @@ def test_the_interval_over_answers_is_a_ratios() -> None:
     """Against the jackknife; nothing is left to chance where every token loses the same, however long the answers are."""
     tokens = torch.randint(1, 40, (300,), generator=torch.Generator().manual_seed(0)).double()
     noise = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    exact = compare(pairs(0.25 * tokens, tokens), PERPLEXITY)
-    assert exact.mean == pytest.approx(0.25) and exact.by_question == pytest.approx(0, abs=1e-12)
+    exact = compare(pairs(0.25 * tokens, tokens))
+    assert exact.mean == pytest.approx(0.25) and exact.by_item == pytest.approx(0, abs=1e-12)
     losses = 0.25 * tokens + noise * tokens.sqrt()
-    found = compare(pairs(losses, tokens), PERPLEXITY)
+    found = compare(pairs(losses, tokens))
     without = (losses.sum() - losses) / (tokens.sum() - tokens)
     jackknife = ((without - without.mean()).square().sum() * 299 / 300).sqrt()
-    assert found.by_question == pytest.approx(1.968 * float(jackknife), rel=0.02)
+    assert found.by_item == pytest.approx(1.968 * float(jackknife), rel=0.02)
     assert found.mean == pytest.approx(float(losses.sum() / tokens.sum())) and found.seeds == 1 and not found.shown

@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "adapt"
+from tools.sweep.adapt.settings import SweepConfig
+
+RECIPES = Path(__file__).parents[4] / "recipes" / "adapt"
 ARMS = {
     "dense": {},
     **{rule: {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": rule} for rule in ("arank", "random", "alternate")},
@@ -20,12 +22,18 @@ ARMS = {
 def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     """A dense control and γ-MoD with layers of lowest ARank, of a base and data in `tmp_path`."""
     return {
+        "type": "adapt",
         "base": str(tmp_path),
         "data": str(tmp_path),
         "recipe": str(RECIPES.parent / "examples" / "digits_tuning.yaml"),
         "targets": [0.7],
         "arms": {"dense": {}, "arank": {"recipe": str(RECIPES / "gamma_mod.yaml"), "layers": "arank"}},
     } | changes
+
+
+def parsed(tmp_path: Path, **changes: Any) -> SweepConfig:
+    """`config` as it is read, its paths as they stand."""
+    return SweepConfig.parse({key: value for key, value in config(tmp_path, **changes).items() if key != "type"})
 
 
 def write_sweep(folders: Path, name: str, **changes: Any) -> Path:

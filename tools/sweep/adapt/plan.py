@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch import nn
 
 import zoo.adapt as za
 from pretrain import recipe as recipes
-from tools.adapt_sweep.settings import ArmConfig, SweepConfig
+from pretrain.finetune.prompt_batches import Shapes
+from tools.sweep.adapt.settings import ArmConfig, SweepConfig
+from tools.sweep.rows import Row
 from zoo.adapt.config import Progressive
 from zoo.adapt.family import parts
 from zoo.config import ConfigError, UserError
 
-Shapes = Counter[tuple[int, tuple[int, ...]]]
-"""How often a prompt of so many tokens, with candidates in groups of these sizes, is asked."""
 DIGITS = 4
 """Decimals of a share that is solved for."""
 
@@ -51,12 +50,22 @@ class Point:
         return cls(**{**data, "keep": {int(layer): share for layer, share in data["keep"].items()}})
 
     @property
+    def setting(self) -> str:
+        """The target, as names and tables have it."""
+        return f"{self.target:g}"
+
+    @property
     def name(self) -> str:
-        return f"{self.arm}-{self.target:g}-{self.seed}"
+        return f"{self.arm}-{self.setting}-{self.seed}"
 
     @property
     def learned(self) -> bool:
         return self.adapt is not None and self.adapt.get("router", {}).get("type", "linear") == "linear"
+
+
+def target_of(row: Row[Point]) -> float:
+    """The target of all points of a row."""
+    return row.points[0].target
 
 
 def layer_sets(rule: str, candidates: Sequence[int], ranks: Sequence[float], seed: int) -> list[list[int]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from pretrain import recipe as recipes
 from zoo.config import Config, ConfigError
 
 Target = Annotated[float, Field(gt=0, lt=1)]
@@ -170,17 +169,17 @@ FREE = {"arms", "targets", "seeds", "jobs", "keep_models", "timing"}
 """Keys that may change between two calls for one folder; what a finished run depends on is kept with it."""
 
 
-def load(path: Path, overrides: Iterable[str]) -> SweepConfig:
-    """Read a sweep; recipes of the result are paths that can be opened.
+def parse(data: Mapping[str, Any], folder: Path) -> SweepConfig:
+    """Validate what a sweep's file in `folder` says; recipes of the result are paths that can be opened.
 
     Raises:
         ConfigError: naming the dotted key or the file, the value, the rule and the way out.
     """
-    sweep = SweepConfig.parse(recipes.read(path, overrides))
+    sweep = SweepConfig.parse(data)
     arms = {}
     for name, arm in sweep.arms.items():
-        arms[name] = arm if arm.recipe is None else arm.model_copy(update={"recipe": str(path.parent / arm.recipe)})
-    for key, folder in (("base", sweep.base), ("data", sweep.data)):
-        if not Path(folder).is_dir():
-            raise ConfigError(f"{key}: {folder!r} is no folder; give one that exists")
-    return sweep.model_copy(update={"recipe": str(path.parent / sweep.recipe), "arms": arms})
+        arms[name] = arm if arm.recipe is None else arm.model_copy(update={"recipe": str(folder / arm.recipe)})
+    for key, place in (("base", sweep.base), ("data", sweep.data)):
+        if not Path(place).is_dir():
+            raise ConfigError(f"{key}: {place!r} is no folder; give one that exists")
+    return sweep.model_copy(update={"recipe": str(folder / sweep.recipe), "arms": arms})

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 import zoo.adapt as za
-from tools.adapt_sweep.judge import judge
-from tools.adapt_sweep.prompts import Prompts
+from pretrain.finetune.judge import judge
+from pretrain.finetune.prompt_batches import Prompts
 from zoo.adapt import AdaptConfig
 
 EDGE = 1e-6

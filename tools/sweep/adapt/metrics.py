@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.finetune.questions import Question, read_questions
-from tools.adapt_sweep.rows import Row, deviation
-from tools.adapt_sweep.settings import SweepConfig
+from tools.sweep.adapt.plan import Point
+from tools.sweep.adapt.settings import SweepConfig
+from tools.sweep.chance import Scores
+from tools.sweep.rows import Row, deviation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Metric:
     """What the number is, as the beginning of a sentence."""
     interval: str
     """What is to be said of the interval over questions."""
-    control: Callable[[SweepConfig, Sequence[Row]], str]
+    control: Callable[[SweepConfig, Sequence[Row[Point]]], str]
     """A sentence with a space behind it, or nothing: what is reached without the right picture."""
     told: bool
     """Whether models are told the right answers, which prompts then hold; the dense control also with other pictures."""
@@ -62,10 +64,10 @@ class Metric:
     def of(self, judged: dict[str, Any]) -> float:
         return judged[self.key]
 
-    def questions(self, judged: dict[str, Any]) -> tuple[list[float], list[float]]:
+    def questions(self, judged: dict[str, Any]) -> Scores:
         """Scores and weights of all questions, in order."""
         scores = judged[self.scores]
-        return scores, judged[self.weights] if self.weights else [1] * len(scores)
+        return Scores(scores, judged[self.weights] if self.weights else [1] * len(scores))
 
     def show(self, ratios: Sequence[float], runs: int = 1) -> str:
         """Mean of the numbers, with their standard deviation where they are of several runs; nothing of none."""
@@ -89,14 +91,14 @@ def blind(questions: Sequence[Question]) -> float:
     return sum(max(found.values()) for found in answers.values()) / sum(map(Counter.total, answers.values()))
 
 
-def _guessed(config: SweepConfig, rows: Sequence[Row]) -> str:
+def _guessed(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
     if not (Path(config.data) / f"{config.test.split}.jsonl").exists():
         return ""
     share = blind(read_questions(Path(config.data), config.test.split)[: config.test.samples])
     return f"The commonest answer to each form of question is right {share:.1%} of the time. "
 
 
-def _other_pictures(config: SweepConfig, rows: Sequence[Row]) -> str:
+def _other_pictures(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
     found = [result["exchanged"] for row in rows for _, result in row.results if "exchanged" in result]
     if not found:
         return ""

@@ -13,6 +13,9 @@ from torch import Tensor
 
 import zoo.adapt as za
 from pretrain.finetune.answers import predict
+from pretrain.finetune.asking import Forced
+from pretrain.finetune.judge import judge
+from pretrain.finetune.prompt_batches import Batch, Prompts, exchanged, one_an_image
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import read_questions
 from pretrain.finetune.samples import Batcher
@@ -20,10 +23,7 @@ from tests.pretrain.finetune.processors import TURN_TEMPLATE, llava_processor, w
 from tests.pretrain.finetune.tuning import write_base, write_data
 from tests.zoo.adapt.families import FAMILIES, llava
 from tests.zoo.adapt.pictures import PAD, UNSAID
-from tools.adapt_sweep.answering import Forced
-from tools.adapt_sweep.judge import judge
-from tools.adapt_sweep.prompts import Batch, Prompts, exchanged, one_an_image
-from tools.adapt_sweep.threshold import tune_threshold
+from tools.sweep.adapt.threshold import tune_threshold
 from zoo.adapt.family import picture_ids
 
 HALF = {"type": "constant", "keep": 0.5}

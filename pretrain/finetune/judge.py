@@ -10,8 +10,8 @@ from torch import nn
 
 import zoo.adapt as za
 from pretrain.finetune import answers
-from tools.adapt_sweep.answering import ANSWERING, Unasked
-from tools.adapt_sweep.prompts import Prompts
+from pretrain.finetune.asking import ANSWERING, Unasked
+from pretrain.finetune.prompt_batches import Prompts
 from zoo.adapt import Trace
 from zoo.routing.statistics import RoutingStatistics
 
@@ -22,8 +22,8 @@ def judge(model: nn.Module, prompts: Prompts, metric: str | None = "accuracy") -
 
     Args:
         model: in evaluation, dense or adapted.
-        metric: "accuracy": it answers, see `answering.Generated`; "perplexity": it is told the answers, see
-            `answering.Forced`; None: it only reads the prompts.
+        metric: "accuracy": it answers, see `asking.Generated`; "perplexity": it is told the answers, see
+            `asking.Forced`; None: it only reads the prompts.
     Returns:
         The metric's own values; `questions`, how many;
         `flops`, of the decoder's prefill with its routers, measured, over dense; `keys_and_values`, bytes over dense;

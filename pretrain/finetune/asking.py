@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import zoo.adapt as za
 from pretrain.finetune import answers
+from pretrain.finetune.prompt_batches import Batch, Prompts
 from pretrain.finetune.prompts import IGNORED, padding_id
 from pretrain.finetune.samples import moved
-from tools.adapt_sweep.prompts import Batch, Prompts
 from zoo.adapt import Trace
 
 

@@ -1,52 +1,31 @@
-"""One run of a sweep, in a process of its own: judge, tune by the real command, judge again.
-
-    python -m tools.adapt_sweep.point FOLDER
-
-FOLDER holds `point.json`, written by the sweep; it gets `result.json`.
-"""
+"""One run of a sweep over adaptations: judge, tune by the real command, judge again."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tools.adapt_sweep.plan import Point
-from tools.adapt_sweep.settings import TestConfig
+from tools.sweep.adapt.plan import Point
+from tools.sweep.adapt.settings import TestConfig
+from tools.sweep.folder import write_json
+from tools.sweep.kind import Result
+from tools.sweep.launch import attended
 from zoo.config import UserError
 
-POINT, RESULT, BEFORE, STEPS, RUN = "point.json", "result.json", "before.json", "metrics.jsonl", "run"
+BEFORE = "before.json"
+"""What a run keeps of how the model answered before it was tuned."""
+MODEL, STEPS = "model", "metrics.jsonl"
+"""What a fine-tuning leaves in its folder: the trained model, and what it reported at each step."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    (folder,) = map(Path, sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the training is waited for
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one that a killed sweep has left behind ends soon
-        if not (folder / RESULT).exists():
-            try:
-                work(folder, json.loads((folder / POINT).read_text()))
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
-            except KeyboardInterrupt:
-                print("stopped", file=sys.stderr)
-                return 130
-    return 0
-
-
-def work(folder: Path, settings: dict[str, Any]) -> None:
-    """Do what is left of a run.
+def work(folder: Path, settings: dict[str, Any]) -> Result:
+    """Do what is left of a run; returns what it has found.
 
     Args:
         settings: `point`, `recipe` (of the fine-tuning, resolved), `test`, `threshold`, `tolerance`, `keep_models`.
@@ -56,13 +35,13 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
     import torch
 
     from pretrain.finetune import model as models
+    from pretrain.finetune.judge import judge
+    from pretrain.finetune.prompt_batches import Prompts, exchanged, one_an_image
     from pretrain.finetune.questions import Question, read_questions
     from pretrain.finetune.recipe import AdaptRecipe
     from pretrain.process_group import choose_device
-    from tools.adapt_sweep.judge import judge
-    from tools.adapt_sweep.metrics import METRICS
-    from tools.adapt_sweep.prompts import Prompts, exchanged, one_an_image
-    from tools.adapt_sweep.threshold import tune_threshold
+    from tools.sweep.adapt.metrics import METRICS
+    from tools.sweep.adapt.threshold import tune_threshold
     from zoo.adapt import load_adapted
 
     point, test = Point.read(settings["point"]), TestConfig.parse(settings["test"])
@@ -85,7 +64,7 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
     result: dict[str, Any] = {"point": settings["point"], "before": before, "after": before}
     if point.train:
         seconds = train(folder, settings["recipe"])
-        model = load_adapted(recipe.folder / "model") if point.adapt is not None else _dense(recipe.folder / "model")
+        model = load_adapted(recipe.folder / MODEL) if point.adapt is not None else _dense(recipe.folder / MODEL)
         model = model.to(device, torch.float32).eval()
         result |= {"after": judged(model, prompts), "training_seconds": seconds}
         if metric.told and point.adapt is None and (others := exchanged(questions)):
@@ -96,15 +75,11 @@ def work(folder: Path, settings: dict[str, Any]) -> None:
             read = Prompts.encode(held_out, base.processor, test.batch)
             found = tune_threshold(model, read, point.target, settings["tolerance"], tuning["rounds"])
             result["threshold"] = {"validation": found, **judged(model, prompts)}
-    temporary = folder / (RESULT + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    if point.train:
         shutil.copyfile(recipe.folder / STEPS, folder / STEPS)
         if settings["keep_models"]:
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            shutil.move(recipe.folder / "model", folder / "model")
-    os.replace(temporary, folder / RESULT)
-    shutil.rmtree(recipe.folder, ignore_errors=True)  # with its checkpoints
+            shutil.rmtree(folder / MODEL, ignore_errors=True)
+            shutil.move(recipe.folder / MODEL, folder / MODEL)
+    return result
 
 
 def train(folder: Path, recipe: dict[str, Any]) -> float | None:
@@ -115,20 +90,9 @@ def train(folder: Path, recipe: dict[str, Any]) -> float | None:
     """
     path, run = folder / "recipe.yaml", Path(recipe["run_dir"])
     path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    command = [sys.executable, "-m", "pretrain.finetune", str(path)]
-    sweep = os.getppid()
-    training = subprocess.Popen(command)
-    try:
-        while training.poll() is None:
-            if os.getppid() != sweep:  # the sweep was killed: its next call goes on from a checkpoint
-                raise UserError("the sweep is gone")
-            time.sleep(0.2)
-    finally:
-        if training.poll() is None:
-            training.send_signal(signal.SIGTERM)
-            training.wait()
-    if training.returncode or not (run / "model").exists():
-        raise UserError(f"the training ended with exit code {training.returncode} before its last step")
+    code = attended([sys.executable, "-m", "pretrain.finetune", str(path)])
+    if code or not (run / MODEL).exists():
+        raise UserError(f"the training ended with exit code {code} before its last step")
     lines = [json.loads(line) for line in (run / STEPS).read_text().splitlines()]
     return max((line["seconds"] for line in lines if "seconds" in line), default=None)
 
@@ -142,11 +106,5 @@ def _dense(folder: Path) -> Any:
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `path` holds, made and written if it is not there."""
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(make(), indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, make())
     return json.loads(path.read_text())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

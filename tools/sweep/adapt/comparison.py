@@ -5,59 +5,60 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from tools.adapt_sweep.chance import LEVEL, Difference, compare
-from tools.adapt_sweep.metrics import METRICS, Metric
-from tools.adapt_sweep.rows import Result, Row
-from tools.adapt_sweep.settings import SweepConfig
+from tools.sweep.adapt.metrics import METRICS, Metric
+from tools.sweep.adapt.plan import Point, target_of
+from tools.sweep.adapt.settings import SweepConfig
+from tools.sweep.chance import LEVEL, Difference, Scores, compare
+from tools.sweep.report import table
+from tools.sweep.rows import Row
 
+HEAD = "## Does ARank choose better layers?"
 RIVALS = ("random", "alternate", "arank_high")
 """Rules of layers that ARank's choice is compared with."""
 
 
-def comparison(config: SweepConfig, rows: Sequence[Row]) -> str:
+def comparison(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
     """Whether layers chosen by ARank lose less than others at the same FLOPs."""
-    by = {(row.arm, row.target): row for row in rows}
+    by = {(row.arm, target_of(row)): row for row in rows}
     arms, metric = config.arms, METRICS[config.test.metric]
     lines, sentences = [], []
     for name in (name for name, arm in arms.items() if arm.layers == "arank" and arm.train):
         for rival, arm in arms.items():
             if arm.layers not in RIVALS or arm.model_copy(update={"layers": "arank"}) != arms[name]:
                 continue
-            pooled: defaultdict[int, list[tuple[Result, Result]]] = defaultdict(list)
+            pooled: defaultdict[int, list[tuple[Scores, Scores]]] = defaultdict(list)
             for target in config.targets:
-                pairs, same = paired(by[name, target], by[rival, target])
+                pairs, same = paired(metric, by[name, target], by[rival, target])
                 void = same == len(pairs)
-                found = compare(pairs, metric) if pairs else None
+                found = compare(pairs) if pairs else None
                 cells = [f"{name} − {rival}", f"{target:g}", *_difference(found, metric), f"{len(pairs)}", f"{same}"]
-                lines.append("| " + " | ".join(cells) + " |")
+                lines.append(cells)
                 if not void:
                     sentences.append(f"- At {target:g} of dense FLOPs against {rival}: {_verdict(found, metric)}")
                     for seed, each in pairs.items():
                         pooled[seed] += each
             if len(config.targets) > 1 and pooled:
-                found = compare(pooled, metric)
+                found = compare(pooled)
                 sentences.append(f"- Over all targets with a choice against {rival}: {_verdict(found, metric)}")
     if not lines:
-        return "## Does ARank choose better layers?\n\nNo arm of this sweep differs from another in the rule of its layers alone."
+        return f"{HEAD}\n\nNo arm of this sweep differs from another in the rule of its layers alone."
     text = (
         f"Differences of runs that share the seed, with {LEVEL:.0%} intervals over seeds (Student's) and over questions; what "
         "lies within either is not shown. Runs that route the same layers are one run, and count as no difference."
         f"{metric.interval}"
     )
-    heads = (
-        f"| {metric.key} of | target | difference, {metric.difference.unit} | over seeds | over questions | seeds | "
-    )
-    heads += "of them the same layers |"
-    head = "## Does ARank choose better layers?"
-    return "\n".join([head, "", text, "", heads, "|---|---|---|---|---|---|---|", *lines, "", *sentences])
+    heads = [f"{metric.key} of", "target", f"difference, {metric.difference.unit}", "over seeds", "over questions"]
+    heads += ["seeds", "of them the same layers"]
+    return "\n".join([HEAD, "", text, "", table(heads, lines), "", *sentences])
 
 
-def paired(ours: Row, theirs: Row) -> tuple[dict[int, list[tuple[Result, Result]]], int]:
-    """Results of the seeds that both have, and how many of these route the same layers."""
+def paired(metric: Metric, ours: Row[Point], theirs: Row[Point]) -> tuple[dict[int, list[tuple[Scores, Scores]]], int]:
+    """Scores after tuning of the seeds that both have, and how many of these route the same layers."""
     other = {point.seed: (point, result) for point, result in theirs.results}
     both = [(point, result, *other[point.seed]) for point, result in ours.results if point.seed in other]
     same = sum(mine.keep.keys() == his.keep.keys() for mine, _, his, _ in both)
-    return {point.seed: [(result, rival)] for point, result, _, rival in both}, same
+    pairs = {point.seed: [(metric.questions(r["after"]), metric.questions(q["after"]))] for point, r, _, q in both}
+    return pairs, same
 
 
 def _difference(found: Difference | None, metric: Metric) -> list[str]:
@@ -65,11 +66,11 @@ def _difference(found: Difference | None, metric: Metric) -> list[str]:
         return ["", "", ""]
     form = metric.difference
     by_seed = f"± {form(found.by_seed)}" if found.seeds > 1 else ""
-    return [form(found.mean, "+"), by_seed, f"± {form(found.by_question)}"]
+    return [form(found.mean, "+"), by_seed, f"± {form(found.by_item)}"]
 
 
 def _verdict(found: Difference, metric: Metric) -> str:
     form = metric.difference
     seen = f"{form(found.mean, '+')} {form.unit}, ± {form(found.by_seed)} over {found.seeds} seeds, ± "
-    seen += f"{form(found.by_question)} over questions"
+    seen += f"{form(found.by_item)} over questions"
     return f"ARank's choice {metric.verdict(found.mean)} ({seen})." if found.shown else f"not shown ({seen})."
