@@ -136,9 +136,9 @@ def reference(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 def plain(recipe: recipes.Recipe) -> dict[str, Any]:
     """The same micro-batches, one after the other, under torch's own AdamW."""
-    from pretrain.data import vocabulary
+    from zoo.modalities import vocabulary
 
-    words = vocabulary(recipe.data)
+    words = vocabulary(recipe.modalities)
     model: Any = zoo.build("model", recipe.model, seed=recipe.seed).train()
     objective: Any = zoo.build("objective", recipe.objective, d_model=32, modalities=model.modalities)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.optimizer))
