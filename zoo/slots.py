@@ -1,8 +1,8 @@
 """What the blocks in the slots of a model promise each other: the base classes of ours and of a user's own.
 
 A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `objective` an
-`Objective`, `router` a `zoo.routers.Router`, `modality` a `Modality`. A base declares everything that is asked of the
-block, with a default where there is one; what has none raises `NotImplementedError`.
+`Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a `Modality`. A base declares everything that is asked
+of the block, with a default where there is one; what has none raises `NotImplementedError`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,20 @@ class Part(ParameterOwner):
     without help. Otherwise activation checkpointing saves torch's random state and restores it before the recomputation.
     Every class says so for itself, `class Mine(Mixer, counter_noise=True)`; a subclass does not inherit it."""
 
+    name: str = ""
+    """Dotted name in the model. A part that tells the trace something, or has an `update`, sets it to its place's."""
+
     def __init_subclass__(cls, counter_noise: bool = False, **rest: Any) -> None:
         super().__init_subclass__(**rest)
         cls.counter_noise = counter_noise
+
+    def update(self, statistics: Mapping[str, Tensor], step: int) -> None:
+        """Renew state that no gradient trains (buffers), once an optimizer step; as default there is none.
+
+        Args:
+            statistics: sums over all micro-batches and ranks of what `forward` put into `Trace.updates` under `name`.
+            step: number of the step, from 0.
+        """
 
 
 class Component(Part):

@@ -164,7 +164,7 @@ class Batcher:
             training=self.training,
             answers=labels != IGNORED if self.answers else None,
         )
-        pairs = list(zip(context.rows, context.groups, strict=True))
+        pairs = list(zip(context.pool_rows, context.pools, strict=True))
         return tuple(tuple(size for row, size in pairs if row == wanted) for wanted in range(rows))
 
 
@@ -183,11 +183,11 @@ class Samples(Dataset):
         self.questions, self.seed = questions, seed
         self._epoch, self._order = 0, shuffled(len(questions), seed, 0)
 
-    def __getitem__(self, position: int) -> tuple[int, Question]:
-        epoch, place = divmod(position, len(self.questions))
+    def __getitem__(self, index: int) -> tuple[int, Question]:
+        epoch, place = divmod(index, len(self.questions))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(len(self.questions), self.seed, epoch)
-        return position, self.questions[int(self._order[place])]
+        return index, self.questions[int(self._order[place])]
 
 
 @dataclasses.dataclass(frozen=True)
