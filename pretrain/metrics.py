@@ -119,7 +119,8 @@ def _event_writer(folder: Path, purge_step: int) -> Any:
     names = (re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.out.tfevents.*"))
     second = max([time.time(), *(int(name[1]) + 1 for name in names if name)])
     clock = event_file_writer.time
-    event_file_writer.time = types.SimpleNamespace(time=lambda: second)  # all it asks while it is made
+    # all it asks while it is made
+    event_file_writer.time = types.SimpleNamespace(time=lambda: second)  # pyrefly: ignore[bad-assignment]
     try:
         return SummaryWriter(str(folder), purge_step=purge_step)
     finally:
