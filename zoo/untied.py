@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from zoo.config import ConfigError, suggestion
 from zoo.context import TokenContext
@@ -150,7 +151,7 @@ class _GroupedLinear(torch.autograd.Function):
     """One product a group, written where it belongs: neither the parts nor their gradients are copied together."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """rows (n, d_in) sorted by group, weight (groups, d_out, d_in) → (n, d_out)."""
         ctx.save_for_backward(rows, weight)
         ctx.sizes = sizes
@@ -161,7 +162,9 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weight = ctx.saved_tensors
         d_rows = d_weight = None
         if ctx.needs_input_grad[0]:
@@ -207,7 +210,9 @@ class ModalityLinear(ParameterOwner):
 class ModalityNorm(RMSNorm):
     """RMSNorm of rows that are sorted by group, with a gain of each group."""
 
-    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(  # pyrefly: ignore[bad-override]  # rows come with their groups
+        self, rows: Tensor, sizes: Sequence[int]
+    ) -> Tensor:
         """rows (n, …, width) sorted by group, `sizes` of each → (n, …, width). One gain takes rows of any order."""
         if self.groups == 1:
             return super().forward(rows)
