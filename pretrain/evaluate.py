@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pretrain.data import Batch, TokenStream, micro_batches
 from pretrain.process_group import Ranks
 from pretrain.sums import Counts, Sums, Totals
-from zoo.auxiliary import AuxiliaryRouter
+from zoo.auxiliary import RoutedBlock
 from zoo.context import CAUSAL, TOPK, Trace
 from zoo.model import Model
 
@@ -43,10 +43,10 @@ def count_batches(objective: nn.Module, modalities: Sequence[str], batches: Sequ
 def routings(model: nn.Module) -> tuple[str, ...]:
     """What a model is evaluated under: one without routers that look ahead is causal as it is, another needs its auxiliary
     routers."""
-    blocks = [m for m in model.modules() if getattr(getattr(m, "router", None), "looks_ahead", False)]
+    blocks = [m for m in model.modules() if isinstance(m, RoutedBlock) and m.looks_ahead]
     if not blocks:
         return (CAUSAL,)
-    causal = all(isinstance(getattr(block, "auxiliary", None), AuxiliaryRouter) for block in blocks)
+    causal = all(block.auxiliary is not None for block in blocks)
     return (TOPK, CAUSAL) if causal else (TOPK,)
 
 

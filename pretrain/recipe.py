@@ -102,6 +102,7 @@ class RunRecipe(Config):
     seed: int = Field(0, ge=0)
     """Of first weights, the order of the data, dropout and the routers' noise."""
     if TYPE_CHECKING:  # each kind of recipe declares them where they stand among its own sections
+        data: Any
         optimizer: OptimizerConfig
         schedule: ScheduleConfig
         train: LoopConfig

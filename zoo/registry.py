@@ -11,14 +11,15 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, shown, suggestion
-from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective, Part
+from zoo.routing.scorer import Scorer
+from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective
 from zoo.untied import TIED, Grouping
 
 SLOTS: dict[str, type] = {
     "mixer": Mixer,
     "feedforward": FeedForward,
     "depth": Depth,
-    "router": Part,
+    "router": Scorer,
     "objective": Objective,
     "modality": Modality,
 }

@@ -1,8 +1,8 @@
 """What the blocks in the slots of a model promise each other: the base classes of ours and of a user's own.
 
 A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `objective` an
-`Objective`, `router` a `zoo.routers.Router`, `modality` a `Modality`. A base declares everything that is asked of the
-block, with a default where there is one; what has none raises `NotImplementedError`.
+`Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a `Modality`. A base declares everything that is asked
+of the block, with a default where there is one; what has none raises `NotImplementedError`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from zoo.config import ConfigError, suggestion
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.gather import exchange
 from zoo.layers import RMSNorm
 from zoo.roles import ParameterOwner, Role
 
@@ -122,8 +123,9 @@ class Grouping:
         """
         if self.tied:
             return x
-        order, _ = self._orders(context)
-        return F.embedding(order, x.reshape(-1, *x.shape[2:]).flatten(1)).view(-1, *x.shape[2:])
+        order, inverse = self._orders(context)
+        flat = x.reshape(context.modality.numel(), -1)
+        return exchange(flat, order, inverse, inverse_gaps=context.padded).view(-1, *x.shape[2:])
 
     def merge(self, rows: Tensor, context: TokenContext) -> Tensor:
         """The inverse of `split`: (n, …) → (B, T, …), 0 at padding."""
@@ -136,11 +138,9 @@ class Grouping:
         """As `merge`, for rows that nobody reads at padding, or that are 0 there: with one group they are left there."""
         if self.tied:
             return rows
-        _, inverse = self._orders(context)
-        flat = rows.flatten(1)
-        if context.padded:
-            flat = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))
-        return F.embedding(inverse, flat).view(*context.shape, *rows.shape[1:])
+        order, inverse = self._orders(context)
+        flat = exchange(rows.flatten(1), inverse, order, gaps=context.padded)
+        return flat.view(*context.shape, *rows.shape[1:])
 
 
 TIED = Grouping()

@@ -40,7 +40,7 @@ class PromptsOnly:
         prompts: all that will be read.
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.processor = model, prompts.processor
 
     def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
@@ -62,7 +62,7 @@ class Generated:
         prompts: all that will be asked: no answer may become longer than their longest, and its end.
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.processor = model, prompts.processor
         self.most = 1 + longest_answer([each for batch in prompts.batches for each in batch.asked], self.processor)
         self.kinds: list[str] = []
@@ -100,7 +100,7 @@ class Forced:
         prompts: encoded with their answers.
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.processor = model, prompts.processor
         self.losses: list[float] = []
         self.tokens: list[int] = []
@@ -110,6 +110,7 @@ class Forced:
         with watched(self.model, trace) as positions:
             prefill = generate(self.model, self.processor, _placed(self.model, batch), 1)  # its one token is not read
         report = za.cache_report(prefill.past_key_values)
+        assert batch.answers is not None, "the prompts were encoded without their answers"
         right = batch.answers.to(self.model.device)  # (B, A)
         logits = self._logits(prefill, positions[0], batch, right).float().flatten(0, 1)  # (B·A, V)
         losses = F.cross_entropy(logits, right.flatten(), ignore_index=IGNORED, reduction="none").view_as(right)
@@ -166,5 +167,5 @@ def watched(model: nn.Module, trace: za.Trace | None) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _placed(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+def _placed(model: Any, batch: Batch) -> dict[str, Tensor]:
     return moved(batch.inputs, model.device, model.dtype)

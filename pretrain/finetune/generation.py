@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.finetune.prompts import padding_id
 from pretrain.finetune.questions import Question
@@ -35,9 +35,7 @@ def longest_answer(questions: Sequence[Question], processor: Any) -> int:
     return max(len(tokenizer(question.turns[-1][1], add_special_tokens=False).input_ids) for question in questions)
 
 
-def generate(
-    model: nn.Module, processor: Any, inputs: Mapping[str, Tensor], tokens: int, together: bool = False
-) -> Any:
+def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], tokens: int, together: bool = False) -> Any:
     """Let a model answer greedily, with its cache.
 
     Args:
@@ -72,7 +70,7 @@ def is_right(text: str, question: Question) -> bool:
     return text.strip() == question.turns[-1][1].strip()
 
 
-def _ends(model: nn.Module, tokenizer: Any) -> list[int]:
+def _ends(model: Any, tokenizer: Any) -> list[int]:
     """Ids after which an answer is over."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
