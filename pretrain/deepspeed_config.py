@@ -15,6 +15,7 @@ from typing import Any
 
 from pretrain.deepspeed_keys import REFUSED, SCALARS, SECTIONS
 from pretrain.optim import OptimizerConfig
+from pretrain.recipe_file import check_bounds
 from zoo.config import ConfigError, explain, suggestion
 
 ROOT = "deepspeed"
@@ -35,10 +36,11 @@ def read(section: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
     except OSError as error:
         reason = f"cannot read {str(path)!r} ({error.strerror}); give the path of a JSON file"
         raise ConfigError(f"{ROOT}: {reason}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{ROOT}: {str(path)!r} is not a valid DeepSpeed JSON file: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{ROOT}: {str(path)!r} holds {type(data).__name__}, not an object of keys")
+    check_bounds(data, f"{ROOT}: {str(path)!r}")
     return data
 
 

@@ -85,14 +85,14 @@ class Engine:
             model = build_model()
         initialise_model(model, seed, self.gather)
         groups = optim.parameter_groups(model, optimizer)
-        self.module: Any
-        self.module, *_ = deepspeed.initialize(
+        initialize: Any = deepspeed.initialize  # takes more than its annotations say
+        self.module: Any = initialize(
             model=model,
             model_parameters=groups,
             optimizer=deepspeed_patches.muon if optimizer.type == "muon" else None,
             config=config,
             dist_init_required=False,
-        )
+        )[0]
         # The recipe's settings of each group: learning rates are these times a factor, and a loaded
         # checkpoint does not change them.
         kept = self.module.optimizer.param_groups
@@ -241,5 +241,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         parts = converter.get_optim_files(path)
         first = torch.load(parts[0], map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
         if "zero_stage" in first:
-            return converter.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+            weights = converter.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+            assert weights is not None
+            return weights
         return deepspeed_patches.read_bf16_stage_1(parts, models)

@@ -13,16 +13,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, field_validator
 
 import zoo
 import zoo.kernels
 from pretrain.data import DataConfig, check_length
 from pretrain.optim import OptimizerConfig, ScheduleConfig
+from pretrain.recipe_file import read
 from zoo.config import Config, ConfigError, dotted
 from zoo.modalities import ModalitiesSection, default_modalities, in_order, vocabulary
-from zoo.model import ModelConfig
+from zoo.model import MAX_IDS, ModelConfig
 from zoo.objectives.autoregressive import Autoregressive
 from zoo.registry import ObjectiveSlot
 
@@ -154,32 +154,6 @@ def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     return resolve(read(path, overrides, over))
 
 
-def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe's data, as yet unchecked.
-
-    Args:
-        path: of the YAML file. Its `extends: other.yaml` (relative to it) takes that recipe first and lays this one's
-            keys over it. `extends: [one.yaml, two.yaml]` lays the second over the first. A list replaces a list whole;
-            keys laid over a list of mappings are laid over each of its entries.
-        overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
-        over: laid over the file's data, before the overrides.
-    Raises:
-        ConfigError: a file that cannot be read or is no YAML, or an override that does not fit.
-    """
-    return overridden(_merge(_read(Path(path), ()), over or {}), overrides)
-
-
-def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`data` with each `key.sub=value` of `overrides` set in it, in place.
-
-    Raises:
-        ConfigError: an override that does not fit.
-    """
-    for text in overrides:
-        _override(data, text)
-    return data
-
-
 def resolve(data: Mapping[str, Any]) -> Recipe:
     """Validate and cross-check a recipe given as a mapping.
 
@@ -202,6 +176,8 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
             f"model.modalities: {recipe.model.modalities}, but the section modalities has {list(words.modalities)}, in "
             "that order; remove the key, it follows from the section"
         )
+    if words.size > MAX_IDS:
+        raise ConfigError(f"modalities: need {words.size:,} ids together; at most {MAX_IDS:,}; make them fewer")
     check_length(recipe.data, recipe.modalities)
     size = recipe.model.vocab_size
     if size is None:
@@ -272,137 +248,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], only: re.Pattern
     return lines
 
 
-# ------------------------------------------------------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.1, except that 1e-4 is a number and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if not isinstance(key_node, yaml.ScalarNode):
-                problem = "a key must be a word; text with braces or brackets needs quotes"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file; a recipe is YAML") from None
-    try:
-        data = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        hint = (
-            "; recipes are plain data, tags that run code are refused" if "!!python" in text else "; correct the file"
-        )
-        raise ConfigError(f"{path}:{where} {problem}{hint}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply to be a recipe; correct the file") from None
-    if data is None:
-        raise ConfigError(f"{path}: is empty; a recipe needs at least model, data, optimizer and train")
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path}: holds a {type(data).__name__}, not a mapping of keys; a recipe is `key: value` lines"
-        )
-    return data
-
-
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's data over that of the recipes it extends; `chain` are the files that led here."""
-    if path.resolve() in chain:
-        names = " → ".join(str(link) for link in (*chain, path.resolve()))
-        raise ConfigError(f"{path}: extends itself ({names}); remove one `extends`")
-    if chain and not path.exists():
-        raise ConfigError(
-            f"{chain[-1]}: extends: {str(path)!r} does not exist; the path is relative to the file it stands in"
-        )
-    data = _parse(path)
-    parents = data.pop("extends", None) or []
-    if isinstance(parents, str):
-        parents = [parents]
-    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ConfigError(f"{path}: extends: {parents!r} is not the path of a recipe file; write extends: other.yaml")
-    merged: dict[str, Any] = {}
-    for parent in parents:
-        merged = _merge(merged, _read(path.parent / parent, (*chain, path.resolve())))
-    return _merge(merged, data)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is laid
-    over each of them."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping) and _mappings(below):
-            merged[key] = [_merge(entry, value) for entry in below]
-        elif _mappings([below, value]) and value.get("type", below.get("type")) == below.get("type"):
-            merged[key] = _merge(below, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _mappings(value: Any) -> bool:
-    """Whether it is a list of mappings, at least one."""
-    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
-
-
-def _override(data: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
-    if not equals or not parts:
-        raise ConfigError(f"{text!r}: an override is key.sub=value, for example train.steps=100")
-    try:
-        parsed = yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {value!r} is not valid YAML; quote it") from None
-    node: Any = data
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(
-                    f"{key}: {part!r} is no entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0"
-                )
-            position: Any = int(part)
-        elif isinstance(node, dict):
-            position = part
-            if not last and node.get(part) is None:
-                node[part] = {}
-        else:
-            raise ConfigError(f"{key}: {'.'.join(parts[:depth])} is {node!r}, a single value without keys")
-        if last:
-            node[position] = parsed
-        else:
-            node = node[position]
-
-
 def _import(module: str) -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         importlib.import_module(module)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f", {place.filename} line {place.lineno}" if not isinstance(error, ImportError | SyntaxError) else ""
         raise ConfigError(

@@ -18,7 +18,7 @@ import zoo
 from pretrain import recipe as recipes
 from pretrain.checkpoint import STATE, CheckpointStore
 from pretrain.engine import read_weights
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, RunRecipe
 from zoo.config import UserError
 from zoo.files import atomic_path, atomic_write, remove_leftovers
 from zoo.model import Model
@@ -67,7 +67,7 @@ def claim(folder: Path) -> TextIO:
     return file
 
 
-def check_recipe(folder: Path, recipe: Recipe) -> None:
+def check_recipe(folder: Path, recipe: RunRecipe) -> None:
     """The folder is new, or belongs to this recipe.
 
     Raises:
@@ -91,7 +91,7 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def write_recipe(folder: Path, recipe: Recipe, effective: Mapping[str, Any]) -> None:
+def write_recipe(folder: Path, recipe: RunRecipe, effective: Mapping[str, Any]) -> None:
     """The resolved recipe, and beside it the dictionary DeepSpeed got; atomic."""
     atomic_write(folder / "deepspeed.json", json.dumps(effective, indent=1) + "\n")
     atomic_write(folder / RECIPE, yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))

@@ -7,6 +7,7 @@ A module takes part by having a `name` and an `update(statistics, step)`; its bl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,10 @@ class Updates:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        named = [m for m in model.modules() if hasattr(m, "update") and isinstance(getattr(m, "name", None), str)]
-        self.modules = {module.name: module for module in named}
+        named: list[Any] = [
+            m for m in model.modules() if hasattr(m, "update") and isinstance(getattr(m, "name", None), str)
+        ]
+        self.modules: dict[str, Any] = {module.name: module for module in named}
         self.device, self.all_reduce_sum = device, all_reduce_sum
         self.sums: dict[tuple[str, str], Tensor] = {}
 

@@ -19,6 +19,7 @@ from pretrain.data.config import DataConfig
 from pretrain.data.fitting import fit, learning
 from pretrain.data.index import list_shard
 from pretrain.data.shards import find_shards
+from pretrain.recipe_file import overridden
 from zoo.config import UserError
 from zoo.modalities import Modalities, parse_modalities
 
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.path:
             config = DataConfig(path=options.path, train=options.train, sequence_length=1)  # no row is made here
-            modalities = parse_modalities(recipes.overridden({}, options.words))
+            modalities = parse_modalities(overridden({}, options.words))
         else:
             recipe = recipes.load(options.words[0], options.words[1:])
             config, modalities = recipe.data, recipe.modalities

@@ -8,7 +8,7 @@ makes the causal load that of top-k. Which tokens are preferred, and the main mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import torch
@@ -88,7 +88,7 @@ def _training_shares(model: nn.Module, batches: Batches) -> dict[str, Fraction]:
         trace = Trace()
         model(tokens, context.replace(routing=TOPK, trace=trace))
         statistics += trace.statistics
-    return {name: Fraction(int(hits.chosen), hits.total) for name, hits in statistics.hits.items() if hits.total}
+    return {name: Fraction(int(hits.chosen), int(hits.total)) for name, hits in statistics.hits.items() if hits.total}
 
 
 def _causal_logits(model: nn.Module, routers: list[AuxiliaryRouter], batches: Batches) -> list[list[Tensor]]:
@@ -105,7 +105,7 @@ def _causal_logits(model: nn.Module, routers: list[AuxiliaryRouter], batches: Ba
 def _listening(routers: list[AuxiliaryRouter], seen: list[list[list[Tensor]]]) -> Iterator[None]:
     """While this lasts every call of a router adds its logits, before the threshold, to `seen[router][group]`."""
 
-    def hook(groups: list[list[Tensor]]):
+    def hook(groups: list[list[Tensor]]) -> Callable[[AuxiliaryRouter, tuple, Tensor], None]:
         def listen(router: AuxiliaryRouter, inputs: tuple, output: Tensor) -> None:
             x, sizes = inputs if len(inputs) == 2 else (inputs[0], (inputs[0].shape[0],))
             for group, part in zip(groups, router.logits(x).float().cpu().split(list(sizes)), strict=True):

@@ -7,8 +7,9 @@ A block keeps its `Config` beside it and is built from nothing else. Every mista
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Self
 
 import pydantic
 
@@ -25,6 +26,15 @@ class Config(pydantic.BaseModel):
     """Base of every config: unknown keys are errors, "4" is no integer, instances are frozen."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    largest: ClassVar[int] = 2**53
+    """The largest whole number in any key, far above what can be meant; so nothing overflows, or is built for ever."""
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _whole_numbers_fit(cls, value: Any) -> Any:
+        if any(abs(number) > cls.largest for number in _integers(value)):
+            raise ValueError(f"is too large; a whole number here is at most {cls.largest:,}")
+        return value
 
     @classmethod
     def parse(cls, data: Mapping[str, Any] | Config, path: str = "") -> Self:
@@ -40,12 +50,31 @@ class Config(pydantic.BaseModel):
             return data
         if not isinstance(data, Mapping):
             raise ConfigError(
-                f"{path or 'the config'}: {data!r} is not a mapping of keys; write it as `key: value` lines"
+                f"{path or 'the config'}: {shown(data)} is not a mapping of keys; write it as `key: value` lines"
             )
         try:
             return cls.model_validate(dict(data))
         except pydantic.ValidationError as error:
             raise ConfigError(explain(error, path, cls)) from None
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Every whole number in plain data; configs inside have looked after themselves."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _integers(item)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+
+
+def shown(value: Any) -> str:
+    """A user's value as messages show it: its repr, the middle of a long one left out."""
+    return _SHORT.repr(value)
 
 
 PLAINER = {
@@ -98,7 +127,7 @@ def explain(error: pydantic.ValidationError, path: str, root: type[pydantic.Base
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             message = PLAINER.get(item["type"], message)
             prefix = "must be " if item["msg"].startswith("Input should be ") else ""
-            value = "" if isinstance(item["input"], Mapping) else f"{item['input']!r}: "
+            value = "" if isinstance(item["input"], Mapping) else f"{shown(item['input'])}: "
             lines.append(f"{key}: {value}{prefix}{message}")
     return "\n".join(lines)
 

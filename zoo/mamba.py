@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,8 @@ class RecurrentConfig(BlockConfig):
     """No first step size is smaller than this."""
     towers: Towers | None = None
     """Which modalities share their untied weights; default: each has its own."""
+    if TYPE_CHECKING:  # each kind says which of its parts can be untied
+        untied: Sequence[str]
 
     def check(self, place: Place, path: str) -> None:
         if self.dt_min > self.dt_max:
@@ -63,6 +65,10 @@ class Recurrent(Mixer):
         "A_log": Role.RECURRENCE,
         "D": Role.RECURRENCE,
     }
+    conv_weight: nn.Parameter
+    conv_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
 
     def __init__(self, config: RecurrentConfig, place: Place, operation: str, steps: int, bias_untied: bool) -> None:
         """`steps` is the number of step sizes a token has, `operation` the recurrence's kernel."""
@@ -171,6 +177,7 @@ class Mamba(Recurrent, counter_noise=True):
             None if state is None else state.hidden,
         )
         if state is not None:
+            assert window is not None
             state.update(window, hidden, layout.ids)
         return self.out_proj(y, sizes)
 

@@ -84,6 +84,7 @@ class Mamba2(Recurrent, counter_noise=True):
             None if state is None else state.hidden,
         )
         if state is not None:
+            assert window is not None
             state.update(window, hidden, layout.ids)
         return self.out_proj(self.norm(y.flatten(1) * F.silu(z), sizes), sizes)
 

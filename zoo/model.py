@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +22,9 @@ from zoo.roles import ParameterOwner, Role
 from zoo.slots import Component, Part
 from zoo.states import State
 
+MAX_WIDTH, MAX_IDS, MAX_LAYERS = 2**18, 2**24, 1024
+"""Bounds of a model's sizes, far above what can be meant."""
+
 
 class ModelConfig(Config):
     """The network: embedding, layers, final norm, output."""
@@ -28,9 +32,9 @@ class ModelConfig(Config):
     modalities: list[str] = Field(min_length=1)
     """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they follow
     from its section `modalities`."""
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=MAX_WIDTH)
     """Width D of the residual stream."""
-    vocab_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(None, gt=0, le=MAX_IDS)
     """Default: what the modalities need."""
     layers: list[LayerConfig] = Field(min_length=1)
     """From the first to the last."""
@@ -43,6 +47,13 @@ class ModelConfig(Config):
         if len(set(modalities)) != len(modalities):
             raise ValueError("names one modality twice; each stands once")
         return modalities
+
+    @model_validator(mode="after")
+    def _few_layers(self) -> ModelConfig:
+        layers = self.repeat * sum(layer.repeat for layer in self.layers)
+        if layers > MAX_LAYERS:
+            raise ValueError(f"has {layers:,} layers, repeats written out; at most {MAX_LAYERS:,}")
+        return self
 
     def pattern(self) -> list[tuple[int, LayerConfig]]:
         """(index in `layers`, config) of every layer of the model, repeats written out."""
@@ -91,16 +102,20 @@ class Model(nn.Module):
             x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
-            for layer in self.layers:
+            for layer in self._components:
                 x = _recomputed(layer, x, context)
         else:
             for i, layer in enumerate(self.layers):
                 x = layer(x, context, None if states is None else states[i])
         return self.head(self.norm(x))
 
-    def init_state(self, rows: int, length: int) -> list[State]:
+    @property
+    def _components(self) -> Iterable[Component]:
+        return cast(Iterable[Component], self.layers)
+
+    def init_state(self, rows: int, length: int) -> list[State | None]:
         """Decoding states of all layers, for `rows` rows of at most `length` tokens."""
-        return [layer.init_state(rows, length, self.norm.weight) for layer in self.layers]
+        return [layer.init_state(rows, length, self.norm.weight) for layer in self._components]
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
         """Cost a token at sequence length `length`. Embedding and head count whole as active.
@@ -110,7 +125,7 @@ class Model(nn.Module):
         """
         unmultiplied = self.embedding.weight.numel() + self.norm.weight.numel()
         ends = Cost.matmul(self.head.weight.numel()) + Cost.of(active=unmultiplied)
-        whole = ends + Cost.total(layer.cost(length, load) for layer in self.layers)
+        whole = ends + Cost.total(layer.cost(length, load) for layer in self._components)
         return whole.expand(len(self.modalities))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from zoo.config import Config, ConfigError, explain, suggestion
+from zoo.config import Config, ConfigError, explain, shown, suggestion
 from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective, Part
 from zoo.untied import TIED, Grouping
 
@@ -31,6 +31,7 @@ class BlockConfig(Config):
 
     type_name: ClassVar[str] = ""
     block: ClassVar[type]
+    largest: ClassVar[int] = 2**18
 
     @pydantic.model_serializer(mode="wrap")
     def _with_type(self, handler: Callable[[Any], dict]) -> dict:
@@ -129,11 +130,11 @@ def resolve(slot: str, value: Any) -> BlockConfig:
             raise PydanticCustomError("zoo", "{text}", {"text": text})
         return value
     if not isinstance(value, Mapping):
-        raise PydanticCustomError("zoo", "{text}", {"text": f"{value!r} is not a block; write {{type: …}}"})
+        raise PydanticCustomError("zoo", "{text}", {"text": f"{shown(value)} is not a block; write {{type: …}}"})
     options = dict(value)
     name = options.pop("type", None)
     if not isinstance(name, str) or name not in _tables[slot]:
-        wrong = "this key is required" if name is None else f"{name!r} is not known"
+        wrong = "this key is required" if name is None else f"{shown(name)} is not known"
         text = f"{wrong}; known: {', '.join(known(slot))}{suggestion(str(name), known(slot))}"
         raise PydanticCustomError("zoo_type", "{text}", {"text": text})
     try:

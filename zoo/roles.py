@@ -116,5 +116,5 @@ class _WithHead(Protocol):
 
 def _head_modules(module: nn.Module) -> list[nn.Module]:
     """The modules that give the logits of a model of Transformers; none for other modules."""
-    head = module.get_output_embeddings() if isinstance(module, _WithHead) else None
+    head = module.get_output_embeddings() if isinstance(module, _WithHead) else None  # pyrefly: ignore[unsafe-overlap]
     return [] if head is None else list(head.modules())

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from zoo.config import ConfigError, suggestion
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.gather import exchange
 from zoo.layers import RMSNorm
 from zoo.roles import ParameterOwner, Role
 
@@ -121,8 +123,9 @@ class Grouping:
         """
         if self.tied:
             return x
-        order, _ = self._orders(context)
-        return F.embedding(order, x.reshape(-1, *x.shape[2:]).flatten(1)).view(-1, *x.shape[2:])
+        order, inverse = self._orders(context)
+        flat = x.reshape(context.modality.numel(), -1)
+        return exchange(flat, order, inverse, inverse_gaps=context.padded).view(-1, *x.shape[2:])
 
     def merge(self, rows: Tensor, context: TokenContext) -> Tensor:
         """The inverse of `split`: (n, …) → (B, T, …), 0 at padding."""
@@ -135,11 +138,9 @@ class Grouping:
         """As `merge`, for rows that nobody reads at padding, or that are 0 there: with one group they are left there."""
         if self.tied:
             return rows
-        _, inverse = self._orders(context)
-        flat = rows.flatten(1)
-        if context.padded:
-            flat = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))
-        return F.embedding(inverse, flat).view(*context.shape, *rows.shape[1:])
+        order, inverse = self._orders(context)
+        flat = exchange(rows.flatten(1), inverse, order, gaps=context.padded)
+        return flat.view(*context.shape, *rows.shape[1:])
 
 
 TIED = Grouping()
@@ -150,7 +151,7 @@ class _GroupedLinear(torch.autograd.Function):
     """One product a group, written where it belongs: neither the parts nor their gradients are copied together."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """rows (n, d_in) sorted by group, weight (groups, d_out, d_in) → (n, d_out)."""
         ctx.save_for_backward(rows, weight)
         ctx.sizes = sizes
@@ -161,7 +162,9 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weight = ctx.saved_tensors
         d_rows = d_weight = None
         if ctx.needs_input_grad[0]:
@@ -207,7 +210,9 @@ class ModalityLinear(ParameterOwner):
 class ModalityNorm(RMSNorm):
     """RMSNorm of rows that are sorted by group, with a gain of each group."""
 
-    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(  # pyrefly: ignore[bad-override]  # rows come with their groups
+        self, rows: Tensor, sizes: Sequence[int]
+    ) -> Tensor:
         """rows (n, …, width) sorted by group, `sizes` of each → (n, …, width). One gain takes rows of any order."""
         if self.groups == 1:
             return super().forward(rows)

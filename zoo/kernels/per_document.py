@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.context import TokenContext, same_item
+from zoo.gather import pick
 from zoo.kernels import sdpa
 from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is one row a document already
 
@@ -43,7 +44,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenCo
     pieces, places = [], []
     for documents in calls(context):
         length = documents.index.shape[1]
-        batch = [F.embedding(documents.index, x).view(-1, length, heads, width).transpose(1, 2) for x in flat]
+        batch = [pick(x, documents.index.reshape(-1)).view(-1, length, heads, width).transpose(1, 2) for x in flat]
         mask = documents.mask
         out = F.scaled_dot_product_attention(*batch, attn_mask=mask, is_causal=mask is None)
         pieces.append(out.transpose(1, 2).reshape(-1, heads * width))
