@@ -55,10 +55,12 @@ class Sums:
     routing: RoutingStatistics = dataclasses.field(default_factory=RoutingStatistics)
 
     def __add__(self, other: Sums) -> Sums:
-        parts = {name: _plus(self.parts.get(name), value) for name, value in other.parts.items()}
+        parts = dict(self.parts)
+        for name, value in other.parts.items():
+            parts[name] = parts[name] + value.detach() if name in parts else value.detach()
         return Sums(
             _plus(self.loss, other.loss),
-            {**self.parts, **parts},
+            parts,
             _plus(self.auxiliary, other.auxiliary),
             _plus(self.balance, other.balance),
             self.routing + other.routing,

@@ -21,8 +21,8 @@ from pydantic.fields import FieldInfo
 
 from pretrain.finetune.recipe import AdaptRecipe
 from pretrain.recipe import Recipe
-from tools.adapt_sweep.settings import SweepConfig
 from tools.examples.make_llava import LlavaFolderConfig
+from tools.sweep.adapt.settings import SweepConfig
 from zoo import registry
 from zoo.config import Config
 

@@ -141,7 +141,7 @@ def looked_at(model: Any, processor: Any, question: Question) -> tuple[list[Pict
     for layer in za.routed_layers(model):
         number, name = layer.routing.layer, layer.routing.name
         if name in trace.decisions:
-            kept[number] = trace.decisions[name].keep[0, where].view(-1, side, side).cpu().numpy()
+            kept[number] = trace.decisions[name].kept[0, where].view(-1, side, side).cpu().numpy()
             load[number] = trace.statistics.loads[name].numbers()
     pictures = []
     for place, image in enumerate(seen(pixels, processor)):

@@ -19,6 +19,7 @@ from zoo.flops import Cost
 from zoo.model import Model, ModelConfig, initialise
 from zoo.objectives import autoregressive  # noqa: F401
 from zoo.registry import BlockConfig, Place, known, register
+from zoo.routing.scorer import Router, Scorer
 from zoo.slots import Depth, FeedForward, Mixer, Objective
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "ModelConfig",
     "Objective",
     "Place",
+    "Router",
+    "Scorer",
     "TokenContext",
     "Trace",
     "UserError",

@@ -11,10 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.context import TokenContext
+from zoo.config import ConfigError
+from zoo.context import CAUSAL, TokenContext
 from zoo.registry import Place
 from zoo.roles import ParameterOwner, Role
 from zoo.routing.statistics import RouterHits
+
+
+class RoutedBlock:
+    """What every block that chooses among tokens says of itself: a group of experts, a Mixture-of-Depths layer."""
+
+    name: str
+    """Dotted; what the trace calls it."""
+    looks_ahead: bool
+    """Whether what happens to a token depends on later ones, unless an auxiliary router decides."""
+    auxiliary: AuxiliaryRouter | None
+
+    def decided_by_auxiliary(self, context: TokenContext) -> bool:
+        """Whether the auxiliary router decides in this forward.
+
+        Raises:
+            ConfigError: it has to, but there is none.
+        """
+        if context.routing != CAUSAL or not self.looks_ahead:
+            return False
+        if self.auxiliary is None:
+            raise ConfigError(
+                f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true"
+            )
+        return True
 
 
 class AuxiliaryRouter(ParameterOwner):

@@ -306,12 +306,12 @@ class TokenContext:
         per_row, before = numbers[: counts.numel()].view_as(counts), numbers[counts.numel() :]
         return Kept(_on_host(per_row), spans.narrowed(before.tolist()))
 
-    def select(self, index: Tensor, valid: Tensor, kept: Kept | None = None) -> TokenContext:
+    def select(self, index: Tensor, valid: Tensor | None, kept: Kept | None = None) -> TokenContext:
         """The context of a kept sub-sequence.
 
         Args:
             index: (B, K) columns kept, ascending within a row; K is the largest row's count.
-            valid: (B, K) bool; False where a shorter row is padded.
+            valid: (B, K) bool; False where a shorter row is padded. None: every row keeps K.
             kept: what the host knows of it, from `kept`, or counts alone where they do not depend on the data; default:
                 the counts are copied to the host here, once.
         Returns:
@@ -320,7 +320,8 @@ class TokenContext:
         """
 
         def take(values: Tensor, padding: int) -> Tensor:
-            return values.gather(1, index).masked_fill(~valid, padding)
+            taken = values.gather(1, index)
+            return taken if valid is None else taken.masked_fill(~valid, padding)
 
         modality = take(self.modality, -1)
         kept = kept or Kept(_on_host(_counts(modality, len(self.modalities))))

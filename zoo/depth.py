@@ -25,13 +25,19 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from zoo import noise
-from zoo.auxiliary import AuxiliaryRouter, train_auxiliary
+from zoo.auxiliary import AuxiliaryRouter, RoutedBlock, train_auxiliary
 from zoo.config import ConfigError
-from zoo.context import CAUSAL, Kept, TokenContext
+from zoo.context import Kept, TokenContext
 from zoo.flops import Cost
 from zoo.registry import BlockConfig, Place, RouterSlot, register
-from zoo.routers import Capacity, LinearRouter, Router, Scope, capacity_count, decide, expert_choice, membership
-from zoo.schedules import OverLayers, WarmDown, number
+from zoo.routing.candidates import Candidates
+from zoo.routing.capacity import Capacity, capacity_count, number
+from zoo.routing.chooser import ExpertChoice, Threshold
+from zoo.routing.linear import LinearScorer
+from zoo.routing.pool import Pool, Scope
+from zoo.routing.scorer import Router
+from zoo.routing.selection import TokenSelection, decide
+from zoo.schedules import OverLayers, WarmDown
 from zoo.slots import Component, Depth
 from zoo.states import State
 
@@ -46,38 +52,36 @@ def _one_or_each(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
-    """Tokens that compete with each other: those of one modality, or all."""
+class DepthPool(Pool):
+    """A pool that one layer chooses from."""
 
-    name: str
-    """What the trace calls it."""
-    modality: int | None
-    """None: tokens of every modality."""
     capacity: Fraction
     """Share that is kept, once a step schedule has ended."""
 
-    def members(self, context: TokenContext) -> Tensor:
-        """Flat indices into B·T, in row and time order."""
-        return context.tokens if self.modality is None else context.index(self.modality)
 
-    def row_counts(self, context: TokenContext) -> tuple[int, ...]:
-        """Tokens of each row."""
-        return context.row_counts if self.modality is None else tuple(row[self.modality] for row in context.counts)
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """What a layer decided about the tokens of a batch."""
+
+    selection: TokenSelection
+    context: TokenContext
+    """Of the tokens that pass, without a trace: the trace keeps this decision, and a cycle would outlive the step."""
 
 
 @register("depth", "mod")
-class MixtureOfDepths(Depth, counter_noise=True):
+class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
     class Config(BlockConfig):
         capacity: Annotated[float | str | dict[str, float | str], pydantic.BeforeValidator(_one_or_each)] = 0.125
-        """Share of a scope's tokens that pass through the block, whatever their modality; or one for each modality,
+        """Share of a pool's tokens that pass through the block, whatever their modality; or one for each modality,
         `{text: 1.0, image: 0.25}`: each is then chosen among its own tokens, and one at 1.0 does not compete: all its
         tokens pass, ungated."""
         over_layers: OverLayers | None = None
         over_steps: WarmDown | None = None
         scope: Scope = "row"
+        """How far a pool reaches: over each row by itself, or over the whole micro-batch."""
         auxiliary: bool = True
         """Train a causal router beside the main one. Without it the block has no causal mode."""
-        router: RouterSlot = Field(default_factory=LinearRouter.Config)
+        router: RouterSlot = Field(default_factory=LinearScorer.Config)
 
         def check(self, place: Place, path: str) -> None:
             if isinstance(self.capacity, dict):
@@ -88,19 +92,15 @@ class MixtureOfDepths(Depth, counter_noise=True):
                         raise ConfigError(
                             f"{path}.capacity: no entry for {modality!r}; give every modality its share, 1.0 keeps all"
                         )
-            for method in ("choose", "score", "weigh", "observe"):
-                if getattr(self.router.block, method, getattr(Router, method)) is not getattr(Router, method):
-                    raise ConfigError(
-                        f"{path}.router.type: {self.router.type_name!r} has its own way to {method} tokens; a depth "
-                        "router gives one score, by which the top-k of a scope is kept and weighed: use linear"
-                    )
-            if getattr(self.router, "activation", None) == "softmax":
+            router = self.router.block
+            if issubclass(router, Router):
                 raise ConfigError(
-                    f"{path}.router.activation: softmax over a single output is always 1 and learns nothing; use "
-                    "sigmoid, raw or tanh"
+                    f"{path}.router.type: {self.router.type_name!r} chooses by itself, experts for tokens; here the "
+                    "tokens with the best scores of a scope pass, and a plain scorer is all that is needed: use linear"
                 )
+            router.check_depth(self.router, f"{path}.router")
 
-        def pools(self, place: Place) -> tuple[Pool, ...]:
+        def pools(self, place: Place) -> tuple[DepthPool, ...]:
             """Who competes with whom in the layer at `place`; nobody where the layer is dense."""
             each = self.capacity if isinstance(self.capacity, dict) else {None: self.capacity}
             pools = []
@@ -113,7 +113,7 @@ class MixtureOfDepths(Depth, counter_noise=True):
                 if competes:
                     name = place.name if modality is None else f"{place.name}.{modality}"
                     index = None if modality is None else place.modalities.index(modality)
-                    pools.append(Pool(name, index, capacity))
+                    pools.append(DepthPool(name, index, self.scope, capacity))
             return tuple(pools)
 
     def __init__(self, config: Config, place: Place, block: Component) -> None:
@@ -121,11 +121,11 @@ class MixtureOfDepths(Depth, counter_noise=True):
         self.name, self.scope, self.over_steps = place.name, config.scope, config.over_steps
         self.modalities = len(place.modalities)
         self.pools = config.pools(place)
+        self.looks_ahead, self.auxiliary = bool(self.pools), None
         if self.pools:
-            names = [pool.name for pool in self.pools]
-            auxiliary = place.child("auxiliary")
             self.router = config.router.block(config.router, place.child("router"), 1)
-            self.auxiliary = AuxiliaryRouter(auxiliary, 1, names) if config.auxiliary else None
+            if config.auxiliary:
+                self.auxiliary = AuxiliaryRouter(place.child("auxiliary"), 1, [pool.name for pool in self.pools])
         self.block = block
 
     @property
@@ -152,95 +152,106 @@ class MixtureOfDepths(Depth, counter_noise=True):
             return self.block(x, context, state)
         rows, columns, width = x.shape
         flat = x.reshape(rows * columns, width)
-        members, sizes = self._candidates(context)
-        everybody = members.shape[0] == rows * columns and self.blind
-        candidates = flat if everybody else F.embedding(members, flat)  # (n, D)
-        key = context.key.reshape(-1).index_select(0, members)
-        scores = self.router(candidates, key, noise.salt(self.name, context.step))  # (n, 1)
-        logits = None if self.auxiliary is None else self.auxiliary(candidates, sizes)
-        taken, index, valid, inner = decide(context, self.name, lambda: self._select(scores, logits, context))
-        inner = inner.replace(trace=context.trace)
-        self._report(logits, taken, context, inner)
-        flat_index = (index + torch.arange(rows, device=x.device)[:, None] * columns).reshape(-1)
-        kept = F.embedding(flat_index, flat).view(rows, -1, width).masked_fill(~valid.unsqueeze(-1), 0.0)
+        pools = self._candidates(context)
+        candidates, sizes = self._joined(pools), [pool.index.shape[0] for pool in pools]
+        everybody = candidates.index.shape[0] == rows * columns and self.blind
+        read = flat if everybody else F.embedding(candidates.index, flat)  # (n, D)
+        scores = self.router(read, candidates)  # (n, 1)
+        logits = None if self.auxiliary is None else self.auxiliary(read, sizes)
+        ranking = self.router.ranking(scores).detach()
+        passed = decide(context, self.name, lambda: self._select(ranking, logits, candidates, pools, context))
+        selection, inner = passed.selection, passed.context.replace(trace=context.trace)
+        self._report(logits, selection, sizes, context, inner)
+        flat_index, valid = selection.flat_index, selection.valid
+        kept = F.embedding(flat_index, flat).view(rows, -1, width)
+        if valid is not None:
+            kept = kept.masked_fill(~valid.unsqueeze(-1), 0.0)
         delta = self.block(kept, inner, state) - kept
-        ones = scores.new_ones(rows * columns, 1)  # for those that do not compete
-        gate = scores if everybody else ones.index_copy(0, members, scores)
-        weight = F.embedding(flat_index, gate).to(x.dtype) * valid.reshape(-1, 1)
+        weight, ones = self.router.gates(scores), scores.new_ones(rows * columns, 1)  # for those that do not compete
+        weight = weight if everybody else ones.index_copy(0, candidates.index, weight)
+        weight = F.embedding(flat_index, weight).to(x.dtype)
+        if valid is not None:
+            weight = weight * valid.reshape(-1, 1)
         return flat.index_add(0, flat_index, weight * delta.reshape(-1, width)).view_as(x)
 
-    def _candidates(self, context: TokenContext) -> tuple[Tensor, tuple[int, ...]]:
-        """Flat indices (n,) of the tokens that compete, pool after pool, and how many each pool has."""
-        members = [pool.members(context) for pool in self.pools]
-        sizes = tuple(part.shape[0] for part in members)
-        if len(members) == 1:
-            return members[0], sizes
-        name = ("depth candidates", tuple(pool.modality for pool in self.pools))
-        return context.shared(name, lambda: torch.cat(members)), sizes
+    def _candidates(self, context: TokenContext) -> list[Candidates]:
+        """Those of each pool."""
+        salt = noise.salt(self.name, context.step)
+        return [pool.candidates(context, salt) for pool in self.pools]
+
+    def _joined(self, pools: list[Candidates]) -> Candidates:
+        """All of them, pool after pool."""
+        if len(pools) == 1:
+            return pools[0]
+        context, modalities = pools[0].context, tuple(pool.modality for pool in self.pools)
+        index = context.shared(("depth candidates", modalities), lambda: torch.cat([pool.index for pool in pools]))
+        rows = tuple(map(sum, zip(*(pool.row_counts for pool in pools), strict=True)))
+        scopes = tuple(size for pool in pools for size in pool.scopes)
+        return Candidates(context, index, rows, scopes, pools[0].salt)
 
     def _select(
-        self, scores: Tensor, logits: Tensor | None, context: TokenContext
-    ) -> tuple[Tensor, Tensor, Tensor, TokenContext]:
-        """taken (n,) bool among the candidates, columns kept (B, K), which of them are real (B, K), their context.
+        self,
+        ranking: Tensor,
+        logits: Tensor | None,
+        candidates: Candidates,
+        pools: list[Candidates],
+        context: TokenContext,
+    ) -> Passed:
+        """Choose among the candidates: by the auxiliary router's logits in causal use, else the best of each pool.
 
-        The context has no trace: the trace keeps what is returned here, and a cycle would outlive the step.
+        Args:
+            ranking, logits: (n, 1).
+            pools: the candidates of each pool.
         """
-        members, sizes = self._candidates(context)
-        kept = None
-        if context.routing == CAUSAL:
-            if logits is None:
-                raise ConfigError(
-                    f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true"
-                )
-            taken = logits[:, 0] > 0
+        left = None
+        if self.decided_by_auxiliary(context):
+            taken = Threshold().mask(logits.detach(), candidates)[:, 0]
         else:
-            parts = zip(self.pools, scores.detach().split(list(sizes)), strict=True)
-            taken = torch.cat([self._top(pool, part, context) for pool, part in parts])
-            kept = self._static_counts(context)
+            parts = zip(self.pools, pools, ranking.split([pool.index.shape[0] for pool in pools]), strict=True)
+            best = [ExpertChoice(self._capacity(pool, context)).mask(part, members) for pool, members, part in parts]
+            taken = torch.cat(best)[:, 0]
+            left = self._static_counts(context)
         # everybody but padding and the candidates that were not taken
-        keep = context.valid.reshape(-1).index_copy(0, members, taken).view(context.shape)
-        if kept is None:
-            kept = context.kept(keep)
-        totals = kept.row_counts
-        largest = max(1, *totals)  # the block runs even when nothing is kept: every rank uses every parameter
-        index = keep.logical_not().sort(dim=1, stable=True).indices[:, :largest]  # kept columns first, in time order
-        valid = torch.arange(largest, device=keep.device) < torch.tensor(totals, device=keep.device)[:, None]
-        return taken, index, valid, context.replace(trace=None).select(index, valid, kept)
+        kept = context.valid.reshape(-1).index_copy(0, candidates.index, taken).view(context.shape)
+        if left is None:
+            left = context.kept(kept)
+        # the block runs even when nothing is kept: every rank uses every parameter
+        selection = TokenSelection.of_rows(taken, kept, left.row_counts, least=1)
+        return Passed(selection, context.replace(trace=None).select(selection.index, selection.valid, left))
 
-    def _share(self, pool: Pool, context: TokenContext) -> Fraction:
+    def _capacity(self, pool: DepthPool, context: TokenContext) -> Fraction:
         """Capacity of a pool at the context's step."""
         if self.over_steps is None or not self.training:
             return pool.capacity
         return self.over_steps.capacity(context.step, pool.capacity)
-
-    def _top(self, pool: Pool, scores: Tensor, context: TokenContext) -> Tensor:
-        """(n,) bool: the top-k of every scope of a pool, by scores (n, 1)."""
-        counts = pool.row_counts(context)
-        scopes = counts if self.scope == "row" else (sum(counts),)
-        index = expert_choice(scores, scopes, self._share(pool, context), context)
-        return membership(index, scores.shape[0])[:, 0]
 
     def _static_counts(self, context: TokenContext) -> Kept | None:
         """Tokens that top-k keeps of each row and modality, where that does not depend on the data: every modality has
         a capacity of its own, and the scope is a row."""
         if self.blind or (self.scope != "row" and context.shape[0] > 1):
             return None
-        shares = [Fraction(1)] * self.modalities
+        capacities = [Fraction(1)] * self.modalities
         for pool in self.pools:
-            shares[pool.modality] = self._share(pool, context)
-        return Kept(tuple(tuple(map(capacity_count, row, shares)) for row in context.counts))
+            capacities[pool.modality] = self._capacity(pool, context)
+        return Kept(tuple(tuple(map(capacity_count, row, capacities)) for row in context.counts))
 
-    def _report(self, logits: Tensor | None, taken: Tensor, context: TokenContext, inner: TokenContext) -> None:
-        """Tell the trace the load, and train the auxiliary router on what was decided."""
+    def _report(
+        self,
+        logits: Tensor | None,
+        selection: TokenSelection,
+        sizes: list[int],
+        context: TokenContext,
+        inner: TokenContext,
+    ) -> None:
+        """Tell the trace the load, and train the auxiliary router on what was decided; `sizes` of the pools."""
         if context.trace is None:
             return
         context.trace.add_load(self.name, sum(inner.row_counts), sum(context.row_counts))
         for pool in self.pools:
             if pool.modality is not None:
                 context.trace.add_load(pool.name, inner.totals[pool.modality], context.totals[pool.modality])
-        if context.routing != CAUSAL and logits is not None:
-            sizes = list(self._candidates(context)[1])
-            decisions = zip(self.pools, logits.split(sizes), taken.unsqueeze(-1).split(sizes), strict=True)
+        if logits is not None and not self.decided_by_auxiliary(context):
+            decisions = zip(self.pools, logits.split(sizes), selection.taken.unsqueeze(-1).split(sizes), strict=True)
             for pool, predicted, chosen in decisions:
                 train_auxiliary(context, pool.name, predicted, chosen)
 
@@ -262,6 +273,6 @@ class MixtureOfDepths(Depth, counter_noise=True):
         for pool in self.pools:
             if pool.modality is not None:
                 shares[pool.modality], competes[pool.modality] = load.get(pool.name, float(pool.capacity)), 1.0
-        main, stand_in = self.router.weight.numel(), 0 if self.auxiliary is None else self.auxiliary.weights
+        main, stand_in = self.router.weights, 0 if self.auxiliary is None else self.auxiliary.weights
         routers = Cost.of(router=2.0 * main, active=main) + Cost.of(auxiliary=2.0 * stand_in, active=stand_in)
         return self.block.cost(share * length, load).scaled(*shares) + routers.scaled(*competes)

@@ -18,15 +18,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from zoo import kernels, noise
-from zoo.auxiliary import AuxiliaryRouter, train_auxiliary
+from zoo.auxiliary import AuxiliaryRouter, RoutedBlock, train_auxiliary
 from zoo.config import ConfigError
-from zoo.context import CAUSAL, TokenContext
+from zoo.context import TokenContext
 from zoo.feedforward import Dense
 from zoo.flops import Cost
 from zoo.layers import RMSNorm
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.roles import ParameterOwner, Role
-from zoo.routers import Candidates, Capacity, LinearRouter, Route, Scope, decide, membership
+from zoo.routing.candidates import Candidates
+from zoo.routing.capacity import Capacity, number
+from zoo.routing.chooser import Chooser, ExpertChoice, Threshold
+from zoo.routing.linear import LinearScorer
+from zoo.routing.pool import Pool, Scope
+from zoo.routing.scorer import Router
+from zoo.routing.selection import ExpertSelection, decide
 from zoo.slots import FeedForward
 from zoo.states import State
 
@@ -37,7 +43,7 @@ class ExpertConfig(BlockConfig):
     d_ff: int = Field(gt=0)
     """Hidden width F of one expert."""
     capacity: Capacity | None = None
-    """Expert choice: share of its group's tokens an expert takes; default 1 / experts, no-op experts included: without
+    """Expert choice: share of its pool's tokens an expert takes; default 1 / experts, no-op experts included: without
     those the cost of one dense feed-forward."""
     scope: Scope = "microbatch"
     """Expert choice: the tokens that compete."""
@@ -53,11 +59,12 @@ class ExpertConfig(BlockConfig):
     expert. No difference with pre-norm."""
     auxiliary: bool = True
     """Train a causal router beside the main one. Without it the block has no causal mode."""
-    router: RouterSlot = Field(default_factory=LinearRouter.Config)
+    router: RouterSlot = Field(default_factory=LinearScorer.Config)
 
-    def share(self, experts: int) -> Fraction:
-        """The capacity of a group of `experts`."""
-        return Fraction(1, experts + self.noop_experts) if self.capacity is None else Fraction(str(self.capacity))
+    def chooser(self, experts: int) -> ExpertChoice:
+        """How the experts of a group of `experts` choose, unless the router has its own way."""
+        capacity = Fraction(1, experts + self.noop_experts) if self.capacity is None else number(self.capacity)
+        return ExpertChoice(capacity)
 
     def group_sizes(self) -> dict[str, int]:
         """Experts of each group by name."""
@@ -65,7 +72,7 @@ class ExpertConfig(BlockConfig):
 
     def check(self, place: Place, path: str) -> None:
         router = self.router.block
-        if not router.looks_ahead:
+        if issubclass(router, Router):
             for key, plain in (("capacity", None), ("scope", "microbatch")):
                 if getattr(self, key) != plain:
                     raise ConfigError(
@@ -73,7 +80,7 @@ class ExpertConfig(BlockConfig):
                         f"chooses for itself and none is dropped: remove {key}, or choose type: linear"
                     )
         for experts in self.group_sizes().values():
-            router.check_group(self.router, experts, self.noop_experts, f"{path}.router")
+            router.check_experts(self.router, experts, self.noop_experts, f"{path}.router")
 
 
 class StackedSwiGLU(ParameterOwner):
@@ -111,46 +118,61 @@ class GroupStates:
             state.reorder(index)
 
 
-class ExpertGroup(nn.Module):
-    """A router, its causal stand-in, and the experts for the same tokens."""
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """What a group does with its tokens."""
 
-    def __init__(self, experts: int, config: ExpertConfig, place: Place) -> None:
+    selection: ExpertSelection
+    """Without no-op experts."""
+    weight: Tensor
+    """(R,) of each pair, fp32."""
+
+
+class ExpertGroup(nn.Module, RoutedBlock):
+    """A pool of tokens with its router, the router's causal stand-in, and the experts."""
+
+    def __init__(self, pool: Pool, experts: int, config: ExpertConfig, place: Place) -> None:
         super().__init__()
-        self.name, self.count, self.scope = place.name, experts, config.scope
+        self.name, self.pool, self.count = place.name, pool, experts
         self.router = config.router.block(config.router, place.child("router"), experts + config.noop_experts)
-        self.share = self.router.nominal_share(config.share(experts))
-        needed = config.auxiliary and self.router.looks_ahead
+        own = isinstance(self.router, Router)
+        self.chooser: Chooser = self.router.chooser if own else config.chooser(experts)
+        self.looks_ahead = self.chooser.looks_ahead
+        needed = config.auxiliary and self.looks_ahead
         self.auxiliary = AuxiliaryRouter(place.child("auxiliary"), experts) if needed else None
         self.experts = StackedSwiGLU(experts, config.d_ff, place.child("experts"))
 
-    def route(
-        self, x: Tensor, member: Tensor, counts: tuple[int, ...], context: TokenContext, state: State | None = None
-    ) -> tuple[Route, Tensor]:
-        """Decide for the group's tokens x (n, D), flat indices `member` (n,), `counts` of them in each row; also the
-        weights (R,), fp32. No-op experts have no rows any more."""
-        key = context.key.reshape(-1).index_select(0, member)
-        candidates = Candidates(member, counts, self.share, self.scope, key, context)
-        scores = self.router.score(x, candidates, noise.salt(self.name, context.step), state)  # (n, E + no-op)
-        logits = None if self.auxiliary is None else self.auxiliary(x)
-        causal = context.routing == CAUSAL and self.router.looks_ahead
-        if causal and logits is None:
-            raise ConfigError(
-                f"{self.name}.auxiliary: false; causal routing needs the auxiliary router, set it to true"
-            )
+    def candidates(self, context: TokenContext) -> Candidates:
+        return self.pool.candidates(context, noise.salt(self.name, context.step))
 
-        def choose() -> Route:
-            return Route.of_membership(logits > 0) if causal else self.router.choose(scores.detach(), candidates)
+    def route(self, x: Tensor, candidates: Candidates, context: TokenContext, state: State | None = None) -> Routed:
+        """Decide who of the candidates x (n, D) goes where."""
+        router = self.router
+        scores = router(x, candidates, state) if isinstance(router, Router) else router(x, candidates)  # (n, E + no-op)
+        logits = None if self.auxiliary is None else self.auxiliary(x)
+        causal = self.decided_by_auxiliary(context)
+
+        def choose() -> ExpertSelection:
+            if causal:
+                return Threshold().choose(logits.detach(), candidates)
+            return self.chooser.choose(router.ranking(scores).detach(), candidates)
 
         everywhere = decide(context, self.name, choose)
-        route = everywhere.first(self.count)
+        selection = everywhere.first(self.count)
         if context.trace is not None:
-            context.trace.add_load(self.name, sum(route.counts), x.shape[0] * self.count)
-            if not self.router.looks_ahead:
+            context.trace.add_load(self.name, sum(selection.counts), x.shape[0] * self.count)
+            if not self.looks_ahead:
                 context.trace.add_expert_load(self.name, everywhere.counts)
         if not causal and logits is not None:
-            train_auxiliary(context, self.name, logits, membership(route.token.view(self.count, -1), x.shape[0]))
-        self.router.observe(x, scores, everywhere, candidates)
-        return route, self.router.weigh(scores, everywhere)[: route.token.shape[0]]
+            train_auxiliary(context, self.name, logits, selection.mask(x.shape[0]))
+        if isinstance(router, Router):
+            router.observe(x, scores, everywhere, candidates)
+        weight = self.chooser.weigh(router.gates(scores), everywhere)
+        return Routed(selection, weight[: selection.token.shape[0]])
+
+    def init_state(self, rows: int, like: Tensor) -> State | None:
+        """What the router must remember while decoding."""
+        return self.router.init_state(rows, like) if isinstance(self.router, Router) else None
 
 
 class RoutedExperts(FeedForward):
@@ -159,31 +181,31 @@ class RoutedExperts(FeedForward):
     untied_shared = False
     """Whether the shared experts are one network a modality."""
 
-    def __init__(self, groups: dict[str, int], config: ExpertConfig, place: Place) -> None:
+    def __init__(self, modalities: Mapping[str, int | None], config: ExpertConfig, place: Place) -> None:
+        """`modalities`: for each group by name the modality whose tokens are its pool; None: all tokens are."""
         super().__init__()
-        self.groups = nn.ModuleDict(
-            {name: ExpertGroup(experts, config, place.child(f"groups.{name}")) for name, experts in groups.items()}
-        )
+        self.groups = nn.ModuleDict()
+        for name, modality in modalities.items():
+            inner, experts = place.child(f"groups.{name}"), config.group_sizes()[name]
+            self.groups[name] = ExpertGroup(Pool(inner.name, modality, config.scope), experts, config, inner)
+        self.modalities = len(place.modalities)
         shared = Dense.Config(d_ff=max(1, config.shared_experts) * config.d_ff, untied=self.untied_shared)
         self.shared = Dense(shared, place.child("shared")) if config.shared_experts else None
         self.owns_norm = place.norm == "post" and config.gate == "outside"
         self.norm_grouping = place.norm_grouping
         self.norm = RMSNorm(place.d_model, self.norm_grouping.count) if self.owns_norm else None
 
-    def members(self, context: TokenContext) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """For each group the flat indices of its tokens (n,) in row order, and how many each row has."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor, context: TokenContext, state: GroupStates | None = None) -> Tensor:
         """(B, T, D) → Σ over a token's experts of weight · SwiGLU(x), and its shared experts; 0 at padding."""
         flat = x.reshape(-1, x.shape[-1])
         tokens, weights, counts = [], [], []
-        for (name, group), (member, rows) in zip(self.groups.items(), self.members(context), strict=True):
+        for name, group in self.groups.items():
+            candidates = group.candidates(context)
             inner = None if state is None else state.states.get(name)
-            route, weight = group.route(F.embedding(member, flat), member, rows, context, inner)
-            tokens.append(member.index_select(0, route.token))
-            weights.append(weight)
-            counts.append(route.counts)
+            routed = group.route(F.embedding(candidates.index, flat), candidates, context, inner)
+            tokens.append(candidates.index.index_select(0, routed.selection.token))
+            weights.append(routed.weight)
+            counts.append(routed.selection.counts)
         token = torch.cat(tokens)
         parts = F.embedding(token, flat).split([sum(c) for c in counts])
         y = torch.cat(
@@ -202,7 +224,7 @@ class RoutedExperts(FeedForward):
 
     def init_state(self, rows: int, length: int, like: Tensor) -> GroupStates | None:
         """What routers must remember while decoding; None where no group's does."""
-        states = {name: group.router.init_state(rows, like) for name, group in self.groups.items()}
+        states = {name: group.init_state(rows, like) for name, group in self.groups.items()}
         kept = {name: state for name, state in states.items() if state is not None}
         return GroupStates(kept) if kept else None
 
@@ -211,10 +233,10 @@ class RoutedExperts(FeedForward):
         experts nothing, shared ones whole."""
         norm = 0 if self.norm is None else self.norm.width
         rows = []
-        for name in self.group_of_modality:
-            group = self.groups[name]
-            share = (load or {}).get(group.name, float(group.share))
-            used = share * (group.experts.w_in.numel() + group.experts.w_out.numel())
+        for modality in range(self.modalities):
+            group = next(group for group in self.groups.values() if group.pool.modality in (None, modality))
+            capacity = (load or {}).get(group.name, float(group.chooser.capacity or 1))
+            used = capacity * (group.experts.w_in.numel() + group.experts.w_out.numel())
             router = group.router.weights
             auxiliary = 0 if group.auxiliary is None else group.auxiliary.weights
             rows.append((2.0 * used, used + router + auxiliary + norm, 2.0 * router, 2.0 * auxiliary))
@@ -234,8 +256,4 @@ class Experts(RoutedExperts, counter_noise=True):
             return {"all": self.experts}
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__({"all": config.experts}, config, place)
-        self.group_of_modality = ["all"] * len(place.modalities)
-
-    def members(self, context: TokenContext) -> list[tuple[Tensor, tuple[int, ...]]]:
-        return [(context.tokens, context.row_counts)]
+        super().__init__({"all": None}, config, place)

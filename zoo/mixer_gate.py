@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -30,15 +29,17 @@ from pydantic import Field
 from torch import Tensor
 
 from zoo.config import ConfigError
+from zoo.context import TokenContext
 from zoo.registry import BlockConfig, Place, register
-from zoo.routers import Candidates, Route, Router
+from zoo.routing.candidates import Candidates
+from zoo.routing.chooser import TokenChoice
+from zoo.routing.scorer import Router
+from zoo.routing.selection import ExpertSelection
 
 
 @register("router", "mixer")
 class MixerGate(Router, counter_noise=True):
     """scores = W [features, 1]; W, and the centroids behind it, are fp32 kept as bits in integer buffers."""
-
-    looks_ahead = False
 
     class Config(BlockConfig):
         refit_every: int = Field(100, gt=0)
@@ -54,6 +55,7 @@ class MixerGate(Router, counter_noise=True):
     def __init__(self, config: Config, place: Place, outputs: int) -> None:
         super().__init__()
         self.name, self.outputs, self.width = place.name, outputs, place.d_model
+        self.chooser = TokenChoice(1, outputs)
         self.refit_every, self.ridge = config.refit_every, config.ridge
         self.pooled, self.probability = config.context == "document", config.weight == "probability"
         for name, width in (("gate_bits", place.d_model + 1), ("centroid_bits", place.d_model)):
@@ -63,7 +65,7 @@ class MixerGate(Router, counter_noise=True):
         _store(self.gate_bits, F.pad(first, (0, 1)))
 
     @classmethod
-    def check_group(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
+    def check_experts(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
         if noop:
             raise ConfigError(
                 f"{path}.type: 'mixer' with noop_experts: {noop}; its gate is fitted to clusters of tokens, and no "
@@ -84,35 +86,26 @@ class MixerGate(Router, counter_noise=True):
     def weights(self) -> int:
         return self.gate_bits.numel()
 
-    def nominal_share(self, capacity: Fraction) -> Fraction:
-        return Fraction(1, self.outputs)
-
     def init_state(self, rows: int, like: Tensor) -> PrefixState | None:
         return PrefixState.empty(rows, self.width, like.device) if self.pooled else None
 
-    def forward(self, x: Tensor, key: Tensor | None = None, salt: int = 0) -> Tensor:
-        """Features (n, D) → scores (n, E), fp32 (float64 for a float64 model)."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        gate = self.gate.to(wide)
-        return F.linear(x.detach().to(wide), gate[:, :-1], gate[:, -1])
-
-    def score(self, x: Tensor, candidates: Candidates, salt: int, state: PrefixState | None = None) -> Tensor:
-        return self(self._features(x, candidates, state))
+    def forward(self, x: Tensor, candidates: Candidates | None = None, state: PrefixState | None = None) -> Tensor:
+        """As a scorer's. Without candidates x are the features themselves."""
+        features = x.detach().to(_wide(x)) if candidates is None else self._features(x, candidates, state)
+        gate = self.gate.to(features.dtype)
+        return F.linear(features, gate[:, :-1], gate[:, -1])
 
     def _features(self, x: Tensor, candidates: Candidates, state: PrefixState | None = None) -> Tensor:
         """(n, D), detached, fp32 or float64."""
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        x = x.detach().to(_wide(x))
         return prefix_means(x, candidates, state) if self.pooled else x
 
-    def choose(self, scores: Tensor, candidates: Candidates) -> Route:
-        """Each token's best expert; ties go to the lower one."""
-        return Route.of_columns(scores.argmax(1, keepdim=True), self.outputs)
+    def gates(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1) if self.probability else torch.ones_like(scores)
 
-    def weigh(self, scores: Tensor, route: Route) -> Tensor:
-        return super().weigh(scores.softmax(-1) if self.probability else torch.ones_like(scores), route)
-
-    def observe(self, x: Tensor, scores: Tensor, route: Route, candidates: Candidates) -> None:
+    def observe(self, x: Tensor, scores: Tensor, selection: ExpertSelection, candidates: Candidates) -> None:
         context = candidates.context
+        assert isinstance(context, TokenContext)
         if context.trace is None or context.trace.replaying or not self.training or context.step % self.refit_every:
             return
         features = self._features(x, candidates)
@@ -198,6 +191,11 @@ class PrefixState:
         self.total, self.count, self.document = self.total[index], self.count[index], self.document[index]
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """fp32, or float64 for a float64 model."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def prefix_means(x: Tensor, candidates: Candidates, state: PrefixState | None = None) -> Tensor:
     """(n, D): the mean over each token's document up to and with it, among the candidates; sums are float64.
 
@@ -208,8 +206,9 @@ def prefix_means(x: Tensor, candidates: Candidates, state: PrefixState | None = 
     if not x.shape[0]:
         return x
     context, place = candidates.context, torch.arange(x.shape[0], device=x.device)
-    row = candidates.member.div(context.modality.shape[1], rounding_mode="floor")
-    document = context.document.reshape(-1).index_select(0, candidates.member)
+    assert isinstance(context, TokenContext)
+    row = candidates.index.div(context.modality.shape[1], rounding_mode="floor")
+    document = context.document.reshape(-1).index_select(0, candidates.index)
     begins = torch.ones_like(row, dtype=torch.bool)
     begins[1:] = (row[1:] != row[:-1]) | (document[1:] != document[:-1])
     start = torch.where(begins, place, 0).cummax(0).values
@@ -220,8 +219,8 @@ def prefix_means(x: Tensor, candidates: Candidates, state: PrefixState | None = 
         goes_on = state.document.index_select(0, row) == document
         total = total + goes_on[:, None] * state.total.index_select(0, row)
         count = count + goes_on * state.count.index_select(0, row)
-        rows = [b for b, tokens in enumerate(candidates.counts) if tokens]
-        last = [sum(candidates.counts[: b + 1]) - 1 for b in rows]
+        rows = [b for b, tokens in enumerate(candidates.row_counts) if tokens]
+        last = [sum(candidates.row_counts[: b + 1]) - 1 for b in rows]
         state.total[rows], state.count[rows], state.document[rows] = total[last], count[last], document[last]
     return (total / count[:, None]).to(x.dtype)
 

@@ -8,10 +8,8 @@ so on.
 from __future__ import annotations
 
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from zoo.config import ConfigError
-from zoo.context import TokenContext
 from zoo.experts import ExpertConfig, RoutedExperts
 from zoo.registry import Place, register
 
@@ -46,8 +44,4 @@ class MoMa(RoutedExperts, counter_noise=True):
             return self.experts
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__({modality: config.experts[modality] for modality in place.modalities}, config, place)
-        self.group_of_modality = list(place.modalities)
-
-    def members(self, context: TokenContext) -> list[tuple[Tensor, tuple[int, ...]]]:
-        return [(context.index(m), tuple(row[m] for row in context.counts)) for m in range(len(context.modalities))]
+        super().__init__({modality: index for index, modality in enumerate(place.modalities)}, config, place)

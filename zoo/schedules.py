@@ -9,37 +9,15 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-import pydantic
 from pydantic import Field
 
 from zoo.config import Config
-from zoo.routers import Capacity
+from zoo.routing.capacity import Capacity, Number, number
 
 DENOMINATOR = 10**6
 """The cosine, an irrational number, is rounded to a multiple of 1 / DENOMINATOR; all else is exact."""
-
-
-def number(value: Any) -> Fraction:
-    """A number, or a fraction written as "1/4", exactly as it is written.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    try:
-        return Fraction(str(value))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError("must be a number or a fraction such as '1/4'") from None
-
-
-def _checked(value: Any) -> Any:
-    number(value)
-    return value
-
-
-Number = Annotated[float | str, pydantic.BeforeValidator(_checked)]
-"""0.25 or "1/4", of any size and sign."""
 
 
 def linear(layer: int, layers: int) -> Fraction:

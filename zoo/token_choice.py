@@ -12,7 +12,6 @@ expert gets is left to balancing:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -21,7 +20,12 @@ from torch import Tensor
 
 from zoo.config import Config, ConfigError
 from zoo.registry import BlockConfig, Place, register
-from zoo.routers import Candidates, LinearRouter, Route
+from zoo.routing.candidates import Candidates
+from zoo.routing.chooser import TokenChoice
+from zoo.routing.linear import LinearScorer
+from zoo.routing.scorer import Router
+from zoo.routing.selection import ExpertSelection
+from zoo.states import State
 
 
 class Balance(Config):
@@ -43,10 +47,8 @@ class Balance(Config):
 
 
 @register("router", "token_choice")
-class TokenChoiceRouter(LinearRouter, counter_noise=True):
+class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
     """Scores a token by a linear map, takes its top-k experts and weighs each by its score."""
-
-    looks_ahead = False
 
     class Config(BlockConfig):
         top_k: int = Field(2, gt=0)
@@ -70,10 +72,11 @@ class TokenChoiceRouter(LinearRouter, counter_noise=True):
             return self
 
     def __init__(self, config: Config, place: Place, outputs: int) -> None:
-        linear = LinearRouter.Config(activation=config.score, noise=config.noise, initial_scale=config.initial_scale)
+        linear = LinearScorer.Config(activation=config.score, noise=config.noise, initial_scale=config.initial_scale)
         super().__init__(linear, place, outputs)
-        self.name, self.outputs, self.top_k = place.name, outputs, config.top_k
-        self.normalise = config.top_k > 1 if config.normalise is None else config.normalise
+        self.name, self.outputs = place.name, outputs
+        normalise = config.top_k > 1 if config.normalise is None else config.normalise
+        self.chooser = TokenChoice(config.top_k, outputs, normalise)
         balance = config.balance
         default = 0.01 if balance.weight is None else balance.weight
         self.loss_weight = default if balance.type == "loss" else 0.0
@@ -83,38 +86,27 @@ class TokenChoiceRouter(LinearRouter, counter_noise=True):
             self.register_buffer("ticks", torch.zeros(outputs, dtype=torch.int64))
 
     @classmethod
-    def check_group(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
+    def check_experts(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
         if config.top_k > experts + noop:
             raise ConfigError(
                 f"{path}.top_k: {config.top_k} of {experts + noop} experts; a token takes at most as many as there are"
             )
 
-    def nominal_share(self, capacity: Fraction) -> Fraction:
-        return Fraction(self.top_k, self.outputs)
+    def forward(self, x: Tensor, candidates: Candidates | None = None, state: State | None = None) -> Tensor:
+        return super().forward(x, candidates)
 
-    def choose(self, scores: Tensor, candidates: Candidates) -> Route:
-        """Each token's top-k, biases included; ties go to the lower expert."""
-        if self.rate:
-            scores = scores + self.ticks * self.rate
-        order = scores.sort(dim=1, descending=True, stable=True).indices
-        return Route.of_columns(order[:, : self.top_k], self.outputs)
+    def ranking(self, scores: Tensor) -> Tensor:
+        """The scores, balancing biases included; they count for choosing alone."""
+        return scores + self.ticks * self.rate if self.rate else scores
 
-    def weigh(self, scores: Tensor, route: Route) -> Tensor:
-        """(R,) score of each chosen pair, without the bias; over the sum of the token's own where that is asked for."""
-        weight = super().weigh(scores, route)
-        if not self.normalise:
-            return weight
-        total = torch.zeros_like(scores[:, 0]).index_add(0, route.token, weight)
-        return weight / total.index_select(0, route.token).clamp_min(torch.finfo(weight.dtype).tiny)
-
-    def observe(self, x: Tensor, scores: Tensor, route: Route, candidates: Candidates) -> None:
+    def observe(self, x: Tensor, scores: Tensor, selection: ExpertSelection, candidates: Candidates) -> None:
         trace = candidates.context.trace
         if trace is None or not self.training:
             return
         if self.loss_weight:
-            trace.add_penalty(self.name, self.loss_weight * balance_loss(scores, route))
+            trace.add_penalty(self.name, self.loss_weight * balance_loss(scores, selection))
         if self.rate:
-            trace.add_update(self.name, {"rows": torch.tensor(route.counts, dtype=torch.float64)})
+            trace.add_update(self.name, {"rows": torch.tensor(selection.counts, dtype=torch.float64)})
 
     def update(self, statistics: Mapping[str, Tensor], step: int) -> None:
         """Move each bias one tick: up where the expert had fewer rows than the mean, down where more.
@@ -127,13 +119,13 @@ class TokenChoiceRouter(LinearRouter, counter_noise=True):
             self.ticks += torch.sign(rows.sum() - rows * self.outputs).to(self.ticks)  # integers: exact
 
 
-def balance_loss(scores: Tensor, route: Route) -> Tensor:
+def balance_loss(scores: Tensor, selection: ExpertSelection) -> Tensor:
     """E · Σ fᵢ Pᵢ over the n tokens of scores (n, E); 0, joined to the graph, where there are none.
 
     f is no part of the gradient. Sigmoid scores are divided by their sum over the experts first.
     """
     tokens, experts = scores.shape
-    rows = torch.tensor(route.counts, dtype=scores.dtype).to(scores.device, non_blocking=True)
-    share = rows / max(1, sum(route.counts))
+    rows = torch.tensor(selection.counts, dtype=scores.dtype).to(scores.device, non_blocking=True)
+    share = rows / max(1, sum(selection.counts))
     probability = scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     return experts * (share * probability.sum(0)).sum() / max(1, tokens)

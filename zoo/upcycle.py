@@ -54,7 +54,7 @@ def upcycle(old: Mapping[str, Tensor], new: nn.Module) -> Upcycled:
             weights[name] = value
             continue
         copied = None if found is None else _spread(found.laid_out(old[found.name], role, value), value)
-        if copied is None:
+        if found is None or copied is None:
             raise UserError(_problem(name, value, found, old))
         weights[name], origin[name] = copied.to(value.dtype).clone(), found.name
     return Upcycled(weights, origin)

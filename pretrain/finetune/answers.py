@@ -88,7 +88,8 @@ class AnswerSums:
     @classmethod
     def empty(cls, kinds: Sequence[str], layers: Sequence[str]) -> AnswerSums:
         """Zeros, for answers of these kinds and routers of these layers."""
-        return cls(*(dict.fromkeys(kinds, 0.0) for _ in range(3)), routing_sums(None, layers))
+        asked, forced, generated = (dict.fromkeys(kinds, 0.0) for _ in range(3))
+        return cls(asked, forced, generated, routing_sums(None, layers))
 
     def over(self, ranks: Ranks, device: torch.device | str) -> AnswerSums:
         """Summed over the ranks, as numbers on the host; collective."""
@@ -99,9 +100,11 @@ class AnswerSums:
         flat = ranks.sum(torch.cat((loss, numbers, self.routing.flat(device))))
         routing = self.routing.with_counts(flat[1 + len(numbers) :])
         rest = iter(flat[: 1 + len(numbers)].tolist())
-        single = [next(rest) for _ in range(1 + len(counts))]
-        by_kind = ({kind: next(rest) for kind in part} for part in (self.asked, self.forced, self.generated))
-        return AnswerSums(*by_kind, routing, *single)
+        loss, tokens, samples, flops, dense_flops = (next(rest) for _ in range(1 + len(counts)))
+        asked, forced, generated = (
+            {kind: next(rest) for kind in part} for part in (self.asked, self.forced, self.generated)
+        )
+        return AnswerSums(asked, forced, generated, routing, loss, tokens, samples, flops, dense_flops)
 
 
 @torch.no_grad()
@@ -174,7 +177,7 @@ def evaluate(
 
 
 def _generate(
-    model: nn.Module,
+    model: Any,
     batcher: Batcher,
     questions: Sequence[Question],
     batch: int,
@@ -212,7 +215,7 @@ def _generate(
         progress(counted * len(chunk))
 
 
-def ends(model: nn.Module, tokenizer: Any) -> list[int]:
+def ends(model: Any, tokenizer: Any) -> list[int]:
     """Ids after which an answer is over."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]

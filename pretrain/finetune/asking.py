@@ -100,7 +100,7 @@ class Forced:
         prompts: encoded with their answers.
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.processor = model, prompts.processor
         self.losses: list[float] = []
         self.tokens: list[int] = []
@@ -109,6 +109,7 @@ class Forced:
         """As `Answering`; what is reported of the cache are prompts alone."""
         prefill, positions = generate(self.model, self.processor, batch, 1, trace)  # its one token is not read
         report = za.cache_report(prefill.past_key_values)
+        assert batch.answers is not None, "the prompts were encoded without their answers"
         right = batch.answers.to(self.model.device)  # (B, A)
         logits = self._logits(prefill, positions, batch, right).float().flatten(0, 1)  # (B·A, V)
         losses = F.cross_entropy(logits, right.flatten(), ignore_index=IGNORED, reduction="none").view_as(right)
@@ -140,8 +141,8 @@ ANSWERING: dict[str, type[Generated] | type[Forced]] = {"accuracy": Generated, "
 """By metric."""
 
 
-def generate(model: nn.Module, processor: Any, batch: Batch, most: int, trace: Trace | None) -> tuple[Any, Tensor]:
-    """Say at most `most` tokens behind each prompt.
+def generate(model: Any, processor: Any, batch: Batch, most: int, trace: Trace | None) -> tuple[Any, Tensor]:
+    """Generate at most `most` tokens after each prompt.
 
     Returns:
         What Transformers' `generate` does, of a single token with its logits; and the positions (…, B, P) that it gave the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def judge(model: nn.Module, prompts: Prompts, metric: str | None = "accuracy") -
     """
     layers = [layer.routing.name for layer in za.routed_layers(model)]
     answering = (Unasked if metric is None else ANSWERING[metric])(model, prompts)
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     routing, logits = RoutingStatistics(), []
     for batch in prompts.batches:
         trace = Trace()

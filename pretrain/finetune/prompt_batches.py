@@ -67,7 +67,7 @@ class Prompts:
         for batch in self.batches:
             ids = batch.inputs["input_ids"]
             made = AdaptContext.build(config, pictures, batch.inputs, ids, model_config=model_config)
-            pairs = list(zip(made.rows, made.groups, strict=True))
+            pairs = list(zip(made.pool_rows, made.pools, strict=True))
             for row, tokens in enumerate(batch.lengths):
                 found[tokens, tuple(size for own, size in pairs if own == row)] += 1
         return found

@@ -164,7 +164,7 @@ class Batcher:
             training=self.training,
             answers=labels != IGNORED if self.answers else None,
         )
-        pairs = list(zip(context.rows, context.groups, strict=True))
+        pairs = list(zip(context.pool_rows, context.pools, strict=True))
         return tuple(tuple(size for row, size in pairs if row == wanted) for wanted in range(rows))
 
 

@@ -155,7 +155,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
         seen = None if batch.filler and not batch.candidates else trace
         auxiliary = main.new_zeros(())
         if seen is not None and seen.losses:
-            auxiliary = sum(total for total, _ in seen.losses.values()) / max(counts.candidates, 1)
+            auxiliary = sum((total for total, _ in seen.losses.values()), auxiliary) / max(counts.candidates, 1)
             loss = main + self.weight * auxiliary
         if not reporting:
             return Forward(loss, Sums())
@@ -216,7 +216,7 @@ def _plan(base: Any) -> str:
     """Which layers are routed, and what to know about it."""
     routed = za.routed_layers(base.blueprint)
     depth = len(parts(base.blueprint).layers)
-    kept = ", ".join(f"{layer.routing.layer}: {float(layer.routing.keep):.2f}" for layer in routed)
+    kept = ", ".join(f"{layer.routing.layer}: {float(layer.routing.capacity):.2f}" for layer in routed)
     last = routed[-1].routing.layer == depth - 1
     note = "; the last layer is routed too, its router gets next to no gradient from the language loss" if last else ""
     return f"{len(routed)} of {depth} layers are routed and keep of their candidates {kept}{note}"

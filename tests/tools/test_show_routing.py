@@ -82,7 +82,7 @@ def test_what_is_drawn_is_what_was_decided(model: Path, data: Path, name: str, t
     (image,) = [token for token, kind in picture_ids(adapted.config, "").items() if kind == IMAGE]
     places = (inputs["input_ids"][0] == image).nonzero()[:, 0]
     for layer in (1, 2):
-        keep = trace.decisions[f"layers.{layer}"].keep[0]
+        keep = trace.decisions[f"layers.{layer}"].kept[0]
         drawn = np.concatenate([picture.kept[layer].reshape(-1) for picture in pictures])
         assert drawn.tolist() == keep[places].tolist() and pictures[0].kept[layer].shape == (4, 4)
     assert load.tolist() == [[0, 0], [16, 32], [8, 32], [0, 0]]
@@ -102,7 +102,7 @@ def test_a_family_whose_processor_is_not_to_be_had(monkeypatch: pytest.MonkeyPat
     pictures, load = show_routing.looked_at(model, processor, Question((), (("what?", ""),), "a line"))
     with torch.no_grad():
         model(**inputs, mod_trace=trace)
-    keep = trace.decisions["layers.1"].keep[0, inputs["input_ids"][0] == TOKEN]
+    keep = trace.decisions["layers.1"].kept[0, inputs["input_ids"][0] == TOKEN]
     assert np.concatenate([picture.kept[1].reshape(-1) for picture in pictures]).tolist() == keep.tolist()
     assert load.tolist() == [[0, 0], [16, 32], [8, 32], [0, 0]] and pictures[0].image.shape == (16, 16, 3)
 

@@ -14,7 +14,7 @@ from zoo import ConfigError, ModelConfig, known
 from zoo.block import LayerConfig
 from zoo.depth import MixtureOfDepths
 from zoo.moma import MoMa
-from zoo.routers import LinearRouter
+from zoo.routing.linear import LinearScorer
 
 EXPERTS = {"type": "experts", "experts": 3, "d_ff": 12, "capacity": "1/3", "scope": "row"}
 
@@ -46,7 +46,7 @@ WRONG = {
         layer={"mixr": ATTENTION}
     ),
     f"{FF}.dff: unknown key; known: {keys(MoMa.Config)} (did you mean 'd_ff'?)": moma(dff=12),
-    f"{FF}.router.activaton: unknown key; known: {keys(LinearRouter.Config)} (did you mean 'activation'?)": moma(
+    f"{FF}.router.activaton: unknown key; known: {keys(LinearScorer.Config)} (did you mean 'activation'?)": moma(
         router={"type": "linear", "activaton": "raw"}
     ),
     f"{DEPTH}.capcity: unknown key; known: {keys(MixtureOfDepths.Config)} (did you mean 'capacity'?)": config(

@@ -116,7 +116,7 @@ def test_staged_mode_is_mod_round_experts_which_choose_among_the_survivors():
     context = stream("ttiittiitt|iittii", "itititittttt", trace=Trace())
     routed = build_model(mod(feedforward=MOMA)).layers[0]
     routed(values(context), context)
-    kept = context.trace.decisions["layers.0"][3]  # the context of the survivors
+    kept = context.trace.decisions["layers.0"].context  # the context of the survivors
     assert kept.row_counts == (8, 6)
     for m, (modality, experts) in enumerate(MOMA["experts"].items()):
         route = context.trace.decisions[f"layers.0.block.feedforward.groups.{modality}"]

@@ -127,7 +127,7 @@ def test_shapes_are_static_so_that_no_device_is_asked():
         batch_wide = build_model(mod(depth, scope="microbatch"))
     context = stream(*rows, trace=Trace())
     model(ids(context).to("meta"), context.to("meta"))
-    inner = context.trace.decisions["layers.1"][3]
+    inner = context.trace.decisions["layers.1"].context
     assert inner.counts == ((8, 4), (8, 4), (13, 2)) and inner.shape == (3, 15)
     one = stream(rows[0])
     batch_wide(ids(one).to("meta"), one.to("meta"))
@@ -146,7 +146,7 @@ def test_counts_are_copied_at_most_once_and_are_right(capacity, scope, routing, 
     routed(values(context), context.replace(routing=routing))
     static = routing == "topk" and scope == "row" and capacity == IMAGES
     assert len(copies) == (0 if static else 1)
-    inner = context.trace.decisions["layers.0"][3]
+    inner = context.trace.decisions["layers.0"].context
     assert inner.counts == on_host(zoo.context._counts(inner.modality, 2))
 
 
@@ -186,7 +186,7 @@ def test_decoding_is_the_full_forward_where_images_alone_are_routed(rows, chunks
         decoded = decode(model, tokens, context, CHUNKS[chunks], model.init_state(context.shape[0], 9))
     torch.testing.assert_close(decoded, full, rtol=0, atol=1e-10)
     texts = context.totals[0]
-    assert context.trace.decisions["layers.0"][3].totals[0] == texts
+    assert context.trace.decisions["layers.0"].context.totals[0] == texts
 
 
 @torch.no_grad()
@@ -270,11 +270,7 @@ def test_what_is_refused(depth, message):
     assert str(error.value).startswith(f"model.layers[1].depth.{message}")
 
 
-def test_a_router_that_chooses_for_itself_is_refused():
-    class Chooser(zoo.routers.LinearRouter):
-        def choose(self, scores, candidates):
-            raise AssertionError
-
-    zoo.register("router", "test_chooser")(Chooser)
-    with pytest.raises(ConfigError, match=r"layers\[0\].depth.router.type: 'test_chooser' has its own way to choose"):
-        build_model(layer(depth={"type": "mod", "router": {"type": "test_chooser"}}))
+@pytest.mark.parametrize("name", ["token_choice", "mixer"])
+def test_a_router_that_chooses_for_itself_is_refused(name):
+    with pytest.raises(ConfigError, match=rf"layers\[0\].depth.router.type: '{name}' chooses by itself"):
+        build_model(layer(depth={"type": "mod", "router": {"type": name}}))

@@ -11,7 +11,7 @@ from tests.zoo.helpers import ATTENTION, D_FF, D_MODEL, build_block, gradients, 
 from tests.zoo.test_moma import by_hand, moma
 from tests.zoo.test_token_choice import swiglu
 from zoo import ConfigError, Trace
-from zoo.routers import capacity_count
+from zoo.routing.capacity import capacity_count
 from zoo.routing.statistics import Load
 
 THREE = ("text", "image", "speech")
@@ -89,7 +89,7 @@ def test_noop_experts_under_expert_choice():
     assert found[3:].abs().max() > 1e-4, "no-op experts learn, through the softmax"
     assert context.trace.statistics.loads == {"f.groups.all": Load(9, 36)}
     assert block.cost(64).flops == (pytest.approx(3 / 5 * 2 * 3 * D_MODEL * D_FF),) * 2
-    assert capacity_count(12, group.share) == 3
+    assert capacity_count(12, group.chooser.capacity) == 3
 
 
 def test_noop_experts_need_scores_that_compete():

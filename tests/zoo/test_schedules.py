@@ -9,7 +9,7 @@ import pytest
 
 from tests.zoo.helpers import DENSE, build_model, ids, layer, stream, values
 from zoo import ConfigError, ModelConfig, Trace
-from zoo.routers import capacity_count
+from zoo.routing.capacity import capacity_count
 from zoo.schedules import DENOMINATOR, OverLayers, WarmDown, cosine, linear, warm_down
 
 P_MOD = {"type": "cosine", "first": 1.0, "last": 0.0, "dense_above": 0.85}

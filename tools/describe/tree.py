@@ -14,10 +14,10 @@ from pretrain.recipe import Recipe
 from tools.describe.papers import UNITS
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.experts import StackedSwiGLU
-from zoo.routers import Router
+from zoo.routing.scorer import Scorer
 from zoo.slots import Component, Depth
 
-SHOWN = (Component, Router, AuxiliaryRouter, StackedSwiGLU)
+SHOWN = (Component, Scorer, AuxiliaryRouter, StackedSwiGLU)
 """What has a branch of its own; the projections inside a mixer are part of it."""
 
 

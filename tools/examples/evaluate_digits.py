@@ -131,7 +131,9 @@ def read(model: Model, data: Data, images: np.ndarray) -> np.ndarray:
 
 def draw(model: Model, data: Data, temperature: float, seed: int) -> Drawings:
     """`SAMPLES` images for each caption."""
-    words, tokens = data.vocabulary, data.modalities["image"].config.positions.most
+    words, positions = data.vocabulary, data.modalities["image"].config.positions
+    assert positions is not None
+    tokens = positions.most
     image, text = words.range("image"), words.range("text")[0]
     generator = torch.Generator().manual_seed(seed)
     asked, codes = [], []

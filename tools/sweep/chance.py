@@ -72,4 +72,4 @@ def compare(pairs: Mapping[int, Sequence[tuple[Scores, Scores]]]) -> Difference:
 def _half(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.inf
-    return student.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return float(student.ppf((1 + LEVEL) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))

@@ -13,6 +13,8 @@ Result = dict[str, Any]
 class Point(Protocol):
     """One run of a sweep, as planned. Must be a frozen dataclass whose fields become JSON; the plan is kept in a file."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def arm(self) -> str:
         """The name that the sweep's file gives to what is compared."""

@@ -31,7 +31,7 @@ class RoutedLayer(DynamicLayer):
         """Whether any slot may be unused."""
         self.routed = False
         """Whether image tokens were chosen among already."""
-        self.edge: Tensor | None = None
+        self.last_kind: Tensor | None = None
         """(B,) on the host: what the last token of each row is, if the last forward had pictures."""
 
     def announce(self, columns: Tensor, tokens: int, ragged: bool) -> Tensor:
@@ -60,7 +60,7 @@ class RoutedLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.columns, self.length, self.ragged, self.routed = None, 0, False, False
-        self.edge = None
+        self.last_kind = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.slots:

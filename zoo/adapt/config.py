@@ -14,8 +14,8 @@ import pydantic
 from pydantic import Discriminator, Field, Tag
 
 from zoo.config import Config, ConfigError
-from zoo.routers import Capacity
-from zoo.schedules import OverLayers, number
+from zoo.routing.capacity import Capacity, number
+from zoo.schedules import OverLayers
 
 
 class Layers(Config):
@@ -232,7 +232,7 @@ class AdaptConfig(Config):
             numbers = list(range(self.layers.first, depth - self.layers.leave_last, self.layers.every))
         if isinstance(self.capacity, Progressive):
             plan = {i: self.capacity.of(i, depth) for i in numbers}
-            plan = {i: keep for i, keep in plan.items() if keep < 1}
+            plan = {i: capacity for i, capacity in plan.items() if capacity < 1}
         elif isinstance(self.capacity, PerLayer):
             plan = {i: number(keep) for i, keep in zip(numbers, self.capacity.keep, strict=True)}
         else:

@@ -21,6 +21,7 @@ from zoo.adapt.family import ANSWER, IMAGE, PADDING, TEXT, VIDEO, has_pictures, 
 from zoo.config import UserError
 from zoo.context import Trace
 from zoo.noise import token_keys
+from zoo.routing.candidates import Candidates
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,25 +30,25 @@ class AdaptContext:
 
     shape: tuple[int, int]
     """(B, T)."""
-    members: Tensor
-    """(n,) tokens that compete in groups, one group after the other."""
-    groups: tuple[int, ...]
-    """Tokens of each group."""
-    rows: tuple[int, ...]
-    """Row of each group."""
-    judged: Tensor
+    competing: Tensor
+    """(n,) tokens that compete, pool after pool; each group of the config is a pool."""
+    pools: tuple[int, ...]
+    """Tokens of each pool."""
+    pool_rows: tuple[int, ...]
+    """Row of each pool."""
+    by_threshold: Tensor
     """(m,) tokens that are kept where their probability is above the threshold."""
-    always: Tensor | None
-    """(B·T,) bool: tokens always kept; None: all but `members` and `judged`."""
-    fixed: tuple[int, ...]
-    """How many tokens of each row are always kept, padding apart."""
+    dense_mask: Tensor | None
+    """(B·T,) bool: tokens that go through every layer; None: all but `competing` and `by_threshold`."""
+    dense_counts: tuple[int, ...]
+    """How many tokens of each row go through every layer, padding apart."""
     kind: Tensor | None = None
     """(B, T) int64 on the host, what each token is; None in a forward without pictures."""
     start: int = 0
     """Tokens of a row that came before, in a cache."""
-    whole: tuple[int, ...] = ()
+    indivisible: tuple[int, ...] = ()
     """Kinds that may not go on where an earlier forward ended: they would be the rest of a picture."""
-    keys: Tensor | None = None
+    key: Tensor | None = None
     """(B·T,) int32, for random routers: of each token's place in its row, padding apart."""
     training: bool = False
     trace: Trace | None = None
@@ -56,35 +57,38 @@ class AdaptContext:
     @property
     def routes(self) -> bool:
         """Whether any token may be skipped."""
-        return self.members.numel() + self.judged.numel() > 0
+        return self.competing.numel() + self.by_threshold.numel() > 0
+
+    def candidates(self, salt: int = 0) -> Candidates:
+        """The n + m tokens that may be skipped: `competing`, then `by_threshold`.
+
+        Args:
+            salt: of a layer's noise.
+        """
+        index = self.shared("candidates", lambda: torch.cat((self.competing, self.by_threshold)))
+        return Candidates(self, index, (), self.pools, salt)
 
     @property
-    def candidates(self) -> Tensor:
-        """(n + m,) flat indices of the tokens that may be skipped: `members`, then `judged`."""
-        return self.shared("candidates", lambda: torch.cat((self.members, self.judged)))
-
-    @property
-    def base(self) -> Tensor:
-        """(B·T,) bool: kept before anything is chosen."""
+    def dense(self) -> Tensor:
+        """(B·T,) bool: tokens that go through every layer."""
 
         def compute() -> Tensor:
-            if self.always is not None:
-                return self.always
-            every = torch.ones(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.members.device)
-            return every.index_fill(0, self.candidates, False)
+            if self.dense_mask is not None:
+                return self.dense_mask
+            every = torch.ones(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.competing.device)
+            return every.index_fill(0, self.candidates().index, False)
 
-        return self.shared("base", compute)
+        return self.shared("dense", compute)
 
-    @property
-    def weighed(self) -> Tensor:
-        """Flat indices of all tokens but padding, the candidates first."""
+    def everyone(self) -> Candidates:
+        """All tokens but padding, the candidates first."""
 
         def compute() -> Tensor:
-            if not self.routes and self.always is None:
-                return torch.arange(self.shape[0] * self.shape[1], device=self.members.device)
-            return torch.cat((self.candidates, self.base.nonzero()[:, 0]))
+            if not self.routes and self.dense_mask is None:
+                return torch.arange(self.shape[0] * self.shape[1], device=self.competing.device)
+            return torch.cat((self.candidates().index, self.dense.nonzero()[:, 0]))
 
-        return self.shared("weighed", compute)
+        return Candidates(self, self.shared("everyone", compute), (), self.pools)
 
     def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
         """A value that depends on this context alone: computed by the first layer that asks, kept for the others."""
@@ -132,10 +136,10 @@ class AdaptContext:
         options: dict[str, Any] = {"shape": (rows, columns), "start": start, "training": training, "trace": trace}
         answers = answers if training and config.candidates == "image_and_answer" else None
         if not has_pictures(inputs) and answers is None:
-            return dataclasses.replace(cls.text(like), judged=everything, **options)
+            return dataclasses.replace(cls.text(like), by_threshold=everything, **options)
         found = _placeholders(ids, inputs, like, embed)
         kind = _masked(found, inputs).cpu()
-        keys = _keys(config.router.seed, kind, inputs, training) if config.router.type == "random" else None
+        key = _keys(config.router.seed, kind, inputs, training) if config.router.type == "random" else None
         if has_pictures(inputs) and not bool((kind > TEXT).any()) and not bool(found.any()):  # all masked is no mistake
             names = " or ".join(map(str, ids))
             raise UserError(
@@ -145,31 +149,31 @@ class AdaptContext:
         if answers is not None:
             kind = torch.where((kind == TEXT) & answers.cpu(), ANSWER, kind)
         host = kind.numpy().reshape(-1)
-        members, groups = _groups(config, host, columns, inputs, model_config)
-        judged = np.empty(0, np.int64)
+        competing, pools = _pools(config, host, columns, inputs, model_config)
+        by_threshold = np.empty(0, np.int64)
         if threshold:
-            judged = np.flatnonzero((host != PADDING) & ~np.isin(np.arange(host.size), members))
+            by_threshold = np.flatnonzero((host != PADDING) & ~np.isin(np.arange(host.size), competing))
         if not training and config.inference.rule == "threshold":
-            judged, members, groups = np.sort(np.concatenate((members, judged))), members[:0], []
-        always = host != PADDING
-        always[members], always[judged] = False, False
+            by_threshold, competing, pools = np.sort(np.concatenate((competing, by_threshold))), competing[:0], []
+        dense = host != PADDING
+        dense[competing], dense[by_threshold] = False, False
         frames = config.group == "frame"
-        starts = np.cumsum([0, *groups[:-1]]) if groups else np.empty(0, np.int64)
+        starts = np.cumsum([0, *pools[:-1]]) if pools else np.empty(0, np.int64)
 
         def device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(like.device, non_blocking=True)
 
         return cls(
             **options,
-            members=device(members),
-            groups=tuple(map(int, groups)),
-            rows=tuple((members[starts] // columns).tolist()),
-            judged=device(judged),
-            always=device(always),
-            fixed=tuple(always.reshape(rows, columns).sum(1).tolist()),
+            competing=device(competing),
+            pools=tuple(map(int, pools)),
+            pool_rows=tuple((competing[starts] // columns).tolist()),
+            by_threshold=device(by_threshold),
+            dense_mask=device(dense),
+            dense_counts=tuple(dense.reshape(rows, columns).sum(1).tolist()),
             kind=kind,
-            whole=tuple(k for k in _pictures(config) if not may_follow(k, frames, inputs, model_config)),
-            keys=None if keys is None else device(keys),
+            indivisible=tuple(k for k in _pictures(config) if not may_follow(k, frames, inputs, model_config)),
+            key=None if key is None else device(key),
         )
 
 
@@ -218,10 +222,10 @@ def _pictures(config: AdaptConfig) -> tuple[int, ...]:
     return (VIDEO,) if config.candidates == "video" else (IMAGE, VIDEO)
 
 
-def _groups(
+def _pools(
     config: AdaptConfig, kind: np.ndarray, columns: int, inputs: Mapping[str, Any], model_config: Any
 ) -> tuple[np.ndarray, Sequence[int]]:
-    """Flat indices of the tokens that compete, (n,) int64, group after group, and the groups' sizes."""
+    """Flat indices of the tokens that compete, (n,) int64, pool after pool, and the pools' sizes."""
     pictures = _pictures(config)
     if config.group == "sample":
         index = np.flatnonzero(np.isin(kind, (*pictures, ANSWER)))

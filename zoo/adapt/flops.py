@@ -18,7 +18,7 @@ from zoo.adapt.layer import RoutedDecoderLayer
 from zoo.adapt.wrap import ROUTER
 from zoo.config import UserError
 from zoo.context import Trace
-from zoo.routers import capacity_count
+from zoo.routing.capacity import capacity_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def decoder_flops(model: nn.Module, tokens: int, groups: Sequence[int] = (), gen
     kept = {}
     for layer in found.layers:
         if isinstance(layer, RoutedDecoderLayer):
-            chosen = sum(capacity_count(size, layer.routing.keep) for size in groups)
+            chosen = sum(capacity_count(size, layer.routing.capacity) for size in groups)
             kept[layer.routing.layer] = tokens - sum(groups) + chosen
     return _flops(found, tokens, kept, sum(groups), generated)
 
@@ -90,7 +90,7 @@ def traced_flops(model: nn.Module, trace: Trace, tokens: Sequence[int]) -> Flops
     numbers = {
         layer.routing.name: layer.routing.layer for layer in found.layers if isinstance(layer, RoutedDecoderLayer)
     }
-    counts = {numbers[name]: decision.counts for name, decision in trace.decisions.items() if name in numbers}
+    counts = {numbers[name]: decision.selection.counts for name, decision in trace.decisions.items() if name in numbers}
     candidates = max((decision.candidates.shape[0] for decision in trace.decisions.values()), default=0)
     result = Flops(0.0, 0.0, 0.0)
     for row, length in enumerate(tokens):

@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from zoo.adapt.cache import RoutedLayer, routed_layer, slot_mask
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext
-from zoo.adapt.scores import unlearned
-from zoo.adapt.select import ModRouter, Selection, select
+from zoo.adapt.scores import Unlearned
+from zoo.adapt.select import select
 from zoo.auxiliary import train_auxiliary
 from zoo.config import UserError
+from zoo.noise import salt
+from zoo.routing.scorer import Scorer
+from zoo.routing.selection import TokenSelection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,13 @@ class Routing:
     """How one layer routes."""
 
     layer: int
-    keep: Fraction
-    """Share of each group."""
+    capacity: Fraction
+    """Share of each pool that is kept."""
     config: AdaptConfig
     gated: str
     """Child of the layer whose output the gate multiplies; empty where it weighs the block."""
+    unlearned: Unlearned | None = None
+    """The scorer, where it has no weights."""
 
     @property
     def name(self) -> str:
@@ -48,21 +53,23 @@ class Routing:
 class Decision:
     """What one layer decided in one forward, for pictures and counts; in `Trace.decisions` by the layer's name."""
 
-    keep: Tensor
-    """(B, T) bool: went through the layer. Padding did not."""
+    selection: TokenSelection
     candidates: Tensor
     """(n,) flat indices of the tokens that could be skipped."""
     logits: Tensor
-    """(n,) log-odds of keeping, fp32."""
-    counts: tuple[int, ...]
-    """Tokens kept of each row."""
+    """(n,) log-odds of keeping, fp32; under a scorer without weights its scores."""
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, T) bool: went through the layer. Padding did not."""
+        return self.selection.kept
 
 
 class RoutedDecoderLayer:
     """Mixin. The class it precedes is a decoder layer of Transformers: `layer(hidden, **kwargs)`, hidden (B, T, D)."""
 
     routing: Routing
-    mod_shared: ModRouter | None
+    mod_shared: Scorer | None
     """The router of all layers, registered on the decoder; None where the layer has its own, `mod_router`."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
@@ -72,67 +79,65 @@ class RoutedDecoderLayer:
             kwargs |= {name: off for name, off in (("past_key_values", None), ("use_cache", False)) if name in kwargs}
         cache = kwargs.get("past_key_values")
         slots = None if cache is None else routed_layer(cache, self.routing.layer)
-        outputs, gate = self._score(hidden_states, context)
-        chosen = self._choose(outputs, context, slots) if context.routes else None
+        scores, gate = self._score(hidden_states, context)
+        chosen = self._choose(scores, context, slots) if context.routes else None
         if slots is not None:
-            slots.edge = None if context.kind is None else context.kind[:, -1]
+            slots.last_kind = None if context.kind is None else context.kind[:, -1]
         if chosen is not None and not chosen.index.shape[1]:
             if slots is not None:
                 slots.length += context.shape[1]
             return hidden_states  # a step of generation in which every token is skipped
         y = self._packed(hidden_states, gate, chosen, slots, checkpoint, kwargs)
-        if gate is None and outputs is not None and outputs.requires_grad:
+        if gate is None and scores is not None and scores.requires_grad:
             # every rank uses every router, whatever its batch holds
             y, rest = _split(y)
-            y = _join(y + 0.0 * outputs[:0].sum().to(y.dtype), rest)
+            y = _join(y + 0.0 * scores[:0].sum().to(y.dtype), rest)
         return y
 
     @property
-    def router(self) -> ModRouter | None:
+    def router(self) -> Scorer | None:
         """None where it has no weights."""
         return getattr(self, "mod_router", None) if self.mod_shared is None else self.mod_shared
 
     def _score(self, x: Tensor, context: AdaptContext) -> tuple[Tensor | None, Tensor | None]:
-        """Router outputs of the candidates and then whoever else is weighed; the gate (B, T), None where it is 1."""
+        """Scores of the candidates and then whoever else is gated, None where nobody needs one; the gate (B, T), None
+        where it is 1."""
         config, flat = self.routing.config, x.reshape(-1, x.shape[-1])
-        if self.router is None:
-            return None, None
-        index = context.weighed if config.gate.tokens == "all" else context.candidates
-        read = F.embedding(index, flat)
-        outputs = self.router(self.input_layernorm(read) if config.router.input == "norm" else read)
-        if config.gate.activation == "none" or not index.shape[0]:
-            return outputs, None
-        ones = outputs.new_ones(flat.shape[0])
-        return outputs, ones.index_copy(0, index, self.router.gate(outputs)).view(context.shape)
+        if self.routing.unlearned is not None:
+            candidates = context.candidates(salt(self.routing.name, 0))
+            return self.routing.unlearned(flat, candidates) if context.routes else None, None
+        candidates = context.everyone() if config.gate.tokens == "all" else context.candidates()
+        read = F.embedding(candidates.index, flat)
+        scores = self.router(self.input_layernorm(read) if config.router.input == "norm" else read, candidates)
+        if config.gate.activation == "none" or not candidates.index.shape[0]:
+            return scores, None
+        gate = scores.new_ones(flat.shape[0]).index_copy(0, candidates.index, self.router.gates(scores)[:, 0])
+        return scores, gate.view(context.shape)
 
-    def _choose(self, outputs: Tensor | None, context: AdaptContext, slots: RoutedLayer | None) -> Selection:
-        config = self.routing.config
-        if slots is not None and context.members.shape[0]:
+    def _choose(self, scores: Tensor | None, context: AdaptContext, slots: RoutedLayer | None) -> TokenSelection:
+        config, scorer = self.routing.config, self.router or self.routing.unlearned
+        if slots is not None and context.competing.shape[0]:
             _check_parts(config, context, slots)
             slots.routed = True
-        if self.router is None:
-            logits = unlearned(context, config.router.type, self.routing.name)
-        else:
-            logits = self.router.logit(outputs[: context.candidates.shape[0]])
-        chosen = select(context, logits, self.routing.keep, config.inference.threshold)
+        ranking = scorer.ranking(scores[: context.candidates().index.shape[0]])
+        chosen = select(context, ranking, self.routing.capacity, config.inference.threshold)
         if context.trace is not None:
-            self._report(context, logits, chosen)
+            self._report(context, ranking, chosen)
         return chosen
 
-    def _report(self, context: AdaptContext, logits: Tensor, chosen: Selection) -> None:
+    def _report(self, context: AdaptContext, ranking: Tensor, chosen: TokenSelection) -> None:
         """Tell the trace what was decided, how well the router foresaw it, and its auxiliary loss."""
-        name = self.routing.name
-        keep = chosen.keep.view(context.shape)
-        context.trace.decisions[name] = Decision(keep, context.candidates, logits.detach(), chosen.counts)
+        name, index = self.routing.name, context.candidates().index
+        context.trace.decisions[name] = Decision(chosen, index, ranking[:, 0].detach())
         learns = self.routing.config.auxiliary.type == "membership"
-        train_auxiliary(context, name, (logits if learns else logits.detach())[:, None], chosen.taken[:, None])
-        context.trace.add_load(name, sum(chosen.counts) - sum(context.fixed), context.candidates.shape[0])
+        train_auxiliary(context, name, ranking if learns else ranking.detach(), chosen.taken[:, None])
+        context.trace.add_load(name, sum(chosen.counts) - sum(context.dense_counts), index.shape[0])
 
     def _packed(
         self,
         x: Tensor,
         gate: Tensor | None,
-        chosen: Selection | None,
+        chosen: TokenSelection | None,
         slots: RoutedLayer | None,
         checkpoint: bool,
         kwargs: dict[str, Any],
@@ -144,7 +149,7 @@ class RoutedDecoderLayer:
         time = torch.arange(start, start + tokens, device=x.device).expand(rows, -1)
         packed, columns, weight = x, time, gate
         if not everything:
-            flat_index = (index + torch.arange(rows, device=x.device)[:, None] * tokens).reshape(-1)
+            flat_index = chosen.flat_index
             packed = F.embedding(flat_index, x.reshape(-1, width)).view(rows, -1, width)
             columns = index + start if valid is None else (index + start).masked_fill(~valid, -1)
             weight = None if gate is None else gate.gather(1, index)
@@ -163,7 +168,7 @@ class RoutedDecoderLayer:
             return _join(y, rest)
         others = x
         if self.routing.config.gate.symmetric and gate is not None:
-            skipped = chosen.keep.view(rows, tokens).logical_not()
+            skipped = chosen.kept.logical_not()
             others = x * torch.where(skipped, gate, 1.0).to(x.dtype).unsqueeze(-1)
         others = others.reshape(-1, width)
         if valid is not None:  # the places past a row's count hold tokens that are skipped
@@ -187,9 +192,11 @@ def _check_parts(config: AdaptConfig, context: AdaptContext, slots: RoutedLayer)
             "forward; give all its images in one forward, or choose group: image or frame and another router"
         )
     first = context.kind[:, 0]
-    if slots.edge is None or slots.edge.shape != first.shape or config.inference.rule == "threshold":
+    if slots.last_kind is None or slots.last_kind.shape != first.shape or config.inference.rule == "threshold":
         return
-    for row in ((slots.edge == first) & torch.isin(first, torch.tensor(context.whole))).nonzero()[:, 0].tolist():
+    for row in (
+        ((slots.last_kind == first) & torch.isin(first, torch.tensor(context.indivisible))).nonzero()[:, 0].tolist()
+    ):
         raise UserError(
             f"row {row}: the prompt is given in parts, and one begins with image tokens right behind those of the "
             f"part before; group: {config.group} ranks an image's (or video's) tokens together, so end a part between "

@@ -17,22 +17,34 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo.adapt.context import AdaptContext
 from zoo.adapt.family import PADDING
 from zoo.config import UserError
-from zoo.noise import salt, uniform
+from zoo.noise import uniform
+from zoo.routing.candidates import Candidates
+from zoo.routing.scorer import Scorer
 
 NAME = "zoo_received"
 """Of the attention function that also says what the last token attends to."""
 
 
-def unlearned(context: AdaptContext, kind: str, layer: str) -> Tensor:
-    """(n,) fp32 scores of the context's candidates.
+class Unlearned(Scorer):
+    """Base of scorers without weights: they do not read the tokens' values, and give ranks rather than log-odds."""
 
-    Args:
-        kind: "attention" or "random".
-        layer: name of the layer, which draws for itself.
-    """
-    if kind == "random":
-        return uniform(context.keys[context.candidates], salt(layer, 0), 1)[:, 0]
-    return context.shared("received", _missing)[context.candidates]
+
+class RandomScorer(Unlearned, counter_noise=True):
+    """Uniform draws, of each layer its own."""
+
+    def forward(self, x: Tensor, candidates: Candidates | None = None) -> Tensor:
+        return uniform(candidates.key, candidates.salt, 1)
+
+
+class AttentionScorer(Unlearned, counter_noise=True):
+    """The attention that `attend` saw tokens receive."""
+
+    def forward(self, x: Tensor, candidates: Candidates | None = None) -> Tensor:
+        return candidates.context.shared("received", _missing)[candidates.index, None]
+
+
+UNLEARNED: dict[str, type[Unlearned]] = {"attention": AttentionScorer, "random": RandomScorer}
+"""By `router.type` of the config."""
 
 
 class Watched:
@@ -97,8 +109,8 @@ def received(context: AdaptContext, query: Tensor, key: Tensor, mask: Tensor | N
     columns = torch.arange(tokens)
     last = torch.where(context.kind != PADDING, columns, 0).amax(1).to(query.device)  # (B,)
     wide = torch.promote_types(query.dtype, torch.float32)
-    asked = query.gather(2, last[:, None, None, None].expand(rows, heads, 1, width)).to(wide)
-    grouped = asked.view(rows, key.shape[1], -1, width)  # heads that share keys stand side by side
+    last_query = query.gather(2, last[:, None, None, None].expand(rows, heads, 1, width)).to(wide)
+    grouped = last_query.view(rows, key.shape[1], -1, width)  # heads that share keys stand side by side
     scores = (grouped @ key.to(wide).transpose(2, 3)).view(rows, heads, -1) * scale
     if isinstance(mask, Tensor) and mask.dim() == 4:
         row = mask.expand(rows, -1, -1, -1)[:, 0].gather(1, last[:, None, None].expand(rows, 1, mask.shape[-1]))

@@ -21,7 +21,7 @@ from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext
 from zoo.adapt.family import VIDEO, Parts, gated, parts, picture_ids, unwrapped
 from zoo.adapt.layer import RoutedDecoderLayer, Routing, routed_class
-from zoo.adapt.scores import unwatch, watch
+from zoo.adapt.scores import UNLEARNED, unwatch, watch
 from zoo.adapt.select import ModRouter
 from zoo.config import UserError
 from zoo.context import Trace
@@ -76,13 +76,14 @@ def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int =
     if config.router.shared:
         shared = _router(config, width, found.layers[next(iter(plan))], f"{seed}:{ROUTER}")
         found.decoder.add_module(ROUTER, shared)
-    for number, keep in plan.items():
+    unlearned = None if config.router.learned else UNLEARNED[config.router.type]()
+    for number, capacity in plan.items():
         layer: Any = found.layers[number]
         name = gated(layer) if config.gate.branch == "mlp" else ""
         if shared is None and config.router.learned:
             layer.add_module(ROUTER, _router(config, width, layer, f"{seed}:layers.{number}.{ROUTER}"))
         object.__setattr__(layer, "mod_shared", shared)  # not registered: one copy of it is saved
-        layer.routing = Routing(number, keep, config, name)
+        layer.routing = Routing(number, capacity, config, name, unlearned)
         layer.__class__ = routed_class(type(layer))
     handles = [found.base.register_forward_pre_hook(ContextHook(config, ids, _names(found.base)), with_kwargs=True)]
     if found.top is not found.base:

@@ -73,7 +73,7 @@ def _by_length(context: TokenContext) -> list[Documents]:
         time = torch.arange(length, device=device)
         index = torch.tensor(first, device=device)[:, None] + time
         mask = None
-        if has_items:
+        if has_items and context.item is not None:
             mask = same_item(F.embedding(index, context.item.view(-1, 1))[..., 0]) | (time[:, None] >= time)
         result.append(Documents(index, mask))
     return result

@@ -165,7 +165,7 @@ def test_tokens_are_skipped(case: tuple[Family, nn.Module]) -> None:
     assert (after - before).abs().max() > 1e-3
     images = placeholders(inputs["input_ids"])
     for layer in family.layers:
-        keep = trace.decisions[f"layers.{layer}"].keep
+        keep = trace.decisions[f"layers.{layer}"].kept
         assert (keep & images).sum(1).tolist() == [kept(family, counts, 0.4) for counts in family.rows]
         assert bool((keep == inputs["attention_mask"].bool())[~images].all())
 
@@ -247,7 +247,7 @@ def test_frames_come_one_by_one(case: tuple[Family, nn.Module]) -> None:
     routed = adapt(copy.deepcopy(model), config(family, 0.2, "videollm_mod", candidates="video"))
     trace = Trace()
     whole = routed(**inputs, mod_trace=trace).logits
-    keep = trace.decisions["layers.1"].keep[0, start : borders[-1]]
+    keep = trace.decisions["layers.1"].kept[0, start : borders[-1]]
     assert [int(frame.sum()) for frame in keep.split(clip.frames)] == [math.ceil(n / 5) for n in clip.frames]
     cache = transformers.DynamicCache(config=routed.config)
     pieces = [routed(**part, past_key_values=cache, use_cache=True).logits for part in parts]
@@ -416,5 +416,5 @@ def test_of_every_family(name: str) -> None:
         close(ours, theirs)
     model(**inputs, mod_trace=trace)
     images = placeholders(inputs["input_ids"])
-    found = trace.decisions["layers.1"].keep & images
+    found = trace.decisions["layers.1"].kept & images
     assert found.sum(1).tolist() == [kept(family, counts, 0.4) for counts in family.rows[:2]]

@@ -53,12 +53,12 @@ def context(rows: list[str], model_type: str = "other", training: bool = False, 
 )
 def test_groups(rows: list[str], options: dict[str, Any], groups: tuple[int, ...], places: tuple[int, ...]) -> None:
     built = context(rows, **options)
-    assert (built.groups, built.rows) == (groups, places)
+    assert (built.pools, built.pool_rows) == (groups, places)
     tokens = "".join(rows)
     wanted = "v" if options.get("candidates") == "video" else "iv"
-    assert sorted(built.members.tolist()) == [i for i, letter in enumerate(tokens) if letter in wanted]
-    assert built.fixed == tuple(sum(letter not in wanted + "." for letter in row) for row in rows)
-    assert int(built.base.sum()) == sum(built.fixed) and not built.judged.numel()
+    assert sorted(built.competing.tolist()) == [i for i, letter in enumerate(tokens) if letter in wanted]
+    assert built.dense_counts == tuple(sum(letter not in wanted + "." for letter in row) for row in rows)
+    assert int(built.dense.sum()) == sum(built.dense_counts) and not built.by_threshold.numel()
 
 
 def test_frames_on_a_grid_come_from_it_or_from_positions() -> None:
@@ -66,25 +66,25 @@ def test_frames_on_a_grid_come_from_it_or_from_positions() -> None:
     row, grid = "tvvvvtvvt", torch.tensor([[2, 4, 2], [2, 2, 2]])
     options = {"model_type": "qwen2_vl", "group": "frame"}
     by_grid = context([row], video_grid_thw=grid, **options)
-    assert by_grid.groups == (2, 2, 1, 1)
+    assert by_grid.pools == (2, 2, 1, 1)
     height = torch.tensor([[0, 1, 2, 1, 2, 3, 4, 4, 5]])
     width = torch.tensor([[0, 1, 1, 1, 1, 3, 4, 4, 5]])
     positions = torch.stack((torch.zeros_like(height), height, width))
-    assert context([row], position_ids=positions, **options).groups == by_grid.groups
+    assert context([row], position_ids=positions, **options).pools == by_grid.pools
     with pytest.raises(UserError, match="video_grid_thw"):
         context([row], **options)
-    assert context([row], model_type="qwen2_vl").groups == (4, 2)
+    assert context([row], model_type="qwen2_vl").pools == (4, 2)
 
 
 def test_answers_compete_in_training() -> None:
     answers = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
     options = {"candidates": "image_and_answer", "answers": answers}
     built = context(["tiittt", "..titt"], training=True, **options)
-    assert built.groups == (2, 1, 3, 1) and built.rows == (0, 1, 0, 1) and built.fixed == (1, 2)
-    assert context(["tiittt", "..titt"], training=True, group="sample", **options).groups == (5, 2)
-    assert context(["tiittt", "..titt"], **options).groups == (2, 1)
+    assert built.pools == (2, 1, 3, 1) and built.pool_rows == (0, 1, 0, 1) and built.dense_counts == (1, 2)
+    assert context(["tiittt", "..titt"], training=True, group="sample", **options).pools == (5, 2)
+    assert context(["tiittt", "..titt"], **options).pools == (2, 1)
     text = context(["tttt"], training=True, pixel_values=None, candidates="image_and_answer", answers=answers[:1, :4])
-    assert text.groups == (1,)
+    assert text.pools == (1,)
 
 
 def test_whether_a_part_may_begin_with_image_tokens() -> None:
@@ -96,7 +96,7 @@ def test_whether_a_part_may_begin_with_image_tokens() -> None:
         ("video_llava", "frame", ()),
         ("qwen3_vl", "frame", (IMAGE, VIDEO)),
     ]:
-        assert context(["tiit"], model_type=model_type, group=group).whole == whole
+        assert context(["tiit"], model_type=model_type, group=group).indivisible == whole
     encoded = {"pixel_values": None, "mm_encoder_outputs": {"image": {"last_hidden_state": None}}}
     with pytest.raises(UserError, match="prefill_chunk_size cuts the prompt anywhere"):
         context(["tiit"], model_type="llava", **encoded)
@@ -105,17 +105,22 @@ def test_whether_a_part_may_begin_with_image_tokens() -> None:
 def test_keys_of_random_draws_count_tokens_not_columns() -> None:
     """Of places in a row, padding apart; an image that comes later has the place it has in one forward."""
     router = {"router": {"type": "random"}, "gate": {"activation": "none"}}
-    one = context(["tiiit", "..tii"], **router).keys.view(2, 5)
+    one = context(["tiiit", "..tii"], **router).key.view(2, 5)
     assert torch.equal(one[1, 2:], one[0, :3]) and len(set(one[0].tolist())) == 5
-    later = context(["iit"], attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), **router).keys
+    later = context(["iit"], attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), **router).key
     assert torch.equal(later, one[0, 2:])
-    trained = context(["tiit", "tiii"], training=True, **router).keys.view(2, 4)
+    trained = context(["tiit", "tiii"], training=True, **router).key.view(2, 4)
     assert not torch.equal(trained[0], trained[1])
 
 
 def test_pictures_may_be_masked_whole() -> None:
     built = context(["tiit", "tttt"], attention_mask=torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]]))
-    assert not built.routes and built.groups == () and built.fixed == (2, 4) and built.base.tolist().count(False) == 2
+    assert (
+        not built.routes
+        and built.pools == ()
+        and built.dense_counts == (2, 4)
+        and built.dense.tolist().count(False) == 2
+    )
 
 
 def test_pictures_without_a_place_are_refused() -> None:

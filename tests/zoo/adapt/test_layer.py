@@ -114,7 +114,7 @@ def test_the_auxiliary_loss_is_part_of_the_loss_in_training(model: nn.Module) ->
     expected = 0.0
     for layer in routed_layers(model):
         decision = trace.decisions[layer.routing.name]
-        chosen = decision.keep.reshape(-1)[decision.candidates]
+        chosen = decision.kept.reshape(-1)[decision.candidates]
         expected += F.binary_cross_entropy(decision.logits.sigmoid(), chosen.double())
     close(auxiliary_loss(trace, adaptation(model)), expected / 2)
     close(loss - plain, expected / 2)
@@ -133,7 +133,7 @@ def test_answers_are_routed_in_training_alone(model: nn.Module) -> None:
     adapt(model, config(candidates="image_and_answer"))
     trace = Trace()
     model.train()(**inputs, labels=labels, mod_trace=trace)
-    keep = trace.decisions["layers.1"].keep
+    keep = trace.decisions["layers.1"].kept
     assert keep[:, -10:].sum(1).tolist() == [4, 4], "answers of a sample compete with each other"
     assert (keep[:, :-10] & (inputs["input_ids"] == IMAGE)[:, :-10]).sum(1).tolist() == [7, 7]
     question = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
@@ -141,10 +141,10 @@ def test_answers_are_routed_in_training_alone(model: nn.Module) -> None:
     for options in ({"labels": labels}, {"mod_answers": labels != -100}):
         trace = Trace()
         model.eval()(**inputs, **options, mod_trace=trace)
-        assert bool(trace.decisions["layers.1"].keep[question].all())
+        assert bool(trace.decisions["layers.1"].kept[question].all())
     trace = Trace()
     model.train()(**inputs, mod_answers=labels != -100, mod_trace=trace)
-    assert torch.equal(trace.decisions["layers.1"].keep, keep)
+    assert torch.equal(trace.decisions["layers.1"].kept, keep)
 
 
 INFERENCE = [
@@ -175,15 +175,15 @@ def test_rules_of_inference(model: nn.Module, inference: dict[str, Any], tokens:
         above = p > inference["threshold"]
         text = inputs["attention_mask"].bool() & ~images
         if inference["rule"] == "threshold":
-            assert torch.equal(decision.keep[images], above[images])
+            assert torch.equal(decision.kept[images], above[images])
         else:
-            assert int(decision.keep[images].sum()) == 3 * math.ceil(16 * KEEP)
-        assert torch.equal(decision.keep[text], above[text] if "text" in inference else text[text])
-        assert 0 < decision.keep[text].float().mean() and decision.keep[images].float().mean() < 1
+            assert int(decision.kept[images].sum()) == 3 * math.ceil(16 * KEEP)
+        assert torch.equal(decision.kept[text], above[text] if "text" in inference else text[text])
+        assert 0 < decision.kept[text].float().mean() and decision.kept[images].float().mean() < 1
     model.train()
     trace = Trace()
     model(**inputs, mod_trace=trace)
-    assert int(trace.decisions["layers.1"].keep[images].sum()) == 3 * math.ceil(16 * KEEP), "training has its own rule"
+    assert int(trace.decisions["layers.1"].kept[images].sum()) == 3 * math.ceil(16 * KEEP), "training has its own rule"
 
 
 def test_a_sampled_image_id_is_text(model: nn.Module) -> None:

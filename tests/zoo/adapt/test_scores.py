@@ -47,7 +47,7 @@ def config(kind: str, **changes: Any) -> dict[str, Any]:
 def kept(model: nn.Module, inputs: dict[str, Tensor], layer: int) -> Tensor:
     trace = Trace()
     model(**inputs, mod_trace=trace)
-    return trace.decisions[f"layers.{layer}"].keep
+    return trace.decisions[f"layers.{layer}"].kept
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def comparison(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
                 found = compare(pairs) if pairs else None
                 cells = [f"{name} − {rival}", f"{target:g}", *_difference(found, metric), f"{len(pairs)}", f"{same}"]
                 lines.append(cells)
-                if not void:
+                if found is not None and not void:
                     sentences.append(f"- At {target:g} of dense FLOPs against {rival}: {_verdict(found, metric)}")
                     for seed, each in pairs.items():
                         pooled[seed] += each

@@ -70,6 +70,7 @@ def draw_skip(rows: Sequence[Row[Point]], path: Path, depth: int = 0) -> Path:
         image = axes.imshow(values or [[0.0] * depth], vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set(title=f"{target:g} of dense FLOPs", xlabel="layer", xticks=range(depth))
         axes.set_yticks(range(len(arms)), arms if axes is panels[0] else [""] * len(arms), fontsize="small")
+    assert image is not None
     figure.colorbar(image, ax=list(panels), label="skipped")
     figure.savefig(path, dpi=120)
     return path

@@ -47,7 +47,8 @@ class Point:
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Point:
         """From what JSON made of it."""
-        return cls(**{**data, "keep": {int(layer): share for layer, share in data["keep"].items()}})
+        values: dict[str, Any] = {**data, "keep": {int(layer): share for layer, share in data["keep"].items()}}
+        return cls(**values)
 
     @property
     def setting(self) -> str:
@@ -165,6 +166,7 @@ class Planner:
             best = (self.ratio(chosen), chosen)
             if abs(best[0] / target - 1) <= self.sweep.tolerance:
                 break
+        assert best is not None, "the last set is always tried"
         reached, adapt = best
         keep = self._measured(adapt)[1]
         void = config.layers not in ("recipe", "all") and len(keep) == len(self.candidates(config))
@@ -218,7 +220,7 @@ class Planner:
         key = json.dumps(adapt, sort_keys=True)
         if key not in self.known:
             config = za.AdaptConfig.parse(adapt, "adapt")
-            if isinstance(config.capacity, Progressive) and not _routes(config, self.depth):
+            if isinstance(config.capacity, Progressive) and not _routes(config.capacity, self.depth):
                 return 1.0, {}
             shapes = self.shapes(config)
             dense = sum(count * za.decoder_flops(self.model, tokens).total for (tokens, _), count in shapes.items())
@@ -234,6 +236,6 @@ class Planner:
         return self.known[key]
 
 
-def _routes(config: za.AdaptConfig, depth: int) -> bool:
+def _routes(capacity: Progressive, depth: int) -> bool:
     """Whether a progressive capacity leaves any layer to be routed."""
-    return any(config.capacity.of(layer, depth) < 1 for layer in range(1, depth))
+    return any(capacity.of(layer, depth) < 1 for layer in range(1, depth))

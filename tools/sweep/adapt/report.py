@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.finetune.train import MODEL
+from pretrain.finetune.task import MODEL
 from tools.sweep import report
 from tools.sweep.adapt import pictures
 from tools.sweep.adapt.comparison import comparison

@@ -19,6 +19,7 @@ EDGE = 1e-6
 def with_inference(model: nn.Module, **rule: Any) -> nn.Module:
     """Give an adapted model another rule of inference, in place; weights stay."""
     config = za.adaptation(model)
+    assert config is not None, "the model is dense"
     weights = {name: router.state_dict() for name, router in za.routers(model)}
     za.restore(model)
     za.adapt(model, AdaptConfig.parse({**config.model_dump(mode="json"), "inference": rule}))

@@ -53,11 +53,12 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     parsed = AdaptRecipe.parse(recipe)
     base = models.open_base(parsed)
     device = choose_device(parsed.train.device)
-    dense = models.whole(parsed, base).to(device).eval()
+    dense: Any = models.whole(parsed, base).to(device).eval()
     question = next(q for q in read_questions(Path(config.data), config.test.split) if q.images)
     prompts = Prompts.encode([question] * config.timing.batch, base.processor, config.timing.batch)
     inputs = moved(prompts.batches[0].inputs, device, dense.dtype)
     for name, point in tqdm.tqdm(missing.items(), desc="timing", unit="arm", disable=None):
+        assert point.adapt is not None
         sparse = za.adapt(copy.deepcopy(dense), point.adapt)
         times[name] = {
             "settings": _settings(config, point),

@@ -1,8 +1,6 @@
-"""Routers: their gradients, and how many tokens a capacity takes."""
+"""Gates: the gradients by which routers learn."""
 
 from __future__ import annotations
-
-from fractions import Fraction
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from tests.zoo.helpers import (
     values,
 )
 from zoo import Trace
-from zoo.routers import capacity_count
 
 
 def routed_layer(block: str, norm: str, gate: str, activation: str) -> torch.nn.Module:
@@ -63,20 +60,3 @@ def test_a_norm_around_the_gate_cancels_it_for_tokens_with_a_single_expert(gate,
         (gradient,) = torch.autograd.grad(loss, group.router.weight, retain_graph=True)
         assert (float(gradient.abs().max()) > 1e-2) == learns
         assert learns or float(gradient.abs().max()) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("tokens", "capacity", "kept"),
-    [
-        (8, "1/4", 2),
-        (9, "1/4", 3),
-        (25, 0.28, 7),
-        (50, 0.14, 7),
-        (49, "1/49", 1),
-        (3, "1/3", 1),
-        (0, 1, 0),
-        (1, 0.1, 1),
-    ],
-)
-def test_capacity_rounds_up_in_exact_arithmetic(tokens, capacity, kept):
-    assert capacity_count(tokens, Fraction(str(capacity))) == kept

@@ -1,0 +1,48 @@
+"""Candidates: the tokens of pools, with what a router may know about them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from zoo.context import Trace
+
+
+class RoutedBatch(Protocol):
+    """What every router may ask of the context of B rows of T tokens. `TokenContext` offers it, and much more."""
+
+    @property
+    def key(self) -> Tensor | None:
+        """B·T int32 numbers, identities of the tokens for counter-based noise (`zoo.noise`)."""
+
+    @property
+    def trace(self) -> Trace | None:
+        """Where decisions and losses are reported."""
+
+    def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
+        """A value that depends on the context alone: computed by the first layer that asks, kept for the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """n tokens that may be chosen."""
+
+    context: RoutedBatch
+    """Of the whole batch."""
+    index: Tensor
+    """(n,) flat indices into B·T; the tokens of a pool stand together, in row and time order."""
+    row_counts: tuple[int, ...]
+    """Candidates of each row, on the host."""
+    scopes: tuple[int, ...]
+    """How many candidates compete with each other, on the host: the first so many, the next so many, and so on."""
+    salt: int = 0
+    """Of this layer's noise at this step (`zoo.noise`)."""
+
+    @property
+    def key(self) -> Tensor:
+        """(n,) int32, identities of the candidates for counter-based noise."""
+        assert self.context.key is not None, "this batch has no noise"
+        return self.context.key.reshape(-1).index_select(0, self.index)
