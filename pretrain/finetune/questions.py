@@ -41,15 +41,15 @@ class Question:
     """What else its line says."""
 
     def pictures(self) -> list[Image.Image]:
-        """The images in RGB.
+        """The images in RGB, upright, as `open_picture` gives them.
 
         Raises:
-            DataError: a file is no picture.
+            DataError: a file is no picture, or none that can be used.
         """
         opened = []
         for image in self.images:
             try:
-                opened.append((Image.open(image) if isinstance(image, Path) else image).convert("RGB"))
+                opened.append((open_picture(image) if isinstance(image, Path) else image).convert("RGB"))
             except Exception as error:  # Pillow raises anything for bytes it cannot read
                 raise DataError(f"{self.source}: {image} does not decode ({type(error).__name__}: {error})") from None
         return opened
@@ -67,7 +67,7 @@ def read_questions(folder: Path, split: str = "train") -> list[Question]:
         raise DataError(f"{path}: does not exist; {folder} holds {', '.join(there) or 'no .jsonl file'}")
     known: set[Path] = set()
     questions = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():

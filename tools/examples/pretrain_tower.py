@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pretrain.finetune.questions import Question, read_questions
 from zoo.config import UserError
+from zoo.modalities.pictures import open_picture
 
 PLACE_WEIGHT = 0.3
 """Of the loss of row and column: the position code does most of it, and must not be forgotten."""
@@ -124,9 +125,7 @@ def read(
     tower: nn.Module, heads: PatchHeads, processor: Any, pictures: list[tuple[Any, np.ndarray]], side: int
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Logits (B, T, classes) and targets (B, T) of the heads for B pictures of T patches."""
-    from PIL import Image
-
-    images = [Image.open(file).convert("RGB") for file, _ in pictures]
+    images = [open_picture(file).convert("RGB") for file, _ in pictures]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     patches = tower(pixel_values=pixels).last_hidden_state[:, 1:]  # without the class token
     return heads(patches), targets(np.stack([cells for _, cells in pictures]), side)

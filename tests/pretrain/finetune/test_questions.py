@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,6 +13,7 @@ from pretrain.data import DataError
 from pretrain.finetune.questions import Question, about_other_images, one_an_image, read_questions, sample_questions
 from tests.pretrain.data.samples import png, sample, write_shard
 from tests.pretrain.finetune.processors import write_questions
+from zoo.modalities.pictures import open_picture
 
 LINE = {"image": "a.png", "question": "how many?", "answer": "two"}
 
@@ -29,6 +31,28 @@ def test_lines_become_questions(tmp_path: Path) -> None:
     assert second.images == (folder / "b.png", folder / "c.png") and second.turns == (("x?", "y"), ("z?", "w"))
     assert second.source.endswith("train.jsonl:3") and third.images == ()
     assert [image.mode for image in second.pictures()] == ["RGB", "RGB"]
+
+
+def test_pictures_are_opened_as_in_pretraining(tmp_path: Path) -> None:
+    folder = write_questions(tmp_path, [LINE])
+    (folder / "train.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + (folder / "train.jsonl").read_bytes()
+    )  # as Windows writes it
+    sideways, deep, clear = (
+        Image.Exif(),
+        np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (8, 1)),
+        Image.new("LA", (4, 4)),
+    )
+    sideways[0x0112] = 6
+    for image, options in ((Image.new("RGB", (9, 5)), {"exif": sideways}), (Image.fromarray(deep), {}), (clear, {})):
+        image.save(folder / "a.png", **options)
+        (picture,) = read_questions(folder)[0].pictures()
+        assert np.array_equal(np.asarray(picture), np.asarray(open_picture(folder / "a.png").convert("RGB")))
+        assert (
+            picture.size == (5, 9)
+            if options
+            else len(np.unique(np.asarray(picture))) == (32 if image is not clear else 1)
+        )
 
 
 @pytest.mark.parametrize(
