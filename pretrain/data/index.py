@@ -119,11 +119,12 @@ def shard_tokens(
     try:
         # An empty array cannot be mapped.
         tokens = np.load(flat, mmap_mode="r") if arrays["starts"][-1] else np.zeros(0, np.int32)
-        content = {
-            name: _mapped(_beside(flat, name), *form)
-            for name, modality in modalities.items()
-            if (form := stored(modality.config.carries)) is not None
-        }
+        content = {}
+        for number, (name, modality) in enumerate(modalities.items()):
+            form = stored(modality.config.carries)
+            if form is not None:
+                spans = arrays["spans"][arrays["modality"] == number]
+                content[name] = _mapped(_beside(flat, name), *form, rows=int((spans[:, 1] - spans[:, 0] - 2).sum()))
     except (OSError, ValueError):
         return None
     skipped = [Skipped(listing.shard.name, str(key), str(reason)) for key, reason in arrays["skipped"]]
@@ -210,11 +211,14 @@ def _beside(flat: Path, modality: str) -> Path:
     return flat.with_name(f"{flat.stem}-{modality}.bin")
 
 
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """(n, …) the rows of a file that holds nothing else."""
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.zeros((0, *shape), dtype)
-    return np.memmap(path, dtype, "r").reshape(-1, *shape)
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> np.ndarray:
+    """(rows, …) of a file that holds nothing else.
+
+    Raises:
+        ValueError: it is of another size.
+    """
+    content = np.memmap(path, dtype, "r") if rows else np.zeros(0, dtype)  # an empty file cannot be mapped
+    return content.reshape(rows, *shape)
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:

@@ -46,18 +46,21 @@ def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in known:
             raise BrokenDocument(f"part {number} has type {kind!r}; known: {', '.join(known)}")
+        reader = readers.get(kind)
         if kind == "text":
             name, content = f"text part {number}", _text(part.get("text"), number)
-        elif kind in readers:
+        elif reader is not None:
             name, content = part.get("file"), _file(shard, entry, kind, part.get("file"))
-        if kind not in readers:
-            yield Part(kind, None)
-            continue
-        try:
-            item = readers[kind](content)
-        except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
-            raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
-        yield Part(kind, item)
+        else:
+            name, content = "", b""
+        yield Part(kind, None if reader is None else _item(reader, name, content))
+
+
+def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:
+    try:
+        return reader(content)
+    except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
+        raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
 
 
 class Tokens(NamedTuple):
