@@ -25,7 +25,7 @@ from pretrain.data.items import stored
 from pretrain.data.reading import BrokenDocument, Tokens, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
 from zoo.files import atomic_path
-from zoo.modalities import Modality, Vocabulary
+from zoo.modalities import Modality, grammars
 
 
 class Skipped(NamedTuple):
@@ -136,7 +136,6 @@ def tokenize_shard(
     cache: Path,
     fingerprint: str,
     modalities: Mapping[str, Modality],
-    vocabulary: Vocabulary,
     advance: Callable[[int], Any],
 ) -> None:
     """Make the tokens of a shard; `advance(1)` is called after each document. Decoding runs in threads."""
@@ -150,7 +149,7 @@ def tokenize_shard(
             for name, modality in modalities.items()
             if stored(modality.config.carries) is not None
         }
-        results = writing.enter_context(_tokenized(listing.shard, entries, modalities, vocabulary))
+        results = writing.enter_context(_tokenized(listing.shard, entries, modalities))
         for entry, result in zip(entries, results, strict=True):
             advance(1)
             if isinstance(result, str):
@@ -178,9 +177,10 @@ def tokenize_shard(
 
 @contextlib.contextmanager
 def _tokenized(
-    shard: Path, entries: list[Entry], modalities: Mapping[str, Modality], vocabulary: Vocabulary
+    shard: Path, entries: list[Entry], modalities: Mapping[str, Modality]
 ) -> Iterator[Iterator[Tokens | str]]:
     """What became of each document of a shard, in order: its tokens, or why it is broken."""
+    rules = grammars({name: modality.config for name, modality in modalities.items()})
     local = threading.local()
     files = []
 
@@ -189,7 +189,7 @@ def _tokenized(
             local.file = open(shard, "rb")
             files.append(local.file)
         try:
-            return tokenize(local.file, entry, modalities, vocabulary)
+            return tokenize(local.file, entry, modalities, rules)
         except BrokenDocument as broken:
             return str(broken)
 

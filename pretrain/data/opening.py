@@ -20,7 +20,7 @@ from pretrain.data.index import Listing, Skipped, list_shard, shard_tokens, toke
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
 from zoo.carries import Ids, Vectors
-from zoo.modalities import Modalities, Modality, Vocabulary, vocabulary
+from zoo.modalities import Grammar, Modalities, Modality, Vocabulary, grammars, vocabulary
 
 CHUNK = 1 << 16
 NAMED = 5
@@ -40,6 +40,11 @@ class Data:
     """Documents that could not be used."""
     fingerprint: str
     """Hash of the training shards' content and of the modalities; equal means the same token stream."""
+
+    @property
+    def grammars(self) -> dict[str, Grammar]:
+        """How the items of each modality stand in the stream."""
+        return grammars({name: modality.config for name, modality in self.modalities.items()})
 
     def unigram_entropy(self, split: str) -> dict[str, float]:
         """Entropy of single tokens of each modality, in nats per target token: the loss of the best constant
@@ -126,7 +131,7 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         ]
         ready = load_modalities(modalities, listings[: len(train)], cache, log)
         name = fingerprint(ready)
-        _index(listings, cache, name, ready, words, log)
+        _index(listings, cache, name, ready, log)
     made = [shard_tokens(listing, cache, name, ready) for listing in listings]
     tokens = [shard for shard in made if shard is not None]
     assert len(tokens) == len(listings), "all have just been made"
@@ -162,7 +167,6 @@ def _index(
     cache: Path,
     name: str,
     modalities: Mapping[str, Modality],
-    words: Vocabulary,
     log: Callable[[str], None],
 ) -> None:
     """Tokenise the shards that have not been."""
@@ -173,7 +177,7 @@ def _index(
     log(f"indexing {count:,} documents of {len(todo)} shards into {cache}")
     with tqdm.tqdm(total=count, desc="indexing", unit="document", disable=None, leave=False) as bar:
         for listing in todo:
-            tokenize_shard(listing, cache, name, modalities, words, bar.update)
+            tokenize_shard(listing, cache, name, modalities, bar.update)
 
 
 def _documents(split: str, shards: list, modalities: Modalities) -> Documents:
