@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.host import send
 from zoo.noise import token_keys
 from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
 from zoo.spans import Span, Spans
@@ -101,6 +102,9 @@ class TokenContext:
     """B rows of T tokens. Build with `from_modality`; narrow with `select`.
 
     Tensors are on one device. Padding has modality −1 and document −1, is counted nowhere, and its output is 0.
+
+    A row holds documents, which never see each other. A document may hold items: attention, causal elsewhere, goes in
+    both directions inside an item. Recurrent mixers stay causal there.
     """
 
     modalities: tuple[str, ...]
@@ -127,7 +131,8 @@ class TokenContext:
     routing: str = TOPK
     """"topk": expert choice over the scope, as in training. "causal": auxiliary routers decide token by token."""
     trace: Trace | None = None
-    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """What `shared` has computed; `replace` hands it on, `select` and `to` begin anew."""
 
     @classmethod
     def from_modality(
@@ -239,9 +244,9 @@ class TokenContext:
 
     def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
         """A value that depends on this context alone: computed by the first layer that asks, kept for the others."""
-        if name not in self._derived:
-            self._derived[name] = compute()
-        return self._derived[name]
+        if name not in self.derived:
+            self.derived[name] = compute()
+        return self.derived[name]
 
     @property
     def valid(self) -> Tensor:
@@ -295,7 +300,7 @@ class TokenContext:
             return Kept(_on_host(counts))
 
         def compute() -> Tensor:
-            return torch.tensor(spans.boundaries(self.shape[1]), device=keep.device)
+            return send(spans.boundaries(self.shape[1]), keep.device)
 
         before = F.pad(keep.reshape(-1).cumsum(0), (1, 0)).index_select(0, self.shared("boundaries", compute))
         numbers = torch.cat((counts.reshape(-1), before)).cpu()
@@ -331,7 +336,7 @@ class TokenContext:
             item=None if self.item is None else take(self.item, -1),
             spans=kept.spans,
             narrowed=True,
-            _derived={},
+            derived={},
         )
 
     def replace(self, **changes: Any) -> TokenContext:
@@ -341,13 +346,10 @@ class TokenContext:
     def to(self, device: torch.device | str) -> TokenContext:
         if self.modality.device == torch.device(device):
             return self
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("modality", "position", "document", "key")
-        }
+        moved = {name: send(getattr(self, name), device) for name in ("modality", "position", "document", "key")}
         if self.item is not None:
-            moved["item"] = self.item.to(device, non_blocking=True)
-        return dataclasses.replace(self, **moved, _derived={})
+            moved["item"] = send(self.item, device)
+        return dataclasses.replace(self, **moved, derived={})
 
 
 def _counts(modality: Tensor, modalities: int) -> Tensor:

@@ -1,10 +1,11 @@
-"""The small parts: linear, RMSNorm, embedding, rotary embedding; and how a parameter gets its first value."""
+"""The small parts: linear, RMSNorm, rotary embedding; and how a parameter gets its first value."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from zoo.context import TokenContext
 from zoo.roles import ParameterOwner, Role
@@ -30,6 +31,37 @@ class Linear(ParameterOwner):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out)."""
         return F.linear(x, self.weight)
+
+
+class _ExactLinear(torch.autograd.Function):
+    """bf16 operands on a GPU, fp32 result: each product is exact, sums are fp32."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dy = dy.to(x.dtype)
+        return (
+            torch.mm(dy, weight) if ctx.needs_input_grad[0] else None,
+            torch.mm(dy.T, x) if ctx.needs_input_grad[1] else None,
+        )
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (…, d_in) times weight (d_out, d_in) in fp32, in float64 for a float64 x: (…, d_out).
+
+    bf16 values on a GPU are multiplied as they are and summed in fp32, which is the product of their fp32 copies at a
+    tenth of its time; their gradients are rounded to bf16 before the products of the backward pass.
+    """
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+        return _ExactLinear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide))
 
 
 class RMSNorm(ParameterOwner):
@@ -59,22 +91,6 @@ class RMSNorm(ParameterOwner):
         if group is None:
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
         return F.rms_norm(x, (self.width,), None, self.eps) * F.embedding(group, self.weight)
-
-
-class Embedding(ParameterOwner):
-    """Token ids (B, T) → (B, T, D)."""
-
-    roles = {"weight": Role.EMBEDDING}
-
-    def __init__(self, size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, d_model))
-
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
 
 
 def rotary_tables(context: TokenContext, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
