@@ -23,6 +23,7 @@ from sklearn.svm import SVC
 from pretrain import recipe as recipes
 from pretrain import report, run_folder
 from pretrain.data import Data, open_data
+from pretrain.upcycle import check_ids
 from tools.examples.make_digits import NAMES, SHIFTS, load_digits_split, shift
 from zoo.config import UserError
 from zoo.context import CAUSAL, TokenContext
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = recipes.load(options.recipe, options.overrides)
         model, recipe = run_folder.load_model(recipe.folder)
         data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
+        check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
         summary, drawings = evaluate(model, data, recipe.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
