@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -25,21 +25,25 @@ class StepCounts(Counts):
     """What batches of packed rows hold."""
 
     terms: tuple[int, ...]
-    """Of each part of the loss, in the objective's order."""
+    """Terms of each part of the loss, in the objective's order."""
     tokens: tuple[int, ...]
-    """Of each modality, in the model's order."""
+    """Tokens of each modality, in the model's order."""
 
     def by_part(self, objective: Objective) -> dict[str, int]:
         """`terms` by the names of the parts."""
         return dict(zip(objective.parts, self.terms, strict=True))
 
 
-def count_batches(objective: Objective, batches: Sequence[Batch]) -> StepCounts:
-    """What `batches` hold together."""
+def count_batches(objective: Objective, modalities: Sequence[str], batches: Sequence[Batch]) -> StepCounts:
+    """What `batches` hold together; zeros where there are none.
+
+    Args:
+        modalities: of the model.
+    """
     terms = [objective.counts(batch) for batch in batches]
     return StepCounts(
         tuple(sum(counts[name] for counts in terms) for name in objective.parts),
-        tuple(sum(numbers) for numbers in zip(*(batch.context.totals for batch in batches), strict=True)),
+        tuple(sum(batch.context.totals[m] for batch in batches) for m in range(len(modalities))),
     )
 
 
@@ -81,7 +85,7 @@ def evaluate(
     chunk = micro_batch * ranks.world
     padded = -(-rows // chunk) * chunk
     batches = micro_batches(stream, 0, padded, micro_batch, ranks.rank, ranks.world, 0, 0, end=rows)
-    counts = count_batches(objective, batches).over(ranks, device)
+    counts = count_batches(objective, model.modalities, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
     for routing in routings(model):
@@ -98,7 +102,7 @@ def evaluate(
     return result
 
 
-def validation_loss(values: dict[str, float]) -> float:
+def validation_loss(values: Mapping[str, float]) -> float:
     """The one number a checkpoint is judged by: the causal loss, or the top-k one of a model without causal routers."""
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
 
