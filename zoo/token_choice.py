@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from zoo.config import Config, ConfigError
+from zoo.host import send
 from zoo.registry import BlockConfig, Place, register
 from zoo.routing.candidates import Candidates
 from zoo.routing.chooser import TokenChoice
@@ -125,7 +126,7 @@ def balance_loss(scores: Tensor, selection: ExpertSelection) -> Tensor:
     f is no part of the gradient. Sigmoid scores are divided by their sum over the experts first.
     """
     tokens, experts = scores.shape
-    rows = torch.tensor(selection.counts, dtype=scores.dtype).to(scores.device, non_blocking=True)
+    rows = send(selection.counts, scores.device, scores.dtype)
     share = rows / max(1, sum(selection.counts))
     probability = scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     return experts * (share * probability.sum(0)).sum() / max(1, tokens)
