@@ -26,9 +26,9 @@ class StepCounts(Counts):
     """What batches of packed rows hold."""
 
     terms: tuple[int, ...]
-    """Of each part of the loss, in the objective's order."""
+    """Terms of each part of the loss, in the objective's order."""
     tokens: tuple[int, ...]
-    """Of each modality, in the model's order."""
+    """Tokens of each modality, in the model's order."""
 
     def by_part(self, objective: Objective) -> dict[str, int]:
         """`terms` by the names of the parts."""
