@@ -176,18 +176,22 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        if isinstance(value, Mapping) and _mappings(below):
+        if isinstance(value, Mapping) and isinstance(below, list) and below and all(map(_is_mapping, below)):
             merged[key] = [_merge(entry, value) for entry in below]
-        elif _mappings([below, value]) and value.get("type", below.get("type")) == below.get("type"):
+        elif isinstance(value, Mapping) and isinstance(below, Mapping) and _same_type(value, below):
             merged[key] = _merge(below, value)
         else:
             merged[key] = value
     return merged
 
 
-def _mappings(value: Any) -> bool:
-    """Whether it is a list of mappings, at least one."""
-    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _same_type(over: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether `over` names no `type` or that of `base`."""
+    return over.get("type", base.get("type")) == base.get("type")
 
 
 def _override(data: dict[str, Any], text: str) -> None:

@@ -1,4 +1,4 @@
-"""The small parts: linear, RMSNorm, embedding, rotary embedding; and how a parameter gets its first value."""
+"""The small parts: linear, RMSNorm, rotary embedding; and how a parameter gets its first value."""
 
 from __future__ import annotations
 
@@ -91,22 +91,6 @@ class RMSNorm(ParameterOwner):
         if group is None:
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
         return F.rms_norm(x, (self.width,), None, self.eps) * F.embedding(group, self.weight)
-
-
-class Embedding(ParameterOwner):
-    """Token ids (B, T) → (B, T, D)."""
-
-    roles = {"weight": Role.EMBEDDING}
-
-    def __init__(self, size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, d_model))
-
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
 
 
 def rotary_tables(context: TokenContext, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

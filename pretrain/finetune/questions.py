@@ -14,7 +14,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -41,7 +41,7 @@ class Question:
     """What else its line says."""
 
     def pictures(self) -> list[Image.Image]:
-        """The images in RGB, upright, as `open_picture` gives them.
+        """The images in RGB, upright and on white, as `open_picture` gives them.
 
         Raises:
             DataError: a file is no picture, or none that can be used.
@@ -152,6 +152,9 @@ def _question(line: str, folder: Path, source: str, known: set[Path]) -> Questio
     names = [item["image"]] if "image" in item else item.get("images", [])
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{source}: 'image' must be the name of a file, 'images' a list of such names")
+    for name in names:
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise DataError(f"{source}: its image {name!r} is outside the folder {str(folder)!r}; put it inside")
     images = tuple(folder / name for name in names)
     for image in images:
         if image not in known and not image.is_file():
