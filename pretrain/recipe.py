@@ -35,7 +35,7 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 
 RESUMABLE = re.compile(
     r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)|(evaluate|kernels)(\..*)?"
-    r"|data\.(workers|max_broken_samples)"
+    r"|data\.(path|cache|workers|max_broken_samples|max_broken_documents)"
 )
 """Keys that may change when a run is resumed."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,3 +61,22 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def room_for(folder: Path) -> Iterator[None]:
+    """Say which disk it is where what is written into `folder` does not fit.
+
+    Raises:
+        DataError: the disk is full, or a quota is used up.
+    """
+    try:
+        yield
+    except OSError as error:
+        # NumPy says what it could not write, but not why
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or re.search(r"\d+ requested and \d+ written", str(error)):
+            raise DataError(
+                f"data.cache: the disk of {folder} is full ({error.strerror or error}); free space, or set data.cache to a "
+                "folder on another disk, and give the same command again"
+            ) from None
+        raise

@@ -9,6 +9,7 @@ import numpy as np
 
 from pretrain.data.index import ShardTokens
 from pretrain.data.items import Items, stored
+from pretrain.data.strings import Strings
 from zoo.modalities import Modalities, ModalityConfig, Vocabulary
 
 
@@ -26,8 +27,8 @@ class Documents:
     """The tokens, an int32 array for each shard."""
     shard_starts: np.ndarray
     """(shards + 1,) int64: first token of each shard in the whole."""
-    keys: np.ndarray
-    """(d,) str."""
+    keys: Strings
+    """Of the d documents."""
     items: Mapping[str, Items] = dataclasses.field(default_factory=dict)
     """The items of each modality whose positions carry no ids or see all of their item."""
 
@@ -48,7 +49,7 @@ class Documents:
             np.concatenate([np.zeros((0, 2), np.int64), *(s.spans + first for s, first in base)]),
             [s.tokens for s in shards],
             shard_starts,
-            np.concatenate([np.zeros(0, np.str_), *(s.keys for s in shards)]),
+            Strings.join([s.keys for s in shards]),
             {
                 name: _items(base, vocabulary.modalities.index(name), name, modality)
                 for name, modality in (modalities or {}).items()

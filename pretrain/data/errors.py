@@ -5,3 +5,9 @@ from zoo.config import UserError
 
 class DataError(UserError):
     """Shards, documents or their cache are not usable; the message names the file and the way out."""
+
+
+def shown(text: str, limit: int = 200) -> str:
+    """A text of unknown origin as a message can hold it: what cannot be printed is escaped, what is long is cut."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return escaped if len(text) <= limit else f"{escaped}… ({len(text):,} characters)"

@@ -11,11 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.index import Listing
+from pretrain.data.errors import DataError, shown
+from pretrain.data.index import REASON, Listing
 from pretrain.data.reading import BrokenDocument, read_parts
+from zoo.config import UserError
 from zoo.files import atomic_path
 from zoo.modalities import LearnedConfig, LearnedModality, Modalities, Modality, vocabulary
 from zoo.noise import hash32
+
+NAMED = 5
+"""How many broken documents an error lists."""
 
 
 def load_modalities(
@@ -32,9 +37,8 @@ def load_modalities(
         name: _cached(name, config, shards, cache) if config.path is None else Path(config.path)
         for name, config in learning(modalities).items()
     }
-    missing = [
-        name for name, config in learning(modalities).items() if config.path is None and not files[name].exists()
-    ]
+    learned = {name: _loaded(config, files[name]) for name, config in learning(modalities).items()}
+    missing = [name for name, modality in learned.items() if modality is None]
     if missing:
         for name, modality in fit(modalities, listings, missing, log).items():
             with atomic_path(files[name]) as temporary:
@@ -43,6 +47,16 @@ def load_modalities(
         name: config.load(files[name]) if isinstance(config, LearnedConfig) else config.block(config)
         for name, config in modalities.items()
     }
+
+
+def _loaded(config: LearnedConfig, file: Path) -> LearnedModality | None:
+    """What the modality has learned, or None where it is still to learn it: what the cache holds of it may be damaged."""
+    try:
+        return config.load(file)
+    except UserError:
+        if config.path is not None:
+            raise
+        return None
 
 
 def learning(modalities: Modalities) -> dict[str, LearnedConfig]:
@@ -56,7 +70,14 @@ def fit(
     """Let the modalities `names` learn from the shards of `listings`; a function of their content alone."""
     chosen = {name: config for name, config in learning(modalities).items() if name in names}
     log(f"training the {' and the '.join(chosen)} tokenizer on {sum(map(len, listings)):,} documents")
-    items = _sample(chosen, listings)
+    items, broken = _sample(chosen, listings)
+    for name, config in chosen.items():
+        if not items[name] and broken:
+            reasons = "\n  ".join(broken[:NAMED])
+            raise DataError(
+                f"modalities.{name}: no document has a usable {config.part} to learn from; {len(broken)} documents cannot be "
+                f"used, such as\n  {reasons}"
+            )
     return {name: config.fit(items[name]) for name, config in chosen.items()}
 
 
@@ -72,10 +93,14 @@ def _cached(name: str, config: LearnedConfig, shards: list[str], cache: Path) ->
     return cache / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}{config.file}"
 
 
-def _sample(modalities: Mapping[str, LearnedConfig], listings: Iterable[Listing]) -> dict[str, list[Any]]:
-    """Items of each modality from documents of all shards alike, in a scattered order, up to `fit_limit`."""
+def _sample(
+    modalities: Mapping[str, LearnedConfig], listings: Iterable[Listing]
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """Items of each modality from documents of all shards alike, in a scattered order, up to `fit_limit`; and a line for
+    each document that was met and cannot be used."""
     places = [(listing.shard, entry) for listing in listings for entry in listing.entries()]
     items: dict[str, list[Any]] = {name: [] for name in modalities}
+    broken: list[str] = []
     room = {name: config.fit_limit for name, config in modalities.items()}
     for place in np.argsort(hash32(np.arange(len(places)))).tolist():
         shard, entry = places[place]
@@ -85,11 +110,12 @@ def _sample(modalities: Mapping[str, LearnedConfig], listings: Iterable[Listing]
         with open(shard, "rb") as file:
             try:
                 parts = list(read_parts(file, entry, {kind: modalities[name].read for kind, name in names.items()}))
-            except BrokenDocument:
+            except BrokenDocument as error:
+                broken.append(f"{shown(shard.name)}: {shown(entry.key)}: {shown(str(error), REASON)}")
                 continue  # indexing counts and names it
         for part in parts:
             if part.type in names:
                 name = names[part.type]
                 items[name].append(part.item)
                 room[name] -= modalities[name].extent(part.item)
-    return items
+    return items, broken

@@ -15,17 +15,26 @@ import dataclasses
 import hashlib
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.data.errors import shown
 from pretrain.data.items import stored
 from pretrain.data.reading import BrokenDocument, Tokens, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
+from pretrain.data.strings import Strings
 from zoo.files import atomic_path
 from zoo.modalities import Modality, grammars
+
+REASON = 500
+"""Characters of the reason why a document is skipped, at most."""
+LISTING = ("stamp", "checksum", "keys", "keys_stops", "members", "extensions", "extensions_stops", "offsets", "sizes")
+TOKENS = ("keys", "keys_stops", "starts", "spans", "modality", "skipped", "skipped_stops")
+"""What a record holds."""
 
 
 class Skipped(NamedTuple):
@@ -42,14 +51,15 @@ class Listing:
 
     shard: Path
     checksum: str
-    keys: np.ndarray
-    """(d,) str."""
+    keys: Strings
+    """Of the d documents."""
     members: np.ndarray
     """(d,) members of each document."""
-    extensions: np.ndarray
+    extensions: Strings
+    """Of all m members, document by document."""
     offsets: np.ndarray
     sizes: np.ndarray
-    """(m,) fields of all members, document by document."""
+    """(m,) as in `Member`."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -69,8 +79,8 @@ class ShardTokens:
 
     tokens: np.ndarray
     """(n,) int32, mapped from disk."""
-    keys: np.ndarray
-    """(d,) str: key of each document."""
+    keys: Strings
+    """Of the d documents."""
     starts: np.ndarray
     """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
     spans: np.ndarray
@@ -92,20 +102,22 @@ def list_shard(shard: Path, cache: Path) -> Listing:
     record = cache / f"{shard.name}-{place}.listing.npz"
     status = shard.stat()
     stamp = np.array([status.st_size, status.st_mtime_ns])
-    arrays = _load(record)
-    if arrays is None or not np.array_equal(arrays.pop("stamp"), stamp):
+    arrays = _load(record, LISTING)
+    if arrays is None or not np.array_equal(arrays["stamp"], stamp):
         entries = scan_shard(shard)
         members = [member for entry in entries for member in entry.members]
         arrays = {
             "checksum": np.array(checksum(shard)),
-            "keys": np.array([entry.key for entry in entries]),
+            **Strings.pack(entry.key for entry in entries).arrays("keys"),
             "members": np.array([len(entry.members) for entry in entries]),
-            "extensions": np.array([member.extension for member in members]),
+            **Strings.pack(member.extension for member in members).arrays("extensions"),
             "offsets": np.array([member.offset for member in members]),
             "sizes": np.array([member.size for member in members]),
         }
         _save(record, stamp=stamp, **arrays)
-    return Listing(shard, str(arrays.pop("checksum")), **arrays)
+    keys, extensions = Strings.named("keys", arrays), Strings.named("extensions", arrays)
+    fields = (arrays[name] for name in ("offsets", "sizes"))
+    return Listing(shard, str(arrays["checksum"]), keys, arrays["members"], extensions, *fields)
 
 
 def shard_tokens(
@@ -113,8 +125,8 @@ def shard_tokens(
 ) -> ShardTokens | None:
     """The tokens of a shard under the modalities of `fingerprint`, or None where they have not been made."""
     record, flat = _names(listing, cache, fingerprint)
-    arrays = _load(record)
-    if arrays is None or "modality" not in arrays:
+    arrays = _load(record, TOKENS)
+    if arrays is None:
         return None
     try:
         # An empty array cannot be mapped.
@@ -127,8 +139,16 @@ def shard_tokens(
                 content[name] = _mapped(_beside(flat, name), *form, rows=int((spans[:, 1] - spans[:, 0] - 2).sum()))
     except (OSError, ValueError):
         return None
-    skipped = [Skipped(listing.shard.name, str(key), str(reason)) for key, reason in arrays["skipped"]]
-    return ShardTokens(tokens, arrays["keys"], arrays["starts"], arrays["spans"], arrays["modality"], skipped, content)
+    skipped = Strings.named("skipped", arrays).tolist()
+    return ShardTokens(
+        tokens,
+        Strings.named("keys", arrays),
+        arrays["starts"],
+        arrays["spans"],
+        arrays["modality"],
+        [Skipped(shown(listing.shard.name), *each) for each in zip(skipped[::2], skipped[1::2], strict=True)],
+        content,
+    )
 
 
 def tokenize_shard(
@@ -153,7 +173,7 @@ def tokenize_shard(
         for entry, result in zip(entries, results, strict=True):
             advance(1)
             if isinstance(result, str):
-                skipped.append((entry.key, result))
+                skipped += [shown(entry.key), shown(result, REASON)]
                 continue
             keys.append(entry.key)
             lengths.append(len(result.tokens))
@@ -167,11 +187,11 @@ def tokenize_shard(
     table = np.array(spans, dtype=np.int64).reshape(-1, 3)
     _save(
         record,  # last: where it exists, the tokens do too
-        keys=np.array(keys, dtype=np.str_),
+        **Strings.pack(keys).arrays("keys"),
         starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         spans=table[:, :2],
         modality=table[:, 2].astype(np.int8),
-        skipped=np.array(skipped, dtype=np.str_).reshape(-1, 2),
+        **Strings.pack(skipped).arrays("skipped"),
     )
 
 
@@ -221,13 +241,14 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> n
     return content.reshape(rows, *shape)
 
 
-def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a record, or None where there is none that can be read: it is then made again."""
+def _load(path: Path, names: Collection[str]) -> dict[str, np.ndarray] | None:
+    """The arrays of a record, or None where there is none that holds those of `names`: it is then made again."""
     try:
         with np.load(path) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return None
+            found = dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        return None  # whatever a file that lost its end, or a bit of it, makes numpy raise
+    return found if found.keys() >= set(names) else None
 
 
 def _save(path: Path, **arrays: np.ndarray) -> None:

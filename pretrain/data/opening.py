@@ -11,18 +11,20 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from pretrain.data.cache import cache_folder, locked
+from pretrain.data.cache import cache_folder, locked, room_for
 from pretrain.data.config import DataConfig, check_length
 from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
 from pretrain.data.fitting import fingerprint, load_modalities
-from pretrain.data.index import Listing, Skipped, list_shard, shard_tokens, tokenize_shard
+from pretrain.data.index import Listing, ShardTokens, Skipped, list_shard, shard_tokens, tokenize_shard
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
 from zoo.carries import Ids, Vectors
 from zoo.modalities import Grammar, Modalities, Modality, Vocabulary, grammars, vocabulary
 
 CHUNK = 1 << 16
+READING = 2
+"""Counted up whenever the library makes other tokens of the same files."""
 NAMED = 5
 """How many broken documents an error lists."""
 
@@ -39,7 +41,10 @@ class Data:
     skipped: list[Skipped]
     """Documents that could not be used."""
     fingerprint: str
-    """Hash of the training shards' content and of the modalities; equal means the same token stream."""
+    """Hash of the training shards' content and of the modalities; equal means the same token stream, wherever the shards
+    and the cache lie."""
+    validation_fingerprint: str
+    """The same of the validation shards."""
 
     @property
     def grammars(self) -> dict[str, Grammar]:
@@ -124,13 +129,13 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         )
     cache = cache_folder(folder, config.cache)
     words = vocabulary(modalities)
-    with locked(cache, log):
+    with locked(cache, log), room_for(cache):
         listings = [
             list_shard(shard, cache)
             for shard in tqdm.tqdm(train + validation, desc="listing shards", unit="shard", disable=None, leave=False)
         ]
         ready = load_modalities(modalities, listings[: len(train)], cache, log)
-        name = fingerprint(ready)
+        name = _token_name(ready)
         _index(listings, cache, name, ready, log)
     made = [shard_tokens(listing, cache, name, ready) for listing in listings]
     tokens = [shard for shard in made if shard is not None]
@@ -151,15 +156,36 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
             f"{stream.rows_per_epoch:,} rows of {config.sequence_length} an epoch, "
             f"{stream.share_of_padding:.1%} padding"
         )
-    content = json.dumps([[listing.checksum for listing in listings[: len(train)]], name])
+    meant = fingerprint(ready)
     return Data(
         streams["train"],
         streams.get("validation"),
         words,
         ready,
         skipped,
-        hashlib.sha256(content.encode()).hexdigest(),
+        _identity(meant, listings[: len(train)], tokens[: len(train)]),
+        _identity(meant, listings[len(train) :], tokens[len(train) :]),
     )
+
+
+def _token_name(modalities: Mapping[str, Modality]) -> str:
+    """Hash of everything that decides what becomes of a document: tokens in the cache go by it."""
+    configs = [modality.config.model_dump(mode="json", exclude={"path"}) for modality in modalities.values()]
+    content = json.dumps([READING, fingerprint(modalities), configs], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _identity(modalities: str, listings: Sequence[Listing], tokens: Sequence[ShardTokens]) -> str:
+    """Hash of what the shards of a split hold and what was made of it, wherever they lie.
+
+    Args:
+        modalities: their fingerprint.
+    """
+    content = [
+        [listing.checksum, [broken.key for broken in shard.skipped]]
+        for listing, shard in zip(listings, tokens, strict=True)
+    ]
+    return hashlib.sha256(json.dumps([READING, modalities, content]).encode()).hexdigest()
 
 
 def _index(

@@ -13,9 +13,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from pretrain.data.errors import DataError, shown
 from pretrain.data.items import stored
 from pretrain.data.shards import Entry
+from pretrain.data.tar import UNREADABLE
 from zoo.modalities import PARTS, Grammar, Modality, Vocabulary
+
+CAPTIONED = ("txt", "jpg", "jpeg", "png", "webp")
+"""What img2dataset calls a caption and a picture beside `KEY.json`."""
 
 
 class BrokenDocument(Exception):
@@ -45,12 +50,12 @@ def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part
     for number, part in enumerate(_parts(shard, entry)):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in known:
-            raise BrokenDocument(f"part {number} has type {kind!r}; known: {', '.join(known)}")
+            raise BrokenDocument(f"part {number} has type {shown(repr(kind))}; known: {', '.join(known)}")
         reader = readers.get(kind)
         if kind == "text":
             name, content = f"text part {number}", _text(part.get("text"), number)
         elif reader is not None:
-            name, content = part.get("file"), _file(shard, entry, kind, part.get("file"))
+            name, content = shown(str(part.get("file"))), _file(shard, entry, kind, part.get("file"))
         else:
             name, content = "", b""
         yield Part(kind, None if reader is None else _item(reader, name, content))
@@ -59,6 +64,8 @@ def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part
 def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:
     try:
         return reader(content)
+    except MemoryError:  # passes, so it says nothing about the document
+        raise DataError(f"{name}: the memory does not suffice to decode it; free some and start again") from None
     except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
         raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
 
@@ -129,9 +136,15 @@ def _checked(content: np.ndarray, form: tuple[np.dtype, tuple[int, ...]], kind: 
 
 def _parts(shard: BinaryIO, entry: Entry) -> list:
     try:
-        parts = json.loads(read_member(shard, entry, "json"))["parts"]
-    except (ValueError, KeyError, TypeError) as error:
+        document = json.loads(read_member(shard, entry, "json"))
+    except (ValueError, RecursionError) as error:
         raise BrokenDocument(f'its JSON is not {{"parts": […]}} ({type(error).__name__}: {error})') from None
+    if not isinstance(document, dict) or "parts" not in document:
+        hint = ""
+        if any(member.extension.lower() in CAPTIONED for member in entry.members):
+            hint = "; it looks like a picture and its caption as img2dataset writes them: list both as parts"
+        raise BrokenDocument(f'its JSON is not {{"parts": […]}} (it has no "parts"{hint})')
+    parts = document["parts"]
     if not isinstance(parts, list) or not parts:
         raise BrokenDocument('its "parts" is no list with an entry')
     return parts
@@ -156,10 +169,14 @@ def read_member(shard: BinaryIO, entry: Entry, extension: str) -> bytes:
     """The bytes of one file of a document.
 
     Raises:
-        BrokenDocument: it has no such file.
+        BrokenDocument: it has no such file, or the file does not lie in the shard.
     """
     member = entry.find(extension)
     if member is None:
-        raise BrokenDocument(f"its file {entry.key}.{extension} is missing")
+        raise BrokenDocument(f"its file {shown(f'{entry.key}.{extension}')} is missing")
+    if member.size == UNREADABLE:
+        raise BrokenDocument(
+            f"its file {shown(f'{entry.key}.{extension}')} is a link that leads nowhere, a device or a sparse file"
+        )
     shard.seek(member.offset)
     return shard.read(member.size)

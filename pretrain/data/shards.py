@@ -1,25 +1,25 @@
 """Tar shards on disk: finding them, and listing the documents in them with byte offsets.
 
-`tarfile` stops without a word at a damaged header in mid-file, and so does every reader built on it. Here a
-shard counts as read only when reading has ended at the end-of-archive marker.
+A document is `KEY.json`; what else is called `KEY.…` belongs to it. Keys may hold dots: `report.json` and `report.v2.json`
+are two documents, and `report.v2.0.png` belongs to the second.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-from webdataset.tariterators import base_plus_ext
-
 from pretrain.data.errors import DataError
+from pretrain.data.tar import TarFile, list_tar
 
-BLOCK = 512  # bytes; unit of a tar file
+DOCUMENT = ".json"
+DOTS = 32
+"""A file's name has at most so many dots after its document's key."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Member:
     """One file of a document."""
 
@@ -28,10 +28,10 @@ class Member:
     offset: int
     """First byte of the content inside the shard."""
     size: int
-    """Bytes."""
+    """Bytes; `UNREADABLE` where the content does not lie in the shard as one run of bytes."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """A document as it lies in a shard."""
 
@@ -39,8 +39,10 @@ class Entry:
     members: tuple[Member, ...]
 
     def find(self, extension: str) -> Member | None:
-        """The last member with this extension; a tar file may hold several, and the last one counts."""
-        return next((m for m in reversed(self.members) if m.extension == extension), None)
+        """The last member with this extension, else the last that differs from it only in capitals."""
+        same = [m for m in self.members if m.extension == extension]
+        same = same or [m for m in self.members if m.extension.lower() == extension.lower()]
+        return same[-1] if same else None
 
 
 def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
@@ -66,26 +68,16 @@ def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
 def scan_shard(path: Path) -> list[Entry]:
     """The documents of a shard, in the order in which they begin.
 
-    Members that are no plain files or whose names have no extension belong to no document.
+    Files without an extension belong to no document, nor do those that macOS hides (`._…`). Files that belong to no
+    `.json` are documents too, up to the first dot of their name, so that somebody counts them.
 
     Raises:
         DataError: the shard is empty, truncated, damaged or no tar file; names the file and the byte.
     """
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the shard is empty (0 bytes); write it again or remove it")
-    members: dict[str, list[Member]] = {}
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for info in _members(tar, path):
-                key, extension = base_plus_ext(info.name)
-                if key is not None and extension is not None and info.isfile():
-                    members.setdefault(key, []).append(Member(extension, info.offset_data, info.size))
-            _check_end(path, tar.offset)
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: not a plain tar file ({error}); shards are uncompressed tar files") from None
-    if not members:
+    entries = _documents(list_tar(path))
+    if not entries:
         raise DataError(f"{path}: the shard holds no document; write it again or remove it")
-    return [Entry(key, tuple(found)) for key, found in members.items()]
+    return entries
 
 
 def checksum(path: Path) -> str:
@@ -94,33 +86,40 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
-    while True:
-        try:
-            info = tar.next()
-        except tarfile.TarError as error:
-            if tar.offset == 0:
-                raise
-            raise DataError(_truncated(path, error)) from None
-        if info is None:
-            return
-        yield info
-        # tarfile keeps every header it has met; those of a large shard would fill the memory
-        tar.members = []  # pyrefly: ignore[missing-attribute]
+def _documents(files: Sequence[TarFile]) -> list[Entry]:
+    """Files as documents. Where a name comes again, another document of the same key begins."""
+    keys = {file.name[: -len(DOCUMENT)] for file in files if _is_document(file.name)}
+    documents: list[tuple[str, list[Member]]] = []
+    newest: dict[str, tuple[list[Member], set[str]]] = {}
+    for file in files:
+        key = _key(file.name, keys)
+        if key is None:
+            continue
+        extension = "json" if _is_document(file.name) else file.name[len(key) + 1 :]
+        if key not in newest or extension in newest[key][1]:
+            newest[key] = [], set()
+            documents.append((key, newest[key][0]))
+        members, extensions = newest[key]
+        members.append(Member(extension, file.offset, file.size))
+        extensions.add(extension)
+    return [Entry(key, tuple(members)) for key, members in documents]
 
 
-def _check_end(path: Path, offset: int) -> None:
-    """Raise unless the end-of-archive marker, a block of zeros, stands at byte `offset`."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        block = file.read(BLOCK)
-    if len(block) < BLOCK:
-        raise DataError(_truncated(path, f"no end-of-archive marker at byte {offset}"))
-    if block.strip(b"\0"):
-        raise DataError(
-            f"{path}: damaged header at byte {offset}, the rest of the shard cannot be read; write it again"
-        )
+def _is_document(name: str) -> bool:
+    return name[-len(DOCUMENT) :].lower() == DOCUMENT and not name[name.rfind("/") + 1 :].startswith("._")
 
 
-def _truncated(path: Path, why: object) -> str:
-    return f"{path}: the shard is truncated, it ends at byte {path.stat().st_size} ({why}); copy or write it again"
+def _key(name: str, keys: set[str]) -> str | None:
+    """The key of the document that a file belongs to: the longest of `keys` that its name begins with."""
+    if _is_document(name):
+        return name[: -len(DOCUMENT)]
+    folder = name.rfind("/") + 1
+    cut = len(name)
+    for _ in range(DOTS):
+        cut = name.rfind(".", folder, cut)
+        if cut < 0:
+            break
+        if name[:cut] in keys:
+            return name[:cut]
+    first = name.find(".", folder)
+    return name[:first] if first > folder else None

@@ -20,8 +20,9 @@ from zoo.slots import Modality
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 """What is opened, named as Pillow names it; the content decides, never a file's name. Others, such as EPS, would start
 programs or are no pictures of pixels."""
-MAX_PIXELS = 1 << 26
-"""Most pixels of a picture, where nobody sets another limit; a photograph of 8,192 × 8,192."""
+MEGAPIXEL = 1_000_000
+MAX_MEGAPIXELS = 64
+"""Most pixels of a picture, in millions, where nobody sets another limit; a photograph of 8,000 × 8,000."""
 PILLOW_LIMIT = 178_956_970
 """Pixels from which on Pillow refuses a picture itself."""
 LARGE = 1 << 22
@@ -47,13 +48,15 @@ class PictureError(ValueError):
     """A picture that cannot be used as it is; the message says why."""
 
 
-def open_picture(source: bytes | Path, max_pixels: int = MAX_PIXELS, key: str = "the limit") -> Image.Image:
+def open_picture(
+    source: bytes | Path, max_pixels: int = MAX_MEGAPIXELS * MEGAPIXEL, key: str = "the limit"
+) -> Image.Image:
     """A picture, fully decoded, upright, with 8 bits a channel, on white where it is transparent.
 
     Args:
         source: the content of a file, or the file.
         max_pixels: a picture with more is not decoded.
-        key: what the message calls `max_pixels`: the recipe's key.
+        key: what the message calls the limit: the recipe's key.
     Raises:
         PictureError: too many pixels, or pixels that have no meaning as colours.
         Exception: whatever Pillow raises for a file that is damaged or of no format in `FORMATS`.
@@ -126,9 +129,9 @@ class PictureConfig(ModalityConfig):
     """Side of a patch in pixels; divides image_size."""
     channels: Literal[1, 3] = 3
     """3 (colour) or 1 (grey)."""
-    max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1, le=PILLOW_LIMIT)
-    """A document with a picture of more pixels is skipped, counted and named; the picture is not decoded, since a small
-    file can hold gigabytes."""
+    max_megapixels: int = pydantic.Field(default=MAX_MEGAPIXELS, ge=1, le=PILLOW_LIMIT // MEGAPIXEL)
+    """A document with a picture of more millions of pixels is skipped, counted and named; the picture is not decoded, since
+    a small file can hold gigabytes."""
 
     @pydantic.field_validator("patch")
     @classmethod
@@ -151,7 +154,9 @@ class PictureConfig(ModalityConfig):
 
     def read(self, content: bytes) -> np.ndarray:
         """The square of a picture in any of `FORMATS`; raises what `open_picture` raises."""
-        return self.square(open_picture(content, self.max_pixels, f"modalities.{self.part}.max_pixels"))
+        return self.square(
+            open_picture(content, self.max_megapixels * MEGAPIXEL, f"modalities.{self.part}.max_megapixels")
+        )
 
     def square(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """The image as the modality sees it, (image_size, image_size, channels) uint8: the middle square of `plain`.

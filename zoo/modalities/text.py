@@ -141,4 +141,4 @@ class BPE(Text, LearnedModality):
 
     def save(self, path: str | Path) -> None:
         """Write `tokenizer.json`."""
-        self.inner.save(str(path))
+        Path(path).write_text(self.inner.to_str(pretty=True), encoding="utf-8")

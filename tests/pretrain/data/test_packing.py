@@ -8,6 +8,7 @@ import pytest
 from pretrain.data.documents import Documents
 from pretrain.data.index import ShardTokens
 from pretrain.data.packing import TokenStream, cut, fill
+from pretrain.data.strings import Strings
 from zoo.modalities import Vocabulary
 
 VOCABULARY = Vocabulary({"text": 100_000, "image": 50})
@@ -31,7 +32,7 @@ def make_documents(lengths: list[list[int]], shards: int = 1) -> Documents:
                     text += part
             tokens.append(VOCABULARY.eos)
             starts.append(len(tokens))
-        keys = np.array([f"{document}" for document in share.tolist()])
+        keys = Strings.pack(str(document) for document in share.tolist())
         spans = np.array(spans, np.int64).reshape(-1, 2)
         kinds = np.ones(len(spans), np.int8)
         made.append(ShardTokens(np.array(tokens, np.int32), keys, np.array(starts), spans, kinds, []))

@@ -31,21 +31,22 @@ def test_offsets_lead_to_the_content(shard):
                 assert content[member.offset : member.offset + member.size] == expected
 
 
-def test_members_of_a_document_need_not_be_neighbours_and_the_last_of_a_name_counts(tmp_path):
+def test_members_of_a_document_need_not_be_neighbours_and_a_name_again_begins_another(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, size in [("a.json", 3), ("b.json", 4), ("README", 5), ("a.0.png", 6), ("b.json", 7)]:
             info = tarfile.TarInfo(name)
             info.size = size
             tar.addfile(info, io.BytesIO(bytes(size)))
-    first, second = scan_shard(tmp_path / "x.tar")
+    first, second, third = scan_shard(tmp_path / "x.tar")
     assert first.key == "a" and [m.extension for m in first.members] == ["json", "0.png"]
-    assert second.find("json").size == 7
+    assert (second.key, second.find("json").size) == ("b", 4) and (third.key, third.find("json").size) == ("b", 7)
 
 
 def test_find_takes_the_last_of_a_name():
     entry = Entry("a", (Member("json", 0, 1), Member("json", 9, 2)))
     assert entry.find("json").offset == 9
     assert entry.find("png") is None
+    assert Entry("a", (Member("JSON", 0, 1), Member("0.JPG", 9, 2))).find("0.jpg").offset == 9
 
 
 def test_shards_are_sorted_and_missing_ones_named(tmp_path, shard):

@@ -178,20 +178,26 @@ def header(side: int) -> bytes:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF", "JPEG"])
 def test_too_many_pixels_are_not_decoded(kind, monkeypatch):
     file = content(Image.new("L", (12, 9)), kind)
-    assert Patches.Config(max_pixels=108).read(file).shape == (32, 32, 3)
+    assert open_picture(file, 108).size == (12, 9)
     monkeypatch.setattr("zoo.modalities.pictures.plain", None)
-    with pytest.raises(PictureError, match=r"^has 12 × 9 pixels; modalities.image.max_pixels allows 107$"):
-        Patches.Config(max_pixels=107).read(file)
+    with pytest.raises(PictureError, match=r"^has 12 × 9 pixels; some.key allows 107$"):
+        open_picture(file, 107, "some.key")
 
 
 def test_the_limit_where_none_is_set(monkeypatch):
     monkeypatch.setattr("zoo.modalities.pictures.plain", None)
-    with pytest.raises(PictureError, match=r"has 9,000 × 9,000 pixels; modalities.image.max_pixels allows 67,108,864"):
+    with pytest.raises(
+        PictureError, match=r"has 9,000 × 9,000 pixels; modalities.image.max_megapixels allows 64,000,000"
+    ):
         COLOUR.read(header(9_000))
-    with pytest.raises(PictureError, match="has more than 178,956,970 pixels; modalities.image.max_pixels allows"):
+    with pytest.raises(
+        PictureError, match=r"has 2,000 × 2,000 pixels; modalities.image.max_megapixels allows 3,000,000"
+    ):
+        Patches.Config(max_megapixels=3).read(header(2_000))
+    with pytest.raises(PictureError, match="has more than 178,956,970 pixels; modalities.image.max_megapixels allows"):
         COLOUR.read(header(60_000))
-    with pytest.raises(ConfigError, match="max_pixels: 999999999: must be less than or equal to 178956970"):
-        Patches.Config.parse({"max_pixels": 999_999_999}, "modalities.image")
+    with pytest.raises(ConfigError, match="max_megapixels: 999: must be less than or equal to 178"):
+        Patches.Config.parse({"max_megapixels": 999}, "modalities.image")
 
 
 def test_a_file_that_would_start_a_program_is_no_picture(monkeypatch):
