@@ -175,7 +175,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     over each of them."""
     merged = dict(base)
     for key, value in over.items():
-        below = merged.get(key)
+        below: Any = merged.get(key)
         if isinstance(value, Mapping) and _mappings(below):
             merged[key] = [_merge(entry, value) for entry in below]
         elif _mappings([below, value]) and value.get("type", below.get("type")) == below.get("type"):

@@ -52,6 +52,10 @@ class MixerGate(Router, counter_noise=True):
         ridge: float = Field(1e-3, gt=0)
         """Of the least squares, in units of the features' mean square; the intercept is free."""
 
+    gate_bits: Tensor
+    centroid_bits: Tensor
+    refits: Tensor
+
     def __init__(self, config: Config, place: Place, outputs: int) -> None:
         super().__init__()
         self.name, self.outputs, self.width = place.name, outputs, place.d_model
@@ -89,7 +93,9 @@ class MixerGate(Router, counter_noise=True):
     def init_state(self, rows: int, like: Tensor) -> PrefixState | None:
         return PrefixState.empty(rows, self.width, like.device) if self.pooled else None
 
-    def forward(self, x: Tensor, candidates: Candidates | None = None, state: PrefixState | None = None) -> Tensor:
+    def forward(  # pyrefly: ignore[bad-override]  # the state is its own
+        self, x: Tensor, candidates: Candidates | None = None, state: PrefixState | None = None
+    ) -> Tensor:
         """As a scorer's. Without candidates x are the features themselves."""
         features = x.detach().to(_wide(x)) if candidates is None else self._features(x, candidates, state)
         gate = self.gate.to(features.dtype)

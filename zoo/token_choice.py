@@ -50,7 +50,7 @@ class Balance(Config):
 class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
     """Scores a token by a linear map, takes its top-k experts and weighs each by its score."""
 
-    class Config(BlockConfig):
+    class Config(BlockConfig):  # pyrefly: ignore[bad-override]  # other keys than a linear scorer's
         top_k: int = Field(2, gt=0)
         """Experts of each token, no-op experts included."""
         score: Literal["softmax", "sigmoid"] = "softmax"
@@ -87,6 +87,7 @@ class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
 
     @classmethod
     def check_experts(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
+        assert isinstance(config, TokenChoiceRouter.Config)
         if config.top_k > experts + noop:
             raise ConfigError(
                 f"{path}.top_k: {config.top_k} of {experts + noop} experts; a token takes at most as many as there are"
