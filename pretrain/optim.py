@@ -49,7 +49,7 @@ class OptimizerConfig(Config):
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
     """Share of a matrix that goes at every step, times the learning rate; embeddings, norms and biases keep theirs."""
     momentum: float | None = pydantic.Field(default=None, ge=0, lt=1)
-    """Of Muon's average of the gradient; default 0.95. Under type muon only."""
+    """Momentum of Muon; default 0.95. Under type muon only."""
     muon_lr: float | None = pydantic.Field(default=None, gt=0)
     """Peak learning rate of Muon's matrices; required under type muon, for which 0.02 is usual."""
 

@@ -60,6 +60,7 @@ class ExpertConfig(BlockConfig):
     auxiliary: bool = True
     """Train a causal router beside the main one. Without it the block has no causal mode."""
     router: RouterSlot = Field(default_factory=LinearScorer.Config)
+    """What scores the tokens; one that brings a chooser of its own also decides."""
 
     def chooser(self, experts: int) -> ExpertChoice:
         """How the experts of a group of `experts` choose, unless the router has its own way."""
@@ -256,6 +257,7 @@ class Experts(RoutedExperts, counter_noise=True):
 
     class Config(ExpertConfig):
         experts: int = Field(gt=0)
+        """Number of experts E."""
 
         def group_sizes(self) -> dict[str, int]:
             return {"all": self.experts}

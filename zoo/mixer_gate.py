@@ -50,7 +50,7 @@ class MixerGate(Router, counter_noise=True):
         weight: Literal["one", "probability"] = "one"
         """What multiplies the expert's output: 1, or the softmax of the scores, a constant for the gradient."""
         ridge: float = Field(1e-3, gt=0)
-        """Of the least squares, in units of the features' mean square; the intercept is free."""
+        """Ridge penalty of the least squares, in units of the features' mean square; the intercept is free."""
 
     gate_bits: Tensor
     centroid_bits: Tensor

@@ -33,8 +33,8 @@ class Balance(Config):
 
     type: Literal["none", "loss", "bias"] = "loss"
     weight: float | None = Field(None, ge=0)
-    """Of the loss, added to the training loss; default 0.01. It is taken over a micro-batch, so the split into
-    micro-batches matters."""
+    """Weight of the balancing loss in the training loss; default 0.01. The loss is taken over a micro-batch, so the
+    split into micro-batches matters."""
     rate: float | None = Field(None, gt=0)
     """How far a bias moves in a step; default 0.001. Loads are those of the whole step, all ranks."""
 

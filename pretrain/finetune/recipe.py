@@ -74,6 +74,7 @@ class AdaptRecipe(RunRecipe):
     train: LoopConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
+    """DeepSpeed's own keys, or the path of a JSON file with them."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> AdaptRecipe:
