@@ -6,37 +6,40 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pretrain.data import Batch, TokenStream, micro_batches
+from pretrain.data import TokenStream, micro_batches
 from pretrain.process_group import Ranks
 from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import RoutedBlock
+from zoo.batch import Batch
 from zoo.context import CAUSAL, TOPK, Trace
 from zoo.model import Model
+from zoo.slots import Objective
 
 ALONE = Ranks()
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCounts(Counts):
-    """What batches of packed rows hold, by modality in the model's order."""
+    """What batches of packed rows hold."""
 
-    targets: tuple[int, ...]
-    """Tokens that are predicted."""
+    terms: tuple[int, ...]
+    """Of each part of the loss, in the objective's order."""
     tokens: tuple[int, ...]
+    """Of each modality, in the model's order."""
 
-    def targets_by_name(self, modalities: Sequence[str]) -> dict[str, int]:
-        """`targets` by the names of the modalities."""
-        return dict(zip(modalities, self.targets, strict=True))
+    def by_part(self, objective: Objective) -> dict[str, int]:
+        """`terms` by the names of the parts."""
+        return dict(zip(objective.parts, self.terms, strict=True))
 
 
-def count_batches(objective: nn.Module, modalities: Sequence[str], batches: Sequence[Batch]) -> StepCounts:
+def count_batches(objective: Objective, batches: Sequence[Batch]) -> StepCounts:
     """What `batches` hold together."""
-    targets = [objective.counts(batch.context) for batch in batches]
+    terms = [objective.counts(batch) for batch in batches]
     return StepCounts(
-        tuple(sum(counts[name] for counts in targets) for name in modalities),
-        tuple(sum(batch.context.totals[m] for batch in batches) for m in range(len(modalities))),
+        tuple(sum(counts[name] for counts in terms) for name in objective.parts),
+        tuple(sum(numbers) for numbers in zip(*(batch.context.totals for batch in batches), strict=True)),
     )
 
 
@@ -54,7 +57,7 @@ def routings(model: nn.Module) -> tuple[str, ...]:
 def evaluate(
     forward: nn.Module,
     model: Model,
-    objective: nn.Module,
+    objective: Objective,
     stream: TokenStream,
     rows: int,
     micro_batch: int,
@@ -78,12 +81,12 @@ def evaluate(
     chunk = micro_batch * ranks.world
     padded = -(-rows // chunk) * chunk
     batches = micro_batches(stream, 0, padded, micro_batch, ranks.rank, ranks.world, 0, 0, end=rows)
-    counts = count_batches(objective, model.modalities, batches).over(ranks, device)
+    counts = count_batches(objective, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
     for routing in routings(model):
         totals = _pass(forward, objective, batches, routing).over(ranks, device)
-        result |= _losses(totals, counts, routing, objective, model.modalities)
+        result |= _losses(totals, counts, routing, objective)
         if routing == TOPK:
             result |= {f"eval/auxiliary/{key}": value for key, value in totals.routing.all_hits().rates().items()}
             for name, hits in totals.routing.hits.items():
@@ -100,27 +103,22 @@ def validation_loss(values: dict[str, float]) -> float:
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
 
 
-def _pass(forward: nn.Module, objective: nn.Module, batches: Sequence[Batch], routing: str) -> Sums:
+def _pass(forward: nn.Module, objective: Objective, batches: Sequence[Batch], routing: str) -> Sums:
     """What this rank's batches give under one routing, summed in fp64 on the host."""
     sums = Sums()
     for batch in batches:
         trace = Trace()
-        parts = objective(forward, Batch(batch.tokens, batch.context.replace(routing=routing, trace=trace)))
-        losses = {name: total.double().cpu() for name, (total, _) in parts.items()}
-        sums += Sums(parts=losses, routing=trace.statistics)
+        parts = objective(forward, batch.under(routing=routing, trace=trace))
+        sums += Sums(parts={name: total.double().cpu() for name, total in parts.items()}, routing=trace.statistics)
     return sums
 
 
-def _losses(
-    totals: Totals, counts: StepCounts, routing: str, objective: nn.Module, modalities: Sequence[str]
-) -> dict[str, float]:
-    targets = counts.targets_by_name(modalities)
-    sums: dict[str, Tensor] = {k: torch.tensor(value, dtype=torch.float64) for k, value in totals.parts.items()}
-    result = {f"eval/{routing}/loss": float(objective.combine(sums, targets))}
-    for name, n in targets.items():
-        if n:
-            result[f"eval/{routing}/loss/{name}"] = totals.parts[name] / n
-    return result
+def _losses(totals: Totals, counts: StepCounts, routing: str, objective: Objective) -> dict[str, float]:
+    terms = counts.by_part(objective)
+    sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.parts.items()}
+    losses = {f"eval/{routing}/loss": float(objective.combine(sums, terms))}
+    means = objective.report(totals.parts, terms, training=False)
+    return losses | {f"eval/{routing}/loss/{name}": value for name, value in means.items()}
 
 
 def _mean(values: Sequence[float], counts: Sequence[int]) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import zoo
 from pretrain import run_folder
-from pretrain.data import Batch, Data, micro_batches
+from pretrain.data import Data, micro_batches
 from pretrain.describe import blueprint
 from pretrain.engine import Engine, Gather
 from pretrain.evaluate import StepCounts, count_batches, evaluate, validation_loss
@@ -23,11 +23,11 @@ from pretrain.sums import Sums, Totals
 from pretrain.task import Forward, State, Step, Task
 from pretrain.updates import Updates
 from zoo.auxiliary import AuxiliaryRouter
+from zoo.batch import Batch
 from zoo.config import UserError
 from zoo.context import Trace
 from zoo.flops import TRAINING_FACTOR
 from zoo.model import load_weights
-from zoo.objectives.autoregressive import Z_LOSS
 
 
 def auxiliary_routers(model: torch.nn.Module) -> dict[str, AuxiliaryRouter]:
@@ -84,7 +84,11 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         )
         self.updates = Updates(self.engine.module, self.engine.device, self.engine.ranks.sum)
         self.objective = zoo.build(
-            "objective", recipe.objective, d_model=recipe.model.d_model, modalities=self.blueprint.modalities
+            "objective",
+            recipe.objective,
+            d_model=recipe.model.d_model,
+            modalities=self.blueprint.modalities,
+            heads=recipe.model.own_heads,
         )
         self.cost = self.blueprint.cost(recipe.data.sequence_length)
 
@@ -136,13 +140,12 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         )
 
     def count(self, batches: Sequence[Batch]) -> StepCounts:
-        return count_batches(self.objective, self.blueprint.modalities, batches)
+        return count_batches(self.objective, batches)
 
     def forward(self, batch: Batch, step: Step[Batch, StepCounts], reporting: bool) -> Forward:
         trace, counts = Trace(), step.counts
-        batch = Batch(batch.tokens, batch.context.replace(trace=trace)).to(self.engine.device)
-        parts = {name: total for name, (total, _) in self.objective(self.engine.module, batch).items()}
-        loss = main = self.objective.combine(parts, counts.targets_by_name(self.blueprint.modalities))
+        parts = self.objective(self.engine.module, batch.under(trace=trace).to(self.engine.device))
+        loss = main = self.objective.combine(parts, counts.by_part(self.objective))
         balance = auxiliary = None
         if trace.penalties:  # their mean over micro-batches and ranks
             penalties = torch.stack(list(trace.penalties.values())).sum()
@@ -168,7 +171,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
     # -------------------------------------------------------------------------------------------------------- reports
 
     def report(self, state: PretrainingState, totals: Totals, counts: StepCounts) -> dict[str, float]:
-        return step_values(totals, counts.targets_by_name(self.blueprint.modalities))
+        return step_values(totals, self.objective.report(totals.parts, counts.by_part(self.objective), training=True))
 
     def line(self, step: int, report: Mapping[str, float], progress: Progress) -> str:
         routers = f"  routers {report['auxiliary/accuracy']:.1%} right" if self.frozen else ""
@@ -217,7 +220,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         rows = -(-train.calibrate_rows // train.micro_batch) * train.micro_batch
         first = first_row + train.steps * train.global_batch
         batches = micro_batches(self.data.train, first, rows, train.micro_batch, 0, 1, train.steps, recipe.seed)
-        shares = zoo.calibrate(model, [(b.tokens, b.context) for b in (b.to(device) for b in batches)])
+        shares = zoo.calibrate(model, [batch.to(device) for batch in batches])
         off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
         print(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True)
         return {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
@@ -232,17 +235,15 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         return {} if initial is None else {name: value for name, value in initial.weights.items() if name in frozen}
 
 
-def step_values(totals: Totals, targets: Mapping[str, int]) -> dict[str, float]:
+def step_values(totals: Totals, losses: Mapping[str, float]) -> dict[str, float]:
     """What a log step says of losses and routers.
 
     Args:
         totals: of the step, with a `loss`.
-        targets: tokens predicted of each modality over the whole step.
+        losses: what the objective says of its parts.
     """
     assert totals.loss is not None
-    values = {"loss": totals.loss} | {f"loss/{name}": totals.parts[name] / n for name, n in targets.items() if n}
-    if Z_LOSS in totals.parts:
-        values["loss/z"] = totals.parts[Z_LOSS] / max(sum(targets.values()), 1)
+    values = {"loss": totals.loss} | {f"loss/{name}": value for name, value in losses.items()}
     if totals.auxiliary is not None:
         values["auxiliary/loss"] = totals.auxiliary
         values |= {f"auxiliary/{key}": value for key, value in totals.routing.all_hits().rates().items()}

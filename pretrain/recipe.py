@@ -5,6 +5,7 @@ Nothing here starts a process or touches data, so every mistake is found before 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import sys
@@ -20,11 +21,14 @@ import zoo.kernels
 from pretrain.data import DataConfig, check_length
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe_file import read
+from zoo.carries import Ids
 from zoo.config import Config, ConfigError, dotted
+from zoo.heads import default_head
 from zoo.modalities import ModalitiesSection, default_modalities, in_order, vocabulary
 from zoo.model import MAX_IDS, ModelConfig
 from zoo.objectives.autoregressive import Autoregressive
-from zoo.registry import ObjectiveSlot
+from zoo.registry import BlockConfig, ObjectiveSlot
+from zoo.stems import default_stem
 
 MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 """Keys of old, and where they stand now."""
@@ -187,8 +191,11 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
         raise ConfigError(
             f"model.vocab_size: {size} is less than the {words.size} ids of the modalities; remove the key"
         )
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=_ends(recipe))})
     recipe.model.check()
-    recipe.objective.check(recipe.model.place(recipe.kernels), "objective")
+    bidirectional = tuple(name for name, modality in recipe.modalities.items() if modality.bidirectional)
+    place = dataclasses.replace(recipe.model.place(recipe.kernels), bidirectional=bidirectional)
+    recipe.objective.check(place, "objective")
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
     return recipe
@@ -201,6 +208,28 @@ def _with_modalities(data: Mapping[str, Any]) -> Mapping[str, Any]:
         return data
     names = map(str, section) if isinstance(section, Mapping) and section else default_modalities()
     return {**data, "model": {"modalities": in_order(names), **model}}
+
+
+def _ends(recipe: Recipe) -> dict[str, dict[str, BlockConfig]]:
+    """Stems and heads of the model: of each modality whose positions carry no ids the recipe's, or those that fit it.
+
+    Raises:
+        ConfigError: one that does not fit what the modality carries.
+    """
+    stems, heads = dict(recipe.model.stem), dict(recipe.model.head)
+    for name, modality in recipe.modalities.items():
+        if not isinstance(modality.carries, Ids):
+            open_ended = modality.positions is not None and not modality.positions.fixed
+            stems.setdefault(name, default_stem(modality.carries))
+            heads.setdefault(name, default_head(modality.carries, open_ended))
+        for slot, blocks in (("stem", stems), ("head", heads)):
+            fits = None if isinstance(modality.carries, Ids) else modality.carries
+            if name in blocks and blocks[name].carries != fits:
+                raise ConfigError(
+                    f"model.{slot}.{name}: is for {blocks[name].carries or 'ids'}, but a position of modalities.{name} "
+                    f"carries {modality.carries}; remove the key, or make them agree"
+                )
+    return {"stem": stems, "head": heads}
 
 
 def check_batches(train: LoopConfig) -> None:

@@ -1,32 +1,30 @@
 """Model state that no gradient trains: renewed once per optimizer step from sums over its micro-batches and all ranks.
 
-A module takes part by having a `name` and an `update(statistics, step)`; its blocks put sums under that name into
-`Trace.updates` in every training forward.
+A part of the model (`zoo.slots.Part`) joins in by having a name and an `update(statistics, step)` of its own; it puts sums
+under that name into `Trace.updates` in every training forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.slots import Part
+
 
 class Updates:
-    """The modules of a model that have an `update`, and their sums of the step in hand.
+    """The parts of a model by name, and their sums of the step in hand.
 
     Args:
-        model: the module that runs; its modules' buffers are what changes.
+        model: the module that runs; buffers of its parts are what changes.
         device: on which sums are reduced.
         all_reduce_sum: sums a tensor over ranks.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        named: list[Any] = [
-            m for m in model.modules() if hasattr(m, "update") and isinstance(getattr(m, "name", None), str)
-        ]
-        self.modules: dict[str, Any] = {module.name: module for module in named}
+        self.parts = {part.name: part for part in model.modules() if isinstance(part, Part) and part.name}
         self.device, self.all_reduce_sum = device, all_reduce_sum
         self.sums: dict[tuple[str, str], Tensor] = {}
 
@@ -44,13 +42,13 @@ class Updates:
         One all-reduce, and none where no module has collected anything (the same on every rank).
         """
         sums, self.sums = self.sums, {}
-        if not applied or not self.modules:
+        if not applied or not self.parts:
             return
-        statistics: dict[str, dict[str, Tensor]] = {name: {} for name in self.modules}
+        statistics: dict[str, dict[str, Tensor]] = {name: {} for name in self.parts}
         if sums:
             order = sorted(sums)
             flat = self.all_reduce_sum(torch.cat([sums[key].reshape(-1) for key in order]))
             for (name, key), part in zip(order, flat.split([sums[key].numel() for key in order]), strict=True):
                 statistics[name][key] = part.view(sums[name, key].shape)
-        for name in sorted(self.modules):
-            self.modules[name].update(statistics[name], step)
+        for name in sorted(self.parts):
+            self.parts[name].update(statistics[name], step)

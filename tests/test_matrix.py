@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import re
@@ -16,7 +15,8 @@ import torch
 import zoo
 from tests.pretrain.ranks import run_ranks
 from tests.zoo.helpers import columns, stream
-from zoo import ConfigError, TokenContext, Trace
+from zoo import ConfigError, Trace
+from zoo.batch import Batch
 
 MODALITIES = ("text", "image", "speech")
 STEPS = 5
@@ -198,14 +198,6 @@ def test_it_decodes(combination: Combination) -> None:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@dataclasses.dataclass
-class Batch:
-    """What an objective reads of a batch."""
-
-    tokens: torch.Tensor
-    context: TokenContext
-
-
 def batch(rank: int, step: int) -> Batch:
     """The same tokens in every step; rank 0 has no speech and rank 1 no images."""
     rows = [("tttttiiiiii|tttiiiii", "iiiiittt|ttttiiii.."), ("ssssssttttt|ttttss", "..tttttttsssssss|sss")][rank]
@@ -237,7 +229,7 @@ def trained(combinations: list[Combination], stage: int = 2) -> dict[str, dict[s
         optimizer=optimizer,
     )
     objective: Any = zoo.build("objective", {"type": "autoregressive"}, modalities=MODALITIES)
-    each = [objective.counts(batch(rank, 0).context) for rank in range(2)]
+    each = [objective.counts(batch(rank, 0)) for rank in range(2)]
     counts = {name: sum(c[name] for c in each) for name in MODALITIES}
     results = {}
     for combination in combinations:
@@ -255,8 +247,8 @@ def trained(combinations: list[Combination], stage: int = 2) -> dict[str, dict[s
         engine.train()
         for step in range(STEPS):
             mine, trace = batch(engine.ranks.rank, step), Trace()
-            parts = objective(engine.module, Batch(mine.tokens, mine.context.replace(trace=trace)))
-            main = objective.combine({name: total for name, (total, _) in parts.items()}, counts)
+            parts = objective(engine.module, mine.under(trace=trace))
+            main = objective.combine(parts, counts)
             auxiliary = [total / sum(counts.values()) * AUXILIARY_SCALE for total, _ in trace.losses.values()]
             updates.add(trace.updates)
             engine.backward((main + sum(auxiliary) + sum(trace.penalties.values()) / 2) * 2)

@@ -66,7 +66,13 @@ def losses(model: zoo.Model, recipe: recipes.Recipe, rows: int) -> dict[str, flo
     """Losses of `pretrain.evaluate.evaluate` on the first `rows` held-out rows, of data that have some."""
     data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None)
     assert data.validation is not None
-    objective = zoo.build("objective", recipe.objective, d_model=recipe.model.d_model, modalities=model.modalities)
+    objective = zoo.build(
+        "objective",
+        recipe.objective,
+        d_model=recipe.model.d_model,
+        modalities=model.modalities,
+        heads=recipe.model.own_heads,
+    )
     values = evaluate(model, model, objective, data.validation, rows, recipe.train.micro_batch)
     return {name: value for name, value in values.items() if "/loss" in name}
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import zoo.kernels
 from zoo.config import Config, ConfigError
 from zoo.model import Model, ModelConfig, initialise
-from zoo.registry import SLOTS, Place, parse_block
+from zoo.registry import SLOTS, BlockConfig, Place, parse_block
 
 ELSEWHERE = {
     "depth": "a depth block stands round another; build the layer that has `depth:`",
@@ -63,18 +63,22 @@ def build_block(
     norm: str = "pre",
     layers: int = 1,
     kernels: Mapping[str, str] | None = None,
+    vocab_size: int = 0,
+    heads: Mapping[str, BlockConfig] | None = None,
     seed: int | None = 0,
 ) -> Any:
     """Build one block, an instance of the slot's base (`zoo.slots`); the options say where in a model it would stand.
 
     Args:
-        slot: `mixer`, `feedforward` or `objective`.
+        slot: `mixer`, `feedforward`, `stem`, `head` or `objective`.
         config: a mapping with `type:`, or a validated config.
         d_model: width of the stream; an objective needs none.
         name: dotted name of the block.
         norm: norm placement of the layer round it, "pre" or "post".
         layers: number of layers of the model.
         kernels: backend of each operation, see `zoo.kernels`.
+        vocab_size: ids of the vocabulary; the stem and the head of ids need it.
+        heads: for an objective `ModelConfig.own_heads` of the model that it trains.
         seed: first weights are a function of (seed, parameter name); None leaves them unset.
     Raises:
         ConfigError: naming the dotted key, the value, the rule and the way out.
@@ -87,7 +91,16 @@ def build_block(
     if d_model < 1 and slot != "objective":
         raise ConfigError(f"build: d_model is {d_model}; give the width of the stream, d_model=…")
     block_config = parse_block(slot, config, name or slot)
-    place = Place(d_model, tuple(modalities), name, norm=norm, layers=layers, kernels=dict(kernels or {}))
+    place = Place(
+        d_model,
+        tuple(modalities),
+        name,
+        norm=norm,
+        layers=layers,
+        kernels=dict(kernels or {}),
+        vocab_size=vocab_size,
+        heads=dict(heads or {}),
+    )
     block_config.check(place, name or slot)
     block = block_config.block(block_config, place)
     if seed is not None:

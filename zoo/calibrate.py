@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo.auxiliary import AuxiliaryRouter
+from zoo.batch import Batch
 from zoo.config import UserError
-from zoo.context import CAUSAL, TOPK, TokenContext, Trace
+from zoo.context import CAUSAL, TOPK, Trace
 from zoo.routing.statistics import RoutingStatistics
 
-Batches = Sequence[tuple[Tensor, TokenContext]]
-"""(token ids (B, T), their context); gone through several times."""
+Batches = Sequence[Batch]
+"""Gone through several times."""
 
 
 @torch.no_grad()
@@ -84,9 +85,9 @@ def threshold_for(logits: Tensor, share: Fraction) -> float:
 def _training_shares(model: nn.Module, batches: Batches) -> dict[str, Fraction]:
     """Share of its candidates that every routed group takes by top-k."""
     statistics = RoutingStatistics()
-    for tokens, context in batches:
+    for batch in batches:
         trace = Trace()
-        model(tokens, context.replace(routing=TOPK, trace=trace))
+        model(batch.tokens, batch.context.replace(routing=TOPK, trace=trace), content=batch.content)
         statistics += trace.statistics
     return {name: Fraction(int(hits.chosen), int(hits.total)) for name, hits in statistics.hits.items() if hits.total}
 
@@ -95,8 +96,8 @@ def _causal_logits(model: nn.Module, routers: list[AuxiliaryRouter], batches: Ba
     """For each router and each of its groups all logits (n, outputs) met under causal routing, on the host."""
     seen: list[list[list[Tensor]]] = [[[] for _ in router.names] for router in routers]
     with _listening(routers, seen):
-        for tokens, context in batches:
-            model(tokens, context.replace(routing=CAUSAL, trace=None))
+        for batch in batches:
+            model(batch.tokens, batch.context.replace(routing=CAUSAL, trace=None), content=batch.content)
     empty = [torch.empty(0, router.threshold.shape[1]) for router in routers]
     return [[torch.cat([none, *parts]) for parts in groups] for none, groups in zip(empty, seen, strict=True)]
 

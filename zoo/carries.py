@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+from torch import Tensor
+
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
@@ -28,3 +31,14 @@ class Channels:
 
 
 Carries = Ids | Vectors | Channels
+
+
+def nothing(carries: Carries, device: torch.device | str = "cpu") -> Tensor:
+    """What no positions carry: (0, …) of the type and shape of what positions do."""
+    match carries:
+        case Ids():
+            return torch.zeros(0, dtype=torch.int64, device=device)
+        case Vectors(width):
+            return torch.zeros(0, width, device=device)
+        case Channels(count, _):
+            return torch.zeros(0, count, dtype=torch.int64, device=device)

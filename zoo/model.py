@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
+from typing import cast, overload
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.block import LayerConfig
+from zoo.carries import nothing
 from zoo.config import Config, ConfigError
 from zoo.context import TokenContext, Trace
 from zoo.flops import Cost
-from zoo.layers import Embedding, Linear, RMSNorm
-from zoo.registry import Place
-from zoo.roles import ParameterOwner, Role
-from zoo.slots import Component, Part
+from zoo.heads import HeadConfig, IdHead
+from zoo.layers import RMSNorm
+from zoo.registry import HeadSlot, Place, StemSlot
+from zoo.roles import ParameterOwner
+from zoo.slots import Component, Head, Part, Stem
 from zoo.states import State
+from zoo.stems import IdStem, StemConfig
+
+_IDS = (IdStem.Config, IdHead.Config, type(None))
 
 MAX_WIDTH, MAX_IDS, MAX_LAYERS = 2**18, 2**24, 1024
 """Bounds of a model's sizes, far above what can be meant."""
@@ -36,6 +42,11 @@ class ModelConfig(Config):
     """Width D of the residual stream."""
     vocab_size: int | None = Field(None, gt=0, le=MAX_IDS)
     """Default: what the modalities need."""
+    stem: dict[str, StemSlot] = Field(default_factory=dict)
+    """How the positions of a modality enter, by modality. Those that carry ids share the embedding; in a recipe the others
+    have the stem that fits what they carry, unless another is given."""
+    head: dict[str, HeadSlot] = Field(default_factory=dict)
+    """What predicts the positions of a modality, by modality; as `stem`."""
     layers: list[LayerConfig] = Field(min_length=1)
     """From the first to the last."""
     repeat: int = Field(1, gt=0)
@@ -61,10 +72,38 @@ class ModelConfig(Config):
         return once * self.repeat
 
     def place(self, kernels: Mapping[str, str]) -> Place:
-        return Place(self.d_model, tuple(self.modalities), layers=len(self.pattern()), kernels=dict(kernels))
+        return Place(
+            self.d_model,
+            tuple(self.modalities),
+            layers=len(self.pattern()),
+            kernels=dict(kernels),
+            vocab_size=self.vocab_size or 0,
+            heads=self.own_heads,
+        )
+
+    @property
+    def own_stems(self) -> dict[str, StemConfig]:
+        """Stems of the modalities whose positions carry no ids, in the order of the modalities."""
+        return {name: self.stem[name] for name in self.modalities if not isinstance(self.stem.get(name), _IDS)}
+
+    @property
+    def own_heads(self) -> dict[str, HeadConfig]:
+        """Heads of the modalities whose positions carry no ids, in the order of the modalities."""
+        return {name: self.head[name] for name in self.modalities if not isinstance(self.head.get(name), _IDS)}
 
     def check(self, path: str = "model") -> None:
         """Raise `ConfigError` for what no single block sees: widths that do not divide, modalities without experts."""
+        for slot, blocks in (("stem", self.stem), ("head", self.head)):
+            for name, block in blocks.items():
+                self.place({}).check_modality(name, f"{path}.{slot}.{name}")
+                block.check(self.place({}), f"{path}.{slot}.{name}")
+        for name in self.modalities:
+            enters, leaves = (slot[name].carries if name in slot else None for slot in (self.stem, self.head))
+            if enters != leaves:
+                raise ConfigError(
+                    f"{path}.head.{name}: predicts {leaves or 'ids'}, but {path}.stem.{name} takes {enters or 'ids'}; make "
+                    "them agree"
+                )
         for index, layer in enumerate(self.layers):
             layer.check(self.place({}), f"{path}.layers[{index}]")
 
@@ -84,22 +123,63 @@ class Model(nn.Module):
             raise ConfigError("model.vocab_size: not set; give it, or a section `modalities` that decides it")
         place = config.place(kernels)
         self.modalities = place.modalities
+        self.carries = {name: stem.carries for name, stem in config.own_stems.items()}
         self.activation_checkpointing = activation_checkpointing
-        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.embedding = IdStem(IdStem.Config(), place)
+        self.stems = nn.ModuleDict(
+            {name: stem.block(stem, place.child(f"stems.{name}")) for name, stem in config.own_stems.items()}
+        )
         self.layers = nn.ModuleList(
             [layer.build(place.child(f"layers.{i}", layer=i)) for i, (_, layer) in enumerate(config.pattern())]
         )
         self.norm = RMSNorm(config.d_model)
-        self.head = Linear(config.d_model, config.vocab_size, role=Role.HEAD)
+        self.head = IdHead(IdHead.Config(), place)
+        self.heads = nn.ModuleDict(
+            {name: head.block(head, place.child(f"heads.{name}")) for name, head in config.own_heads.items()}
+        )
 
-    def forward(self, tokens: Tensor, context: TokenContext, states: Sequence[State] | None = None) -> Tensor:
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        context: TokenContext,
+        states: Sequence[State] | None = None,
+        content: Mapping[str, Tensor] | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        context: TokenContext,
+        states: Sequence[State] | None = None,
+        content: Mapping[str, Tensor] | None = None,
+        *,
+        read: Mapping[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def forward(
+        self,
+        tokens: Tensor,
+        context: TokenContext,
+        states: Sequence[State] | None = None,
+        content: Mapping[str, Tensor] | None = None,
+        *,
+        read: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
 
-        With `states` (from `init_state`) the tokens continue what the states have seen.
+        Args:
+            states: from `init_state`; the tokens continue what they have seen.
+            content: what the positions of each modality carry that carries no ids, in row and time order (`Batch.content`);
+                may be left out where there are no such positions.
+            read: for each modality with a head of its own the flat positions (r,) at which that head is wanted.
+        Returns:
+            The logits; with `read` also what each head predicts there, {modality: (r, …)}.
+        Raises:
+            ValueError: content that does not fit the context.
         """
-        x = self.embedding(tokens)
-        if context.padded:
-            x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
+        x = self._enter(tokens, context, content or {})
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
             for layer in self._components:
@@ -107,7 +187,26 @@ class Model(nn.Module):
         else:
             for i, layer in enumerate(self.layers):
                 x = layer(x, context, None if states is None else states[i])
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        if read is None:
+            return self.head(x)
+        flat = x.reshape(-1, x.shape[-1])
+        return self.head(x), {name: head(F.embedding(read[name], flat)) for name, head in self.heads.items()}
+
+    def _enter(self, tokens: Tensor, context: TokenContext, content: Mapping[str, Tensor]) -> Tensor:
+        """The residual stream before the first layer, (B, T, D)."""
+        x = self.embedding(tokens)
+        if context.padded:
+            x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
+        for name, stem in self.stems.items():
+            places = context.index(self.modalities.index(name))
+            rows = content[name] if name in content else nothing(self.carries[name], tokens.device)
+            if len(rows) != len(places):
+                raise ValueError(
+                    f"content: {len(rows)} rows of {name}, but the context has {len(places)} of its positions"
+                )
+            x = x.reshape(-1, x.shape[-1]).index_add(0, places, stem(rows)).view(x.shape)
+        return x
 
     @property
     def _components(self) -> Iterable[Component]:
@@ -123,9 +222,12 @@ class Model(nn.Module):
         Args:
             load: share of its tokens that each routed block, by name, took (`RoutingStatistics.shares`); default: nominal.
         """
-        unmultiplied = self.embedding.weight.numel() + self.norm.weight.numel()
-        ends = Cost.matmul(self.head.weight.numel()) + Cost.of(active=unmultiplied)
-        whole = ends + Cost.total(layer.cost(length, load) for layer in self._components)
+        norm = Cost.of(active=self.norm.weight.numel())
+        whole = self.embedding.cost() + norm + Cost.total(layer.cost(length, load) for layer in self._components)
+        whole = whole + self.head.cost()
+        for name, end in (*self.stems.items(), *self.heads.items()):
+            own = cast(Stem | Head, end).cost()
+            whole = whole + own.scaled(*(float(name == other) for other in self.modalities))
         return whole.expand(len(self.modalities))
 
 

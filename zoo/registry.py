@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from zoo.config import Config, ConfigError, explain, shown, suggestion
 from zoo.routing.scorer import Scorer
-from zoo.slots import Depth, FeedForward, Mixer, Modality, Objective
+from zoo.slots import Depth, FeedForward, Head, Mixer, Modality, Objective, Stem
 from zoo.untied import TIED, Grouping
 
 SLOTS: dict[str, type] = {
@@ -20,6 +20,8 @@ SLOTS: dict[str, type] = {
     "feedforward": FeedForward,
     "depth": Depth,
     "router": Scorer,
+    "stem": Stem,
+    "head": Head,
     "objective": Objective,
     "modality": Modality,
 }
@@ -59,6 +61,12 @@ class Place:
     """Number of the layer the block belongs to, from 0."""
     norm_grouping: Grouping = TIED
     """Which modalities share the gains of the surrounding block's norms."""
+    vocab_size: int = 0
+    """Ids of the vocabulary; stems and heads of ids need it."""
+    heads: Mapping[str, BlockConfig] = dataclasses.field(default_factory=dict)
+    """Head of each modality whose positions carry no ids; objectives need them."""
+    bidirectional: tuple[str, ...] = ()
+    """Modalities whose positions see all of their item; objectives need them."""
 
     def check_modality(self, name: str, key: str) -> None:
         """Raise `ConfigError` at the dotted `key` where `name` is none of the model's modalities."""
@@ -154,6 +162,8 @@ MixerSlot = _field("mixer")
 FeedForwardSlot = _field("feedforward")
 DepthSlot = _field("depth")
 RouterSlot = _field("router")
+StemSlot = _field("stem")
+HeadSlot = _field("head")
 ObjectiveSlot = _field("objective")
 ModalitySlot = _field("modality")
 

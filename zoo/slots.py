@@ -1,8 +1,9 @@
 """What the blocks in the slots of a model promise each other: the base classes of ours and of a user's own.
 
-A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `objective` an
-`Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a `Modality`. A base declares everything that is asked
-of the block, with a default where there is one; what has none raises `NotImplementedError`.
+A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `stem` a `Stem`,
+`head` a `Head`, `objective` an `Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a `Modality`. A base
+declares everything that is asked of the block, with a default where there is one; what has none raises
+`NotImplementedError`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from zoo.roles import ParameterOwner
 from zoo.states import State
 
 if TYPE_CHECKING:
+    from zoo.batch import Batch
     from zoo.modalities.modality import ModalityConfig
-    from zoo.objectives.autoregressive import Batch
 
 
 class Part(ParameterOwner):
@@ -36,9 +37,20 @@ class Part(ParameterOwner):
     without help. Otherwise activation checkpointing saves torch's random state and restores it before the recomputation.
     Every class says so for itself, `class Mine(Mixer, counter_noise=True)`; a subclass does not inherit it."""
 
+    name: str = ""
+    """Dotted name in the model. A part that tells the trace something, or has an `update`, sets it to its place's."""
+
     def __init_subclass__(cls, counter_noise: bool = False, **rest: Any) -> None:
         super().__init_subclass__(**rest)
         cls.counter_noise = counter_noise
+
+    def update(self, statistics: Mapping[str, Tensor], step: int) -> None:
+        """Renew state that no gradient trains (buffers), once an optimizer step; as default there is none.
+
+        Args:
+            statistics: sums over all micro-batches and ranks of what `forward` put into `Trace.updates` under `name`.
+            step: number of the step, from 0.
+        """
 
 
 class Component(Part):
@@ -102,20 +114,73 @@ class Depth(Component):
         return Fraction(1)
 
 
-class Objective(Part):
-    """Base of the slot `objective`: what the model is trained for. Built as `cls(config, place)`."""
+class Stem(Part):
+    """Base of the slot `stem`: from what the positions of a modality carry to the residual stream. Built as
+    `cls(config, place)`."""
 
-    def forward(self, model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """{part of the loss: (its sum, how many terms that has)}."""
+    def forward(self, x: Tensor) -> Tensor:
+        """What n positions carry, (n, …) in row and time order → (n, D). Also called with n = 0, so that every rank runs
+        every parameter."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x)")
+
+    def cost(self) -> Cost:
+        """What a position costs."""
+        raise NotImplementedError(f"{type(self).__name__} has no cost()")
+
+
+class Head(Part):
+    """Base of the slot `head`: from the last layer to a prediction of what a position carries. Built as
+    `cls(config, place)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D) → (…, what is predicted of each). Also called without rows."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x)")
+
+    def cost(self) -> Cost:
+        """What a prediction costs."""
+        raise NotImplementedError(f"{type(self).__name__} has no cost()")
+
+
+class Objective(Part):
+    """Base of the slot `objective`: what the model is trained for. Built as `cls(config, place)`.
+
+    A loss has *parts*, each a sum over terms: of a modality's tokens, of images, of a regulariser. How many terms a part
+    has in a whole step, over all micro-batches and ranks, is known before the first forward pass, so the loss does not
+    depend on how a step is cut.
+    """
+
+    parts: tuple[str, ...]
+    """Their names, the same on every rank."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many terms each part has in a batch; asked on the host, before the forward pass."""
+        raise NotImplementedError(f"{type(self).__name__} has no counts(batch)")
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The sum of each part's terms: scalars, at least fp32, joined to the graph where a part has no term.
+
+        The model is called here, with whatever the objective makes of the batch: it may put noise on `batch.content`, and
+        reads the heads where it likes.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no forward(model, batch)")
 
-    def counts(self, context: TokenContext) -> dict[str, int]:
-        """Target tokens of each modality in a batch, on the host."""
-        raise NotImplementedError(f"{type(self).__name__} has no counts(context)")
+    def combine(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> Tensor:
+        """One loss, linear in `sums`, so that micro-batches and ranks add up.
 
-    def combine(self, sums: dict[str, Tensor], counts: dict[str, float]) -> Tensor:
-        """One loss from the sums of the parts and the target tokens of the whole step; linear in `sums`."""
+        Args:
+            sums: of each part, over a micro-batch, a rank or everything.
+            counts: terms of each part over the whole step on all ranks.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no combine(sums, counts)")
+
+    def report(self, sums: Mapping[str, float], counts: Mapping[str, float], training: bool) -> dict[str, float]:
+        """What is said of the loss beside the whole, by label; by default the mean of every part that has terms.
+
+        Args:
+            sums, counts: of each part, over everything.
+            training: of a log step; False for an evaluation.
+        """
+        return {name: sums[name] / counts[name] for name in self.parts if counts[name]}
 
 
 class Modality(abc.ABC):

@@ -1,6 +1,6 @@
 """Data: shards → documents → token stream → packed rows → batches."""
 
-from pretrain.data.batches import Batch, micro_batches
+from pretrain.data.batches import micro_batches
 from pretrain.data.config import DataConfig, check_length
 from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
@@ -9,7 +9,6 @@ from pretrain.data.opening import Data, open_data
 from pretrain.data.packing import Row, TokenStream
 
 __all__ = [
-    "Batch",
     "Data",
     "DataConfig",
     "DataError",

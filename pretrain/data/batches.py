@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from pretrain.data.packing import TokenStream
+from zoo.batch import Batch
 from zoo.context import TokenContext
 from zoo.noise import token_keys
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-    """B rows of T tokens and what the model knows about them."""
-
-    tokens: Tensor
-    """(B, T) int64; 0 in padding."""
-    context: TokenContext
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
-        return Batch(self.tokens.to(device, non_blocking=True), self.context.to(device))
 
 
 def micro_batches(
@@ -64,16 +49,23 @@ def micro_batches(
 
 def _batch(stream: TokenStream, numbers: np.ndarray, step: int, seed: int, end: int | None) -> Batch:
     rows = [stream.row(n) if end is None or n < end else stream.padding_row() for n in numbers.tolist()]
-    tokens, modality, document, position = (
+    tokens, modality, document, position, item = (
         torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(np.int64))
-        for name in ("tokens", "modality", "document", "position")
+        for name in ("tokens", "modality", "document", "position", "item")
     )
     context = TokenContext.from_modality(
         modality,
         document=document,
         position=position,
+        item=item if int(item.max()) >= 0 else None,
         modalities=stream.documents.vocabulary.modalities,
         step=step,
         key=torch.from_numpy(token_keys(seed, numbers, stream.sequence_length)),
     )
-    return Batch(tokens, context)
+    content = {name: np.concatenate([row.content[name] for row in rows]) for name in rows[0].content}
+    return Batch(tokens, context, {name: _tensor(values) for name, values in content.items()})
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    """Vectors as float32, channels as int64."""
+    return torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))

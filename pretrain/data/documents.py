@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pretrain.data.index import ShardTokens
-from zoo.modalities import Vocabulary
+from pretrain.data.items import Items, stored
+from zoo.modalities import Modalities, ModalityConfig, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,18 @@ class Documents:
     """(shards + 1,) int64: first token of each shard in the whole."""
     keys: np.ndarray
     """(d,) str."""
+    items: Mapping[str, Items] = dataclasses.field(default_factory=dict)
+    """The items of each modality whose positions carry no ids or see all of their item."""
 
     @classmethod
-    def join(cls, shards: Sequence[ShardTokens], vocabulary: Vocabulary) -> Documents:
-        """The documents of `shards`, in their order."""
+    def join(
+        cls, shards: Sequence[ShardTokens], vocabulary: Vocabulary, modalities: Modalities | None = None
+    ) -> Documents:
+        """The documents of `shards`, in their order.
+
+        Args:
+            modalities: those of the vocabulary; default: all carry ids and see what stands before.
+        """
         shard_starts = np.concatenate([[0], np.cumsum([len(s.tokens) for s in shards])]).astype(np.int64)
         base = list(zip(shards, shard_starts.tolist(), strict=False))
         return cls(
@@ -40,6 +49,11 @@ class Documents:
             [s.tokens for s in shards],
             shard_starts,
             np.concatenate([np.zeros(0, np.str_), *(s.keys for s in shards)]),
+            {
+                name: _items(base, vocabulary.modalities.index(name), name, modality)
+                for name, modality in (modalities or {}).items()
+                if modality.bidirectional or stored(modality.carries) is not None
+            },
         )
 
     def __len__(self) -> int:
@@ -69,3 +83,12 @@ class Documents:
             for tokens, start, first, stop in zip(self.shards, self.shard_starts[:-1], cuts[:-1], cuts[1:], strict=True)
         ]
         return np.concatenate([np.zeros(0, np.int32), *runs])
+
+
+def _items(shards: Sequence[tuple[ShardTokens, int]], number: int, name: str, modality: ModalityConfig) -> Items:
+    """The items of a modality in `shards`, each with its first token in the whole."""
+    spans = [np.zeros((0, 2), np.int64)]
+    for shard, first in shards:
+        spans.append(shard.spans[shard.modality == number] + first + np.array([1, -1]))  # between the markers
+    content = [] if stored(modality.carries) is None else [shard.content[name] for shard, _ in shards]
+    return Items(np.concatenate(spans), modality.bidirectional, content)

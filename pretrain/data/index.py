@@ -2,24 +2,27 @@
 
 Two records, both made once. The *listing* (`NAME-PLACE.listing.npz`) is what the tar file says: checksum,
 keys, offsets. It is made again when the size or the modification time of the shard changes. The *tokens*
-(`CHECKSUM-TOKENIZERS.npy` with `….npz` beside it) depend on the content of the shard and on the tokenizers,
-so they carry both in their name; they are mapped into memory, never read whole.
+(`CHECKSUM-MODALITIES.npy` with `….npz` beside it, and `…-NAME.bin` for each modality whose positions carry no ids) depend
+on the content of the shard and on the modalities, so they carry both in their name; they are mapped into memory, never
+read whole.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pretrain.data.reading import BrokenDocument, tokenize
+from pretrain.data.items import stored
+from pretrain.data.reading import BrokenDocument, Tokens, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
 from zoo.files import atomic_path
 from zoo.modalities import Modality, Vocabulary
@@ -72,7 +75,11 @@ class ShardTokens:
     """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
     spans: np.ndarray
     """(s, 2) int64, ascending: [start, stop) in `tokens` of what must never be cut."""
+    modality: np.ndarray
+    """(s,) int8, number of the modality of each span, in the order of the vocabulary."""
     skipped: list[Skipped]
+    content: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What the positions carry of each modality that carries no ids, (n, …), one row a position, mapped from disk."""
 
 
 def list_shard(shard: Path, cache: Path) -> Listing:
@@ -101,19 +108,26 @@ def list_shard(shard: Path, cache: Path) -> Listing:
     return Listing(shard, str(arrays.pop("checksum")), **arrays)
 
 
-def shard_tokens(listing: Listing, cache: Path, fingerprint: str) -> ShardTokens | None:
-    """The tokens of a shard under the tokenizers of `fingerprint`, or None where they have not been made."""
+def shard_tokens(
+    listing: Listing, cache: Path, fingerprint: str, modalities: Mapping[str, Modality]
+) -> ShardTokens | None:
+    """The tokens of a shard under the modalities of `fingerprint`, or None where they have not been made."""
     record, flat = _names(listing, cache, fingerprint)
     arrays = _load(record)
-    if arrays is None:
+    if arrays is None or "modality" not in arrays:
         return None
     try:
         # An empty array cannot be mapped.
         tokens = np.load(flat, mmap_mode="r") if arrays["starts"][-1] else np.zeros(0, np.int32)
+        content = {
+            name: _mapped(_beside(flat, name), *form)
+            for name, modality in modalities.items()
+            if (form := stored(modality.config.carries)) is not None
+        }
     except (OSError, ValueError):
         return None
     skipped = [Skipped(listing.shard.name, str(key), str(reason)) for key, reason in arrays["skipped"]]
-    return ShardTokens(tokens, arrays["keys"], arrays["starts"], arrays["spans"], skipped)
+    return ShardTokens(tokens, arrays["keys"], arrays["starts"], arrays["spans"], arrays["modality"], skipped, content)
 
 
 def tokenize_shard(
@@ -125,52 +139,82 @@ def tokenize_shard(
     advance: Callable[[int], Any],
 ) -> None:
     """Make the tokens of a shard; `advance(1)` is called after each document. Decoding runs in threads."""
+    entries = listing.entries()
+    keys, lengths, spans, skipped, runs = [], [], [], [], []
+    start = 0
+    record, flat = _names(listing, cache, fingerprint)
+    with contextlib.ExitStack() as writing:
+        files = {
+            name: writing.enter_context(open(writing.enter_context(atomic_path(_beside(flat, name))), "wb"))
+            for name, modality in modalities.items()
+            if stored(modality.config.carries) is not None
+        }
+        results = writing.enter_context(_tokenized(listing.shard, entries, modalities, vocabulary))
+        for entry, result in zip(entries, results, strict=True):
+            advance(1)
+            if isinstance(result, str):
+                skipped.append((entry.key, result))
+                continue
+            keys.append(entry.key)
+            lengths.append(len(result.tokens))
+            spans += [(start + first, start + stop, modality) for first, stop, modality in result.spans]
+            runs.append(result.tokens)
+            start += len(result.tokens)
+            for name, content in result.content:
+                files[name].write(content.tobytes())
+    with atomic_path(flat) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.concatenate([np.zeros(0, np.int32), *runs]))
+    table = np.array(spans, dtype=np.int64).reshape(-1, 3)
+    _save(
+        record,  # last: where it exists, the tokens do too
+        keys=np.array(keys, dtype=np.str_),
+        starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        spans=table[:, :2],
+        modality=table[:, 2].astype(np.int8),
+        skipped=np.array(skipped, dtype=np.str_).reshape(-1, 2),
+    )
+
+
+@contextlib.contextmanager
+def _tokenized(
+    shard: Path, entries: list[Entry], modalities: Mapping[str, Modality], vocabulary: Vocabulary
+) -> Iterator[Iterator[Tokens | str]]:
+    """What became of each document of a shard, in order: its tokens, or why it is broken."""
     local = threading.local()
     files = []
 
-    def work(entry: Entry) -> tuple[np.ndarray, list[tuple[int, int]]] | str:
+    def work(entry: Entry) -> Tokens | str:
         if not hasattr(local, "file"):
-            local.file = open(listing.shard, "rb")
+            local.file = open(shard, "rb")
             files.append(local.file)
         try:
             return tokenize(local.file, entry, modalities, vocabulary)
         except BrokenDocument as broken:
             return str(broken)
 
-    entries = listing.entries()
-    keys, lengths, spans, skipped, runs = [], [], [], [], []
-    start = 0
     try:
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            for entry, result in zip(entries, pool.map(work, entries), strict=True):
-                advance(1)
-                if isinstance(result, str):
-                    skipped.append((entry.key, result))
-                    continue
-                tokens, uncut = result
-                keys.append(entry.key)
-                lengths.append(len(tokens))
-                spans += [(start + first, start + stop) for first, stop in uncut]
-                runs.append(tokens)
-                start += len(tokens)
+            yield pool.map(work, entries)
     finally:
         for file in files:
             file.close()
-    record, flat = _names(listing, cache, fingerprint)
-    with atomic_path(flat) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.concatenate([np.zeros(0, np.int32), *runs]))
-    _save(
-        record,  # last: where it exists, the tokens do too
-        keys=np.array(keys, dtype=np.str_),
-        starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
-        skipped=np.array(skipped, dtype=np.str_).reshape(-1, 2),
-    )
 
 
 def _names(listing: Listing, cache: Path, fingerprint: str) -> tuple[Path, Path]:
     stem = f"{listing.checksum[:32]}-{fingerprint[:16]}"
     return cache / f"{stem}.npz", cache / f"{stem}.npy"
+
+
+def _beside(flat: Path, modality: str) -> Path:
+    """The file of what the positions of a modality carry, beside that of the tokens."""
+    return flat.with_name(f"{flat.stem}-{modality}.bin")
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """(n, …) the rows of a file that holds nothing else."""
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros((0, *shape), dtype)
+    return np.memmap(path, dtype, "r").reshape(-1, *shape)
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:

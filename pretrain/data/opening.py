@@ -19,6 +19,7 @@ from pretrain.data.fitting import fingerprint, load_modalities
 from pretrain.data.index import Listing, Skipped, list_shard, shard_tokens, tokenize_shard
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
+from zoo.carries import Ids
 from zoo.modalities import Modalities, Modality, Vocabulary, vocabulary
 
 NAMED = 5
@@ -44,7 +45,7 @@ class Data:
         guess.
 
         A target token is one with a predecessor in the same piece of a document; a modality without any is
-        left out.
+        left out, and so is one whose positions carry no ids.
 
         Args:
             split: "train" or "validation".
@@ -60,7 +61,7 @@ class Data:
         entropy = {}
         for number, name in enumerate(self.vocabulary.modalities):
             seen = counts[(modality == number) & (counts > 0)]
-            if seen.size:
+            if seen.size and isinstance(self.modalities[name].config.carries, Ids):
                 share = seen / seen.sum()
                 entropy[name] = float(-(share * np.log(share)).sum())
         return entropy
@@ -99,12 +100,14 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         ready = load_modalities(modalities, listings[: len(train)], cache, log)
         name = fingerprint(ready)
         _index(listings, cache, name, ready, words, log)
-    tokens = [shard_tokens(listing, cache, name) for listing in listings]
+    tokens = [shard_tokens(listing, cache, name, ready) for listing in listings]
     skipped = [broken for shard in tokens for broken in shard.skipped]
     _check_broken(skipped, config, log)
     splits = {"train": tokens[: len(train)], "validation": tokens[len(train) :]}
     streams = {
-        split: TokenStream(_documents(split, shards, words), config.sequence_length, seed if split == "train" else None)
+        split: TokenStream(
+            _documents(split, shards, modalities), config.sequence_length, seed if split == "train" else None
+        )
         for split, shards in splits.items()
         if shards
     }
@@ -134,7 +137,7 @@ def _index(
     log: Callable[[str], None],
 ) -> None:
     """Tokenise the shards that have not been."""
-    todo = [listing for listing in listings if shard_tokens(listing, cache, name) is None]
+    todo = [listing for listing in listings if shard_tokens(listing, cache, name, modalities) is None]
     if not todo:
         return
     count = sum(map(len, todo))
@@ -144,8 +147,8 @@ def _index(
             tokenize_shard(listing, cache, name, modalities, words, bar.update)
 
 
-def _documents(split: str, shards: list, words: Vocabulary) -> Documents:
-    documents = Documents.join(shards, words)
+def _documents(split: str, shards: list, modalities: Modalities) -> Documents:
+    documents = Documents.join(shards, vocabulary(modalities), modalities)
     if not len(documents):
         raise DataError(f"data.{split}: none of the documents can be used; see the reasons of the skipped ones")
     return documents

@@ -38,6 +38,10 @@ class Row:
     """(T,) int32, index inside the piece."""
     document: np.ndarray
     """(T,) int32, number of the piece in the row, from 0."""
+    item: np.ndarray
+    """(T,) int32, number in the row of the item with bidirectional attention that a position belongs to, -1 elsewhere."""
+    content: dict[str, np.ndarray]
+    """(n, …) what the row's positions carry of each modality that carries no ids, in their order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,23 +85,35 @@ class TokenStream:
         length = self.sequence_length
         tokens = np.zeros(length, np.int32)
         position = np.zeros(length, np.int32)
-        document = np.full(length, PADDING, np.int32)
+        document, item = (np.full(length, PADDING, np.int32) for _ in range(2))
+        content = self._no_content()
         stop = 0
         for order, piece in enumerate(self.pieces_of_row(number).tolist()):
             size = int(self.pieces.lengths[piece])
             start, stop = stop, stop + size
-            tokens[start:stop] = self.documents.read(int(self.pieces.starts[piece]), size)
+            first = int(self.pieces.starts[piece])
+            tokens[start:stop] = self.documents.read(first, size)
             position[start:stop] = np.arange(size)
             document[start:stop] = order
+            for name, items in self.documents.items.items():
+                if items.content:
+                    content[name].append(items.carried(first, first + size))
+                if items.bidirectional:
+                    for begin, end in (items.inside(first, first + size) + (start - first)).tolist():
+                        item[begin:end] = item.max() + 1
         modality = self.documents.vocabulary.modality_of(tokens)
         modality[stop:] = PADDING
-        return Row(tokens, modality, position, document)
+        return Row(tokens, modality, position, document, item, _joined(content))
 
     def padding_row(self) -> Row:
         """A row of nothing but padding."""
         length = self.sequence_length
         zeros, padding = np.zeros(length, np.int32), np.full(length, PADDING, np.int32)
-        return Row(zeros, padding.astype(np.int8), zeros, padding)
+        return Row(zeros, padding.astype(np.int8), zeros, padding, padding, _joined(self._no_content()))
+
+    def _no_content(self) -> dict[str, list[np.ndarray]]:
+        """Nothing carried, of the type and shape of what may be."""
+        return {name: [items.content[0][:0]] for name, items in self.documents.items.items() if items.content}
 
     def pieces_of_row(self, number: int) -> np.ndarray:
         """Numbers of the pieces in global row `number`, in their order."""
@@ -125,6 +141,10 @@ class TokenStream:
             order = within
         order = order[np.argsort(rows[order], kind="stable")]
         return order, np.searchsorted(rows[order], np.arange(self.rows_per_epoch + 1))
+
+
+def _joined(content: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate(runs) for name, runs in content.items()}
 
 
 def cut(starts: np.ndarray, spans: np.ndarray, sequence_length: int) -> Pieces:

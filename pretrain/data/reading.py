@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from pretrain.data.items import stored
 from pretrain.data.shards import Entry
 from zoo.modalities import PARTS, Modality, Vocabulary
 
@@ -59,43 +60,69 @@ def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part
         yield Part(kind, item)
 
 
-def tokenize(
-    shard: BinaryIO, entry: Entry, modalities: Mapping[str, Modality], vocabulary: Vocabulary
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
+class Tokens(NamedTuple):
+    """A document, tokenised."""
+
+    tokens: np.ndarray
+    """(n,) int32; where a position carries no id, the one that holds its place."""
+    spans: list[tuple[int, int, int]]
+    """(start, stop, number of the modality) in the tokens of each part that must never be cut, markers included."""
+    content: list[tuple[str, np.ndarray]]
+    """(modality, (n, …)) of each part whose positions carry no ids: what they carry, as it is kept on disk."""
+
+
+def tokenize(shard: BinaryIO, entry: Entry, modalities: Mapping[str, Modality], vocabulary: Vocabulary) -> Tokens:
     """Tokens of a document.
 
     Args:
         shard: the open shard.
-    Returns:
-        tokens (n,) int32, and the spans [start, stop) in them that must never be cut: parts that are not
-        text.
     Raises:
-        BrokenDocument: see `read_parts`; also a part that no modality reads, or an item of more positions than its
-            modality allows.
+        BrokenDocument: see `read_parts`; also a part that no modality reads, an item of more positions than its modality
+            allows, or one whose numbers are not finite.
     """
+    document = Tokens(np.zeros(0), [], [])
     runs: list[np.ndarray] = [np.array([vocabulary.bos])]
-    spans = []
     length = 1
     names = {modality.config.part: name for name, modality in modalities.items()}
     for part in read_parts(shard, entry, {kind: modalities[name].config.read for kind, name in names.items()}):
         if part.type not in names:
             raise BrokenDocument(f"it has {part.type}, for which the recipe has no modality")
         name = names[part.type]
-        modality = modalities[name]
-        ids = np.asarray(modality.encode(part.item), dtype=np.int32) + vocabulary.range(name)[0]
-        allowed = modality.config.positions
-        if allowed is not None:
-            if not allowed.least <= len(ids) <= allowed.most:
+        config = modalities[name].config
+        content = np.asarray(modalities[name].encode(part.item))
+        first, form = vocabulary.range(name)[0], stored(config.carries)
+        if form is None:
+            ids = content.astype(np.int32) + np.int32(first)
+        else:
+            document.content.append((name, _checked(content, form, part.type)))
+            ids = np.full(len(content), first, np.int32)
+        if config.positions is not None:
+            least, most = config.positions.least, config.positions.most
+            if not least <= len(ids) <= most:
                 raise BrokenDocument(
-                    f"its {part.type} takes {len(ids)} positions, modalities.{name} allows "
-                    f"{allowed.least} to {allowed.most}"
+                    f"its {part.type} takes {len(ids)} positions, modalities.{name} allows {least} to {most}"
                 )
             ids = np.concatenate([[vocabulary.begin(name)], ids, [vocabulary.end(name)]])
-            spans.append((length, length + len(ids)))
+            document.spans.append((length, length + len(ids), vocabulary.modalities.index(name)))
         runs.append(ids)
         length += len(ids)
     runs.append(np.array([vocabulary.eos]))
-    return np.concatenate(runs).astype(np.int32), spans
+    return document._replace(tokens=np.concatenate(runs).astype(np.int32))
+
+
+def _checked(content: np.ndarray, form: tuple[np.dtype, tuple[int, ...]], kind: str) -> np.ndarray:
+    """What the positions of an item carry, as it is kept.
+
+    Raises:
+        BrokenDocument: it holds a number that is not finite.
+        ValueError: the modality's `encode` does not do what its config says.
+    """
+    dtype, shape = form
+    if content.shape[1:] != shape:
+        raise ValueError(f"{kind}: encode gave an array of shape {content.shape}; its positions carry {shape}")
+    if not np.isfinite(content).all():
+        raise BrokenDocument(f"its {kind} holds numbers that are not finite")
+    return content.astype(dtype)
 
 
 def _parts(shard: BinaryIO, entry: Entry) -> list:

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 import zoo
 from pretrain import recipe as recipes
-from pretrain.data import Batch
 from pretrain.optim import AUXILIARY_SCALE, parameter_groups
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import EXPERTS, LAYER, one_rendezvous, steady, tiny_recipe
 from zoo import TokenContext, Trace
+from zoo.batch import Batch
+from zoo.modalities import vocabulary
 
 STEPS, ROWS, LENGTH = 20, 2, 24
 APART = [(stage, accumulated) for stage in range(4) for accumulated in (1, 2)]
@@ -136,9 +137,7 @@ def reference(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 def plain(recipe: recipes.Recipe) -> dict[str, Any]:
     """The same micro-batches, one after the other, under torch's own AdamW."""
-    from pretrain.data import vocabulary
-
-    words = vocabulary(recipe.data)
+    words = vocabulary(recipe.modalities)
     model: Any = zoo.build("model", recipe.model, seed=recipe.seed).train()
     objective: Any = zoo.build("objective", recipe.objective, d_model=32, modalities=model.modalities)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.optimizer))
@@ -146,14 +145,14 @@ def plain(recipe: recipes.Recipe) -> dict[str, Any]:
     for step in range(STEPS):
         accumulated = recipe.train.global_batch // (2 * ROWS)
         batches = [one_modality(m, step, number, words) for m in (0, 1) for number in range(accumulated)]
-        each = [objective.counts(batch.context) for batch in batches]
-        counts = {name: sum(c[name] for c in each) for name in model.modalities}
+        each = [objective.counts(batch) for batch in batches]
+        counts = {name: sum(c[name] for c in each) for name in objective.parts}
         tokens = sum(sum(batch.context.totals) for batch in batches)
         total = 0.0
         for batch in batches:
             trace = Trace()
-            parts = objective(model, Batch(batch.tokens, batch.context.replace(trace=trace)))
-            main = objective.combine({name: part for name, (part, _) in parts.items()}, counts)
+            parts = objective(model, batch.under(trace=trace))
+            main = objective.combine(parts, counts)
             auxiliary = sum(part for part, _ in trace.losses.values())
             (main + AUXILIARY_SCALE * auxiliary / tokens).backward()
             total += float(main.detach())

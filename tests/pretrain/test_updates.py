@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from pretrain.updates import Updates
+from zoo.slots import Part
 
 
-class Counter(torch.nn.Module):
+class Counter(Part):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name, self.seen = name, []

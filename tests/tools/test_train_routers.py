@@ -190,7 +190,7 @@ def test_thresholds_are_those_of_calibration(runs: Path) -> None:
     data, train = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None), recipe.train
     first = run_folder.position(runs / "3-fp32_parts").row
     batches = micro_batches(data.train, first, ROWS, train.micro_batch, 0, 1, STEPS, recipe.seed)
-    zoo.calibrate(model, [(batch.tokens, batch.context) for batch in batches])
+    zoo.calibrate(model, batches)
     for name, router in routers.items():
         torch.testing.assert_close(router.threshold, kept[name], rtol=0, atol=1e-5)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,14 +17,6 @@ MOMA = {"type": "moma", "experts": {"text": 2, "image": 3}, "d_ff": D_FF}
 DENSE = {"type": "dense", "d_ff": D_FF}
 ATTENTION = {"type": "attention", "heads": 4, "kv_heads": 2, "qk_norm": True}
 UNTIED_ATTENTION = ATTENTION | {"untied": ["q_proj", "k_proj", "v_proj", "o_proj", "qk_norm"]}
-
-
-@dataclasses.dataclass
-class Batch:
-    """What an objective reads of a batch."""
-
-    tokens: Tensor
-    context: TokenContext
 
 
 def stream(*rows: str, modalities: tuple[str, ...] = MODALITIES, **options: Any) -> TokenContext:

@@ -11,6 +11,7 @@ from tests.zoo.helpers import DENSE, MOMA, build_model, ids, layer, random_rows,
 from tests.zoo.test_model import effect
 from zoo import Trace, UserError
 from zoo.auxiliary import AuxiliaryRouter
+from zoo.batch import Batch
 from zoo.calibrate import calibrate, threshold_for
 from zoo.routing.statistics import RoutingStatistics
 
@@ -22,16 +23,16 @@ LAYERS = [layer(feedforward=MOMA), BLIND, IMAGES, BOTH]
 
 def batches(count: int = 3) -> list:
     contexts = [stream(*random_rows(4, 30, seed=seed)) for seed in range(count)]
-    return [(ids(context, seed=i), context) for i, context in enumerate(contexts)]
+    return [Batch(ids(context, seed=i), context) for i, context in enumerate(contexts)]
 
 
 @torch.no_grad()
 def load(model, data, routing: str) -> dict[str, float]:
     """Share that every block takes, over all of `data`."""
     statistics = RoutingStatistics()
-    for tokens, context in data:
+    for batch in data:
         trace = Trace()
-        model(tokens, context.replace(routing=routing, trace=trace))
+        model(batch.tokens, batch.context.replace(routing=routing, trace=trace))
         statistics += trace.statistics
     return statistics.shares()
 
@@ -55,7 +56,11 @@ def test_the_causal_load_becomes_that_of_top_k():
 @torch.no_grad()
 def test_the_main_model_and_its_training_routes_do_not_change():
     model, data = build_model(*LAYERS).train(), batches(1)
-    (tokens, context), weights = data[0], {name: p.clone() for name, p in model.named_parameters()}
+    tokens, context, weights = (
+        data[0].tokens,
+        data[0].context,
+        {name: p.clone() for name, p in model.named_parameters()},
+    )
     before, causal = model(tokens, context), model(tokens, context.replace(routing="causal"))
     calibrate(model, data, passes=1)
     assert model.training and torch.equal(model(tokens, context), before)

@@ -12,7 +12,6 @@ from tests.zoo.helpers import (
     DENSE,
     MOMA,
     VOCABULARY,
-    Batch,
     assert_equal,
     build_model,
     gradients,
@@ -26,6 +25,7 @@ from tests.zoo.helpers import (
     values,
 )
 from zoo import TokenContext, Trace, noise
+from zoo.batch import Batch
 from zoo.kernels import available
 
 EVERYTHING = [layer(), mod(), untied(), layer(feedforward=MOMA, norm="post"), mod(norm="post")]
@@ -169,7 +169,8 @@ def test_eight_rows_at_once_are_four_times_two(layers, dropout):
     drawn = stream(*random_rows(8, 40))
     key = torch.from_numpy(noise.token_keys(11, np.arange(800, 808), 40))  # the global rows 800 … 807
     whole = TokenContext.from_modality(drawn.modality, drawn.document, key=key, step=3)
-    tokens, counts = ids(whole), objective.counts(whole)
+    tokens = ids(whole)
+    counts = objective.counts(Batch(tokens, whole))
 
     def run(size: int) -> dict:
         model.zero_grad()
@@ -177,10 +178,10 @@ def test_eight_rows_at_once_are_four_times_two(layers, dropout):
         for start in range(0, 8, size):
             context = rows(whole, start, start + size, step=3, trace=Trace())
             parts = objective(model, Batch(tokens[start : start + size], context))
-            loss = objective.combine({name: total for name, (total, _) in parts.items()}, counts)
+            loss = objective.combine(parts, counts)
             loss = loss + sum(total for total, _ in context.trace.losses.values()) / 320
             loss.backward()
-            for name, value in {"loss": loss, **{name: total for name, (total, _) in parts.items()}}.items():
+            for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         return {"losses": totals, "gradients": {name: p.grad.clone() for name, p in model.named_parameters()}}
 

@@ -9,7 +9,6 @@ import torch
 from tests.zoo.helpers import (
     ATTENTION,
     D_FF,
-    Batch,
     assert_derivative,
     assert_equal,
     build_block,
@@ -22,6 +21,7 @@ from tests.zoo.helpers import (
     values,
 )
 from zoo import ConfigError, TokenContext, Trace, build
+from zoo.batch import Batch
 
 THREE = ("text", "image", "speech")
 
@@ -324,8 +324,9 @@ def test_a_few_steps_lower_the_loss(balance):
     losses = []
     for step in range(6):
         context = stream(*random_rows(4, 24), trace=Trace(), step=step)
-        parts = objective(model, Batch(ids(context), context))
-        loss = objective.combine({n: total for n, (total, _) in parts.items()}, objective.counts(context))
+        batch = Batch(ids(context), context)
+        parts = objective(model, batch)
+        loss = objective.combine(parts, objective.counts(batch))
         (loss + sum(context.trace.penalties.values())).backward()
         optimizer.step()
         optimizer.zero_grad()

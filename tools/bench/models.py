@@ -15,6 +15,7 @@ from tools.bench.depth import layer
 from tools.bench.experts import moma
 from tools.bench.measure import STEP, Variant, both_modes
 from zoo import TokenContext, Trace
+from zoo.batch import Batch
 from zoo.slots import Objective
 
 ROWS, LENGTH, WIDTH, HIDDEN, LAYERS, VOCABULARY = 4, 1024, 512, 1344, 2, 1024
@@ -55,14 +56,8 @@ def build(layers: list[dict[str, Any]], width: int) -> zoo.Model:
 def loss_of(model: nn.Module, objective: Objective, tokens: Tensor, modality: Tensor) -> Tensor:
     """A training loss, context and all that layers derive from it included."""
     context = TokenContext.from_modality(modality, modalities=MODALITIES, trace=Trace()).to(tokens.device)
-    parts = objective(model, _Batch(tokens, context))
-    sums = {name: total for name, (total, _) in parts.items()}
-    return objective.combine(sums, dict.fromkeys(MODALITIES, tokens.numel() / len(MODALITIES)))
-
-
-class _Batch:
-    def __init__(self, tokens: Tensor, context: TokenContext) -> None:
-        self.tokens, self.context = tokens, context
+    sums = objective(model, Batch(tokens, context))
+    return objective.combine(sums, dict.fromkeys(sums, tokens.numel() / len(MODALITIES)))
 
 
 def flops(model: zoo.Model, length: int) -> float:

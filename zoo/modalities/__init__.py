@@ -1,6 +1,7 @@
 """Modalities: one file a kind, and the vocabulary that joins them."""
 
 from zoo.carries import Carries, Channels, Ids, Vectors
+from zoo.modalities.continuous_patches import ContinuousPatches
 from zoo.modalities.modality import (
     PARTS,
     LearnedConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "Bytes",
     "Carries",
     "Channels",
+    "ContinuousPatches",
     "Ids",
     "LearnedConfig",
     "LearnedModality",

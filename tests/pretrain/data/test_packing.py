@@ -33,7 +33,8 @@ def make_documents(lengths: list[list[int]], shards: int = 1) -> Documents:
             starts.append(len(tokens))
         keys = np.array([f"{document}" for document in share.tolist()])
         spans = np.array(spans, np.int64).reshape(-1, 2)
-        made.append(ShardTokens(np.array(tokens, np.int32), keys, np.array(starts), spans, []))
+        kinds = np.ones(len(spans), np.int8)
+        made.append(ShardTokens(np.array(tokens, np.int32), keys, np.array(starts), spans, kinds, []))
     return Documents.join(made, VOCABULARY)
 
 
