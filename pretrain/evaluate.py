@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -98,7 +98,7 @@ def evaluate(
     return result
 
 
-def validation_loss(values: dict[str, float]) -> float:
+def validation_loss(values: Mapping[str, float]) -> float:
     """The one number a checkpoint is judged by: the causal loss, or the top-k one of a model without causal routers."""
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
 

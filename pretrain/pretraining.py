@@ -105,8 +105,8 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
 
     def new_state(self) -> PretrainingState:
         # an upcycled run takes up the data where the old run stopped
-        goes_on = self.position is not None and self.position.data == self.data.fingerprint
-        return PretrainingState(data=self.data.fingerprint, first_row=self.position.row if goes_on else 0)
+        old, data = self.position, self.data.fingerprint
+        return PretrainingState(data=data, first_row=old.row if old is not None and old.data == data else 0)
 
     def take_up(self, state: PretrainingState) -> None:
         for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type):
@@ -152,7 +152,8 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             balance = penalties / (len(step.batches) * self.engine.ranks.world)
             loss = main + balance
         if trace.losses:
-            auxiliary = sum(total for total, _ in trace.losses.values()) / max(sum(counts.tokens), 1)
+            first, *others = (total for total, _ in trace.losses.values())
+            auxiliary = sum(others, first) / max(sum(counts.tokens), 1)
             loss = auxiliary if self.frozen else loss + AUXILIARY_SCALE * auxiliary
         self.updates.add(trace.updates)
         return Forward(loss, Sums(main, parts, auxiliary, balance, trace.statistics) if reporting else Sums())

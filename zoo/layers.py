@@ -73,8 +73,8 @@ class Embedding(ParameterOwner):
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.weight)
 
 
 def rotary_tables(context: TokenContext, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,9 @@ class Model(nn.Module):
             x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
         for name, stem in self.stems.items():
             places = context.index(self.modalities.index(name))
-            rows = content[name] if name in content else nothing(self.carries[name], tokens.device)
+            carried = self.carries[name]
+            assert carried is not None
+            rows = content[name] if name in content else nothing(carried, tokens.device)
             if len(rows) != len(places):
                 raise ValueError(
                     f"content: {len(rows)} rows of {name}, but the context has {len(places)} of its positions"

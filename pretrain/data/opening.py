@@ -100,7 +100,9 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         ready = load_modalities(modalities, listings[: len(train)], cache, log)
         name = fingerprint(ready)
         _index(listings, cache, name, ready, words, log)
-    tokens = [shard_tokens(listing, cache, name, ready) for listing in listings]
+    made = [shard_tokens(listing, cache, name, ready) for listing in listings]
+    tokens = [shard for shard in made if shard is not None]
+    assert len(tokens) == len(made), "a shard's tokens are gone from the cache"
     skipped = [broken for shard in tokens for broken in shard.skipped]
     _check_broken(skipped, config, log)
     splits = {"train": tokens[: len(train)], "validation": tokens[len(train) :]}

@@ -50,6 +50,8 @@ def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part
             name, content = f"text part {number}", _text(part.get("text"), number)
         elif kind in readers:
             name, content = part.get("file"), _file(shard, entry, kind, part.get("file"))
+        else:
+            name, content = None, b""
         if kind not in readers:
             yield Part(kind, None)
             continue
