@@ -34,12 +34,16 @@ class StepCounts(Counts):
         return dict(zip(objective.parts, self.terms, strict=True))
 
 
-def count_batches(objective: Objective, batches: Sequence[Batch]) -> StepCounts:
-    """What `batches` hold together."""
+def count_batches(objective: Objective, modalities: Sequence[str], batches: Sequence[Batch]) -> StepCounts:
+    """What `batches` hold together; zeros where there are none.
+
+    Args:
+        modalities: of the model.
+    """
     terms = [objective.counts(batch) for batch in batches]
     return StepCounts(
         tuple(sum(counts[name] for counts in terms) for name in objective.parts),
-        tuple(sum(numbers) for numbers in zip(*(batch.context.totals for batch in batches), strict=True)),
+        tuple(sum(batch.context.totals[m] for batch in batches) for m in range(len(modalities))),
     )
 
 
@@ -81,7 +85,7 @@ def evaluate(
     chunk = micro_batch * ranks.world
     padded = -(-rows // chunk) * chunk
     batches = micro_batches(stream, 0, padded, micro_batch, ranks.rank, ranks.world, 0, 0, end=rows)
-    counts = count_batches(objective, batches).over(ranks, device)
+    counts = count_batches(objective, model.modalities, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
     for routing in routings(model):

@@ -80,7 +80,7 @@ class Loop:
         self.store.clean(self.engine)
         self.state: State = self._restored(task.new_state())
         task.take_up(self.state)
-        self.metrics = Metrics(folder, self.state.step or None) if self.ranks.first else None
+        self.metrics = Metrics(folder, self.state.step or None, self.say) if self.ranks.first else None
         if self.ranks.first:
             run_folder.write_recipe(folder, self.recipe, config)
 

@@ -105,8 +105,9 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
 
     def new_state(self) -> PretrainingState:
         # an upcycled run takes up the data where the old run stopped
-        old, data = self.position, self.data.fingerprint
-        return PretrainingState(data=data, first_row=old.row if old is not None and old.data == data else 0)
+        start, fingerprint = self.position, self.data.fingerprint
+        goes_on = start is not None and start.data == fingerprint
+        return PretrainingState(data=fingerprint, first_row=start.row if start is not None and goes_on else 0)
 
     def take_up(self, state: PretrainingState) -> None:
         for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type):
@@ -140,7 +141,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         )
 
     def count(self, batches: Sequence[Batch]) -> StepCounts:
-        return count_batches(self.objective, batches)
+        return count_batches(self.objective, self.blueprint.modalities, batches)
 
     def forward(self, batch: Batch, step: Step[Batch, StepCounts], reporting: bool) -> Forward:
         trace, counts = Trace(), step.counts
@@ -152,8 +153,8 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             balance = penalties / (len(step.batches) * self.engine.ranks.world)
             loss = main + balance
         if trace.losses:
-            first, *others = (total for total, _ in trace.losses.values())
-            auxiliary = sum(others, first) / max(sum(counts.tokens), 1)
+            total = sum((total for total, _ in trace.losses.values()), main.new_zeros(()))
+            auxiliary = total / max(sum(counts.tokens), 1)
             loss = auxiliary if self.frozen else loss + AUXILIARY_SCALE * auxiliary
         self.updates.add(trace.updates)
         return Forward(loss, Sums(main, parts, auxiliary, balance, trace.statistics) if reporting else Sums())

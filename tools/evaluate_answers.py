@@ -15,7 +15,6 @@ with its answers as a share of the dense decoder's, and the share of image token
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import recipe as recipes
-from pretrain.finetune.questions import Question, read_questions
+from pretrain.finetune.generation import kinds_of
+from pretrain.finetune.questions import Question, about_other_images, read_questions
 from zoo.config import UserError
 
 UNTRAINED = "note: these routers are untrained: they rank tokens, and weigh what layers do to them, by chance"
@@ -57,14 +57,14 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         What was asked for, `answers`, how many there are of each kind, `adapt`, how the model is adapted, and `values`, as
-        `pretrain.finetune.answers.evaluate` has them, without what would not be right.
+        `pretrain.finetune.evaluate.evaluate` has them, without what would not be right.
     Raises:
         UserError: the model, the recipe or the data cannot be used, or do not fit each other.
     """
     import tqdm
 
     import zoo.adapt as za
-    from pretrain.finetune import answers
+    from pretrain.finetune.evaluate import evaluate
     from pretrain.finetune.model import quiet
     from pretrain.finetune.samples import Batcher
     from zoo.adapt.family import parts, picture_ids
@@ -94,10 +94,10 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
         )
     top = found.top.config
     batcher = Batcher(processor, filler, top, picture_ids(top, options.model), config, training=False)
-    counts = Counter(kind for question in questions for kind in answers.kinds_of(question))
+    counts = Counter(kind for question in questions for kind in kinds_of(question))
     total = len(questions) + (counts.total() if options.generate else 0)
     with tqdm.tqdm(total=total, desc="answering", unit="question", disable=None) as bar:
-        values = answers.evaluate(
+        values = evaluate(
             model,
             model,
             model,
@@ -160,7 +160,7 @@ def asked(data: Path, split: str, samples: int | None, exchange: bool) -> tuple[
     """The first `samples` questions of a split (None: all), and one with an image.
 
     Args:
-        exchange: ask each about images of another, and leave out those that have none; see `exchanged`.
+        exchange: ask each about images of another, and leave out those that have none; see `about_other_images`.
     Raises:
         UserError: there are none, or none with an image.
     """
@@ -174,29 +174,11 @@ def asked(data: Path, split: str, samples: int | None, exchange: bool) -> tuple[
             '{"image": "a.png", "question": …, "answer": …}'
         )
     if exchange:
-        questions = exchanged(pictured, samples)
+        try:
+            questions = about_other_images(pictured, samples)
+        except UserError as error:
+            raise UserError(f"--exchange-images: {error}, or leave --exchange-images out") from None
     return questions[:samples], pictured[0]
-
-
-def exchanged(questions: Sequence[Question], count: int | None) -> list[Question]:
-    """The first `count` questions, each with the images of the next one, behind the last the first, that has other images
-    and as many.
-
-    Raises:
-        UserError: there is no such one.
-    """
-    result = []
-    for number, question in enumerate(questions[:count]):
-        others = (questions[(number + step) % len(questions)] for step in range(1, len(questions)))
-        own = question.images
-        images = next((other.images for other in others if other.images != own and len(other.images) == len(own)), None)
-        if images is None:
-            raise UserError(
-                f"--exchange-images: no other question of the split has {len(own)} other images than {question.source}; "
-                "add some, or leave --exchange-images out"
-            )
-        result.append(dataclasses.replace(question, images=images))
-    return result
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

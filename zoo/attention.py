@@ -111,7 +111,7 @@ class Attention(Mixer, counter_noise=True):
         return AttentionState.empty(rows, length, self.kv_heads, self.head_dim, like)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        """Projections, and scores and mixing at (T + 1) / 2 keys a query."""
+        """Projections, and scores and mixing at (T + 1) / 2 keys a query: what items see ahead is not counted."""
         projections = [p.cost() for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
         pairs = 4.0 * self.heads * self.head_dim * (length + 1) / 2
         norms = sum(norm.width for norm in (self.q_norm, self.k_norm) if norm is not None)

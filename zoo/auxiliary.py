@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoo.config import ConfigError
 from zoo.context import CAUSAL, TokenContext
+from zoo.layers import wide_linear
 from zoo.registry import Place
 from zoo.roles import ParameterOwner, Role
 from zoo.routing.candidates import RoutedBatch
@@ -85,9 +86,8 @@ class AuxiliaryRouter(ParameterOwner):
 
         Wide, so that a decision near it does not hang on how many tokens share a product.
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        hidden = F.silu(F.linear(x.detach().to(wide), self.w_in.to(wide)))
-        return F.linear(hidden, self.w_out.to(wide))
+        hidden = F.silu(wide_linear(x.detach(), self.w_in))
+        return F.linear(hidden, self.w_out.to(hidden.dtype))
 
     @property
     def threshold(self) -> Tensor:

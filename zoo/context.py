@@ -101,6 +101,9 @@ class TokenContext:
     """B rows of T tokens. Build with `from_modality`; narrow with `select`.
 
     Tensors are on one device. Padding has modality −1 and document −1, is counted nowhere, and its output is 0.
+
+    A row holds documents, which never see each other. A document may hold items: attention, causal elsewhere, goes in
+    both directions inside an item. Recurrent mixers stay causal there.
     """
 
     modalities: tuple[str, ...]
@@ -127,7 +130,8 @@ class TokenContext:
     routing: str = TOPK
     """"topk": expert choice over the scope, as in training. "causal": auxiliary routers decide token by token."""
     trace: Trace | None = None
-    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """What `shared` has computed; `replace` hands it on, `select` and `to` begin anew."""
 
     @classmethod
     def from_modality(
@@ -239,9 +243,9 @@ class TokenContext:
 
     def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
         """A value that depends on this context alone: computed by the first layer that asks, kept for the others."""
-        if name not in self._derived:
-            self._derived[name] = compute()
-        return self._derived[name]
+        if name not in self.derived:
+            self.derived[name] = compute()
+        return self.derived[name]
 
     @property
     def valid(self) -> Tensor:
@@ -331,7 +335,7 @@ class TokenContext:
             item=None if self.item is None else take(self.item, -1),
             spans=kept.spans,
             narrowed=True,
-            _derived={},
+            derived={},
         )
 
     def replace(self, **changes: Any) -> TokenContext:
@@ -347,7 +351,7 @@ class TokenContext:
         }
         if self.item is not None:
             moved["item"] = self.item.to(device, non_blocking=True)
-        return dataclasses.replace(self, **moved, _derived={})
+        return dataclasses.replace(self, **moved, derived={})
 
 
 def _counts(modality: Tensor, modalities: int) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import pydantic
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor
@@ -29,6 +28,7 @@ from zoo.auxiliary import AuxiliaryRouter, RoutedBlock, train_auxiliary
 from zoo.config import ConfigError
 from zoo.context import Kept, TokenContext
 from zoo.flops import Cost
+from zoo.gather import pick
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.routing.candidates import Candidates
 from zoo.routing.capacity import Capacity, capacity_count, number
@@ -157,7 +157,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         pools = self._candidates(context)
         candidates, sizes = self._joined(pools), [pool.index.shape[0] for pool in pools]
         everybody = candidates.index.shape[0] == rows * columns and self.blind
-        read = flat if everybody else F.embedding(candidates.index, flat)  # (n, D)
+        read = flat if everybody else pick(flat, candidates.index)  # (n, D)
         scores = self.router(read, candidates)  # (n, 1)
         logits = None if self.auxiliary is None else self.auxiliary(read, sizes)
         ranking = self.router.ranking(scores).detach()
@@ -165,13 +165,13 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         selection, inner = passed.selection, passed.context.replace(trace=context.trace)
         self._report(logits, selection, sizes, context, inner)
         flat_index, valid = selection.flat_index, selection.valid
-        kept = F.embedding(flat_index, flat).view(rows, -1, width)
+        kept = pick(flat, flat_index).view(rows, -1, width)
         if valid is not None:
             kept = kept.masked_fill(~valid.unsqueeze(-1), 0.0)
         delta = self.block(kept, inner, state) - kept
         weight, ones = self.router.gates(scores), scores.new_ones(rows * columns, 1)  # for those that do not compete
         weight = weight if everybody else ones.index_copy(0, candidates.index, weight)
-        weight = F.embedding(flat_index, weight).to(x.dtype)
+        weight = pick(weight, flat_index).to(x.dtype)
         if valid is not None:
             weight = weight * valid.reshape(-1, 1)
         return flat.index_add(0, flat_index, weight * delta.reshape(-1, width)).view_as(x)

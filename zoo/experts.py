@@ -13,7 +13,6 @@ from fractions import Fraction
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.feedforward import Dense
 from zoo.flops import Cost
+from zoo.gather import pick
 from zoo.layers import RMSNorm
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.roles import ParameterOwner, Role
@@ -204,12 +204,12 @@ class RoutedExperts(FeedForward):
         for name, group in self._groups.items():
             candidates = group.candidates(context)
             inner = None if state is None else state.states.get(name)
-            routed = group.route(F.embedding(candidates.index, flat), candidates, context, inner)
+            routed = group.route(pick(flat, candidates.index), candidates, context, inner)
             tokens.append(candidates.index.index_select(0, routed.selection.token))
             weights.append(routed.weight)
             counts.append(routed.selection.counts)
         token = torch.cat(tokens)
-        parts = F.embedding(token, flat).split([sum(c) for c in counts])
+        parts = flat.index_select(0, token).split([sum(c) for c in counts])
         y = torch.cat(
             [group.experts(part, c) for group, part, c in zip(self._groups.values(), parts, counts, strict=True)]
         )

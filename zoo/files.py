@@ -14,8 +14,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-_LEFTOVER = re.compile(r".+\.\d+\.writing")
-
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -47,10 +45,15 @@ def atomic_write(target: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in `folder`. Nobody may be writing there: hold the folder's lock."""
-    for entry in folder.iterdir():
-        if _LEFTOVER.fullmatch(entry.name):
+def remove_leftovers(folder: Path, targets: str = ".+") -> None:
+    """Remove what killed writers left in `folder`. Nobody may be writing there: hold the folder's lock.
+
+    Args:
+        targets: pattern (re) of the names whose leftovers are meant.
+    """
+    pattern = re.compile(rf"({targets})\.\d+\.writing")
+    for entry in list(folder.iterdir()):
+        if pattern.fullmatch(entry.name):
             _remove(entry)
 
 

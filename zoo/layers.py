@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from zoo.context import TokenContext
 from zoo.roles import ParameterOwner, Role
@@ -30,6 +33,39 @@ class Linear(ParameterOwner):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out)."""
         return F.linear(x, self.weight)
+
+
+class _ExactLinear(torch.autograd.Function):
+    """bf16 operands on a GPU, fp32 result: each product is exact, sums are fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dy = dy.to(x.dtype)
+        return (
+            torch.mm(dy, weight) if ctx.needs_input_grad[0] else None,
+            torch.mm(dy.T, x) if ctx.needs_input_grad[1] else None,
+        )
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (…, d_in) times weight (d_out, d_in) in fp32, in float64 for a float64 x: (…, d_out).
+
+    bf16 values on a GPU are multiplied as they are and summed in fp32, which is the product of their fp32 copies at a
+    tenth of its time; their gradients are rounded to bf16 before the products of the backward pass.
+    """
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+        return _ExactLinear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide))
 
 
 class RMSNorm(ParameterOwner):

@@ -52,6 +52,8 @@ class RecurrentConfig(BlockConfig):
 class Recurrent(Mixer):
     """The parts of a Mamba mixer that are no projection: convolution, step sizes, decay, and the order of the tokens.
 
+    A recurrence is causal everywhere, also inside an item in which attention goes in both directions.
+
     They are shared by all modalities but for the bias of the step sizes: convolution and state mix tokens, so a modality is
     not defined there. Decay and skip are computed in fp32 from whatever the engine holds the parameter in.
     """

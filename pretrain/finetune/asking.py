@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -10,17 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo.adapt as za
-from pretrain.finetune import answers
+from pretrain.finetune.generation import generate, is_right, longest_answer, texts
 from pretrain.finetune.prompt_batches import Batch, Prompts
 from pretrain.finetune.prompts import IGNORED, padding_id
 from pretrain.finetune.samples import moved
-from zoo.adapt import Trace
 
 
-class Answering(Protocol):
+class Asking(Protocol):
     """One way to ask one model, batch after batch."""
 
-    def read(self, batch: Batch, trace: Trace | None) -> za.CacheReport:
+    def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
         """Prefill a batch of prompts, and answer them.
 
         Args:
@@ -31,7 +32,7 @@ class Answering(Protocol):
         """How well everything so far was answered."""
 
 
-class Unasked:
+class PromptsOnly:
     """Prompts are read, for what the decoder does, and nothing is said of answers.
 
     Args:
@@ -39,16 +40,17 @@ class Unasked:
         prompts: all that will be read.
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.processor = model, prompts.processor
 
-    def read(self, batch: Batch, trace: Trace | None) -> za.CacheReport:
-        """As `Answering`."""
-        made, _ = generate(self.model, self.processor, batch, 1, trace)
+    def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
+        """As `Asking.read`."""
+        with watched(self.model, trace):
+            made = generate(self.model, self.processor, _placed(self.model, batch), 1)
         return za.cache_report(made.past_key_values)
 
     def values(self) -> dict[str, Any]:
-        """None."""
+        """Nothing."""
         return {}
 
 
@@ -60,22 +62,20 @@ class Generated:
         prompts: all that will be asked: no answer may become longer than their longest, and its end.
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.processor = model, prompts.processor
-        tokenizer = self.processor.tokenizer
-        right = [question.turns[-1][1] for batch in prompts.batches for question in batch.asked]
-        self.most = 1 + max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in right)
+        self.most = 1 + longest_answer([each for batch in prompts.batches for each in batch.asked], self.processor)
         self.kinds: list[str] = []
         self.marks: list[int] = []
 
-    def read(self, batch: Batch, trace: Trace | None) -> za.CacheReport:
-        """As `Answering`; what is reported of the cache are prompts and generated tokens."""
-        made, _ = generate(self.model, self.processor, batch, self.most, trace)
-        begin = batch.inputs["input_ids"].shape[1]
-        texts = self.processor.tokenizer.batch_decode(made.sequences[:, begin:], skip_special_tokens=True)
-        for question, text in zip(batch.asked, texts, strict=True):
+    def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
+        """As `Asking.read`; what is reported of the cache are prompts and generated tokens."""
+        inputs = _placed(self.model, batch)
+        with watched(self.model, trace):
+            made = generate(self.model, self.processor, inputs, self.most)
+        for question, text in zip(batch.asked, texts(made, inputs, self.processor), strict=True):
             self.kinds.append(question.extra["kind"])
-            self.marks.append(int(text.strip() == question.turns[-1][1].strip()))
+            self.marks.append(int(is_right(text, question)))
         return za.cache_report(made.past_key_values)
 
     def values(self) -> dict[str, Any]:
@@ -105,20 +105,29 @@ class Forced:
         self.losses: list[float] = []
         self.tokens: list[int] = []
 
-    def read(self, batch: Batch, trace: Trace | None) -> za.CacheReport:
-        """As `Answering`; what is reported of the cache are prompts alone."""
-        prefill, positions = generate(self.model, self.processor, batch, 1, trace)  # its one token is not read
+    def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
+        """As `Asking.read`; what is reported of the cache are prompts alone."""
+        with watched(self.model, trace) as positions:
+            prefill = generate(self.model, self.processor, _placed(self.model, batch), 1)  # its one token is not read
         report = za.cache_report(prefill.past_key_values)
         assert batch.answers is not None, "the prompts were encoded without their answers"
         right = batch.answers.to(self.model.device)  # (B, A)
-        logits = self._logits(prefill, positions, batch, right).float().flatten(0, 1)  # (B·A, V)
+        logits = self._logits(prefill, positions[0], batch, right).float().flatten(0, 1)  # (B·A, V)
         losses = F.cross_entropy(logits, right.flatten(), ignore_index=IGNORED, reduction="none").view_as(right)
         self.losses += losses.double().sum(1).tolist()
         self.tokens += (right != IGNORED).sum(1).tolist()
         return report
 
+    def values(self) -> dict[str, Any]:
+        """`loss`, nats a token over all answers; `losses`, nats of each answer, and `tokens`, how many it has, in order."""
+        return {"loss": sum(self.losses) / sum(self.tokens), "losses": self.losses, "tokens": self.tokens}
+
     def _logits(self, prefill: Any, positions: Tensor, batch: Batch, right: Tensor) -> Tensor:
-        """Of each token of `right` (B, A), given those before it: (B, A, V)."""
+        """Logits (B, A, V) of each token of `right` (B, A), given those before it.
+
+        Args:
+            positions: (…, B, T) of the prompts' tokens.
+        """
         first, said = prefill.logits[0][:, None], right[:, :-1]
         if not said.shape[1]:
             return first
@@ -132,40 +141,31 @@ class Forced:
         ).logits
         return torch.cat((first, others), 1)
 
-    def values(self) -> dict[str, Any]:
-        """`loss`, nats a token over all answers; `losses`, nats of each answer, and `tokens`, how many it has, in order."""
-        return {"loss": sum(self.losses) / sum(self.tokens), "losses": self.losses, "tokens": self.tokens}
 
-
-ANSWERING: dict[str, type[Generated] | type[Forced]] = {"accuracy": Generated, "perplexity": Forced}
+ASKING: dict[str, type[Generated] | type[Forced]] = {"accuracy": Generated, "perplexity": Forced}
 """By metric."""
 
 
-def generate(model: Any, processor: Any, batch: Batch, most: int, trace: Trace | None) -> tuple[Any, Tensor]:
-    """Generate at most `most` tokens after each prompt.
+@contextlib.contextmanager
+def watched(model: nn.Module, trace: za.Trace | None) -> Iterator[list[Tensor]]:
+    """Let the model's forward passes report to a trace, of which steps of one token leave nothing.
 
-    Returns:
-        What Transformers' `generate` does, of a single token with its logits; and the positions (…, B, P) that it gave the
-        prompts: families count in ways of their own, and generation goes on counting from the last.
+    Yields:
+        A list that gets the positions (…, B, T) of each pass's tokens: families count in ways of their own, and
+        generation goes on counting from the last.
     """
-    seen: list[Any] = []
+    positions: list[Any] = []
 
     def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        seen.append(kwargs.get("position_ids"))
-        return args, kwargs if trace is None else kwargs | {"mod_trace": trace}  # steps of a token leave it as it is
+        positions.append(kwargs.get("position_ids"))
+        return args, kwargs if trace is None else kwargs | {"mod_trace": trace}
 
     handle = model.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        made = model.generate(
-            **moved(batch.inputs, model.device, model.dtype),
-            max_new_tokens=most,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=answers.ends(model, processor.tokenizer),
-            pad_token_id=padding_id(processor),
-            return_dict_in_generate=True,
-            output_logits=most == 1,
-        )
+        yield positions
     finally:
         handle.remove()
-    return made, seen[0]
+
+
+def _placed(model: Any, batch: Batch) -> dict[str, Tensor]:
+    return moved(batch.inputs, model.device, model.dtype)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
 import zoo.adapt as za
-from pretrain.finetune import answers
-from pretrain.finetune.asking import ANSWERING, Unasked
+from pretrain.finetune.asking import ASKING, PromptsOnly
 from pretrain.finetune.prompt_batches import Prompts
+from pretrain.finetune.routing import routing_sums, routing_values
 from zoo.adapt import Trace
 from zoo.routing.statistics import RoutingStatistics
 
@@ -31,25 +31,25 @@ def judge(model: nn.Module, prompts: Prompts, metric: str | None = "accuracy") -
         kept; `logits`, (n,) of all candidates.
     """
     layers = [layer.routing.name for layer in za.routed_layers(model)]
-    answering = (Unasked if metric is None else ANSWERING[metric])(model, prompts)
-    sums: defaultdict[str, float] = defaultdict(float)
+    asking = (PromptsOnly if metric is None else ASKING[metric])(model, prompts)
+    questions, flops, dense_flops, held, dense_held = 0, 0, 0, 0, 0
     routing, logits = RoutingStatistics(), []
     for batch in prompts.batches:
         trace = Trace()
-        cache = answering.read(batch, trace if layers else None)
-        sums["questions"] += len(batch.asked)
-        sums["flops"] += za.traced_flops(model, trace, batch.lengths).total
-        sums["dense"] += sum(n * za.decoder_flops(model, length).total for length, n in Counter(batch.lengths).items())
-        sums["bytes"] += cache.bytes
-        sums["dense bytes"] += cache.dense_bytes
-        routing += answers.routing_sums(trace, layers)
+        cache = asking.read(batch, trace if layers else None)
+        questions += len(batch.asked)
+        flops += za.traced_flops(model, trace, batch.lengths).total
+        dense_flops += sum(n * za.decoder_flops(model, length).total for length, n in Counter(batch.lengths).items())
+        held += cache.bytes
+        dense_held += cache.dense_bytes
+        routing += routing_sums(trace, layers)
         logits += [decision.logits for decision in trace.decisions.values()]
-    values = answers.routing_values(routing)
+    values = routing_values(routing)
     return {
-        **answering.values(),
-        "questions": sums["questions"],
-        "flops": sums["flops"] / sums["dense"],
-        "keys_and_values": sums["bytes"] / sums["dense bytes"],
+        **asking.values(),
+        "questions": questions,
+        "flops": flops / dense_flops,
+        "keys_and_values": held / dense_held,
         "skip": {layer: values[f"skip/{layer}"] for layer in layers},
         "routers": {key.partition("/")[2]: value for key, value in values.items() if key.startswith("auxiliary/")},
         "logits": torch.cat(logits) if logits else torch.zeros(0),

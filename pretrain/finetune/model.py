@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,6 +24,7 @@ from pretrain.finetune.tuning import freeze, lora_config, tuned
 from zoo.adapt.family import parts, picture_ids
 from zoo.adapt.save import CONFIG, check_complete, weights_hash
 from zoo.config import ConfigError, UserError
+from zoo.files import atomic_path
 
 Gather = Callable[[list[nn.Parameter]], Any]
 
@@ -172,24 +171,20 @@ def save(recipe: AdaptRecipe, base: Base, weights: Mapping[str, Tensor], folder:
     """
     model = whole(recipe, base, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     model.load_state_dict(weights)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     source = str(Path(base.name).resolve()) if Path(base.name).is_dir() else base.name
     try:
-        if base.adapt is None:
-            saved: Any = model  # of Transformers, or PEFT's wrapper of one
-            saved.save_pretrained(temporary)
-        else:
-            za.save_adapted(model, temporary, base=source)
-        base.processor.save_pretrained(temporary)
+        with atomic_path(folder) as temporary:
+            if base.adapt is None:
+                saved: Any = model  # of Transformers, or PEFT's wrapper of one
+                saved.save_pretrained(temporary)
+            else:
+                za.save_adapted(model, temporary, base=source)
+            base.processor.save_pretrained(temporary)
     except SafetensorError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"{str(folder)!r} cannot be written ({error}); free space and give the same command again, it goes on from "
             "the newest checkpoint"
         ) from None
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
     return folder
 
 

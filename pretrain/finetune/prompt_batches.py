@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pretrain.finetune.answers import kinds_of
+from pretrain.finetune.generation import each_answer
 from pretrain.finetune.prompts import IGNORED, collate, encode, padding_id
 from pretrain.finetune.questions import Question
 from zoo.adapt import AdaptConfig, AdaptContext
@@ -51,12 +51,7 @@ class Prompts:
         Args:
             answers: encode the right ones too.
         """
-        asked = [
-            dataclasses.replace(question, turns=question.turns[: turn + 1], extra={"kind": kinds_of(question)[turn]})
-            for question in questions
-            if question.images
-            for turn in range(len(question.turns))
-        ]
+        asked = each_answer([question for question in questions if question.images])
         chunks = [asked[start : start + size] for start in range(0, len(asked), size)]
         return cls([_batch(chunk, processor, answers) for chunk in chunks], processor)
 
@@ -71,25 +66,6 @@ class Prompts:
             for row, tokens in enumerate(batch.lengths):
                 found[tokens, tuple(size for own, size in pairs if own == row)] += 1
         return found
-
-
-def one_an_image(questions: Sequence[Question], count: int) -> list[Question]:
-    """The first `count` questions about images that none before was about."""
-    first: dict[tuple, Question] = {}
-    for question in questions:
-        if question.images:
-            first.setdefault(question.images, question)
-    return list(first.values())[:count]
-
-
-def exchanged(questions: Sequence[Question]) -> list[Question]:
-    """The questions about images, each with those of the next question about others, and the last with the first's; none
-    where all are about the same."""
-    about = [question.images for question in one_an_image(questions, len(questions))]
-    if len(about) < 2:
-        return []
-    following = dict(zip(about, [*about[1:], about[0]], strict=True))
-    return [dataclasses.replace(each, images=following[each.images]) for each in questions if each.images]
 
 
 def _batch(asked: list[Question], processor: Any, answers: bool) -> Batch:

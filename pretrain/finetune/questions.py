@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,35 @@ def sample_questions(data: Path, split: str, count: int, seed: int = 0) -> list[
         )
     random.Random(seed).shuffle(questions)
     return questions[:count]
+
+
+def one_an_image(questions: Sequence[Question], count: int) -> list[Question]:
+    """The first `count` questions about images that none before was about."""
+    first: dict[tuple[Path | Image.Image, ...], Question] = {}
+    for question in questions:
+        if question.images:
+            first.setdefault(question.images, question)
+    return list(first.values())[:count]
+
+
+def about_other_images(questions: Sequence[Question], count: int | None = None) -> list[Question]:
+    """The first `count` questions (None: all), each with the images of the next question, after the last the first, that
+    has as many and others: what is still answered right was not read off its own images.
+
+    Args:
+        questions: each has images.
+    Raises:
+        DataError: there is no such one for a question.
+    """
+    result = []
+    for number, question in enumerate(questions[:count]):
+        own = question.images
+        following = (questions[(number + step) % len(questions)].images for step in range(1, len(questions)))
+        images = next((other for other in following if other != own and len(other) == len(own)), None)
+        if images is None:
+            raise DataError(f"{question.source}: no other question has {len(own)} other images; add some")
+        result.append(dataclasses.replace(question, images=images))
+    return result
 
 
 def _question(line: str, folder: Path, source: str, known: set[Path]) -> Question:

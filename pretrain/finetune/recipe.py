@@ -44,7 +44,7 @@ class QuestionsConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """How a model is judged: by its loss, and by the answers that it generates; see `pretrain.finetune.answers`."""
+    """How a model is judged: by its loss, and by the answers that it generates; see `pretrain.finetune.evaluate`."""
 
     split: str = "validation"
     """The questions it is judged on."""

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import zoo.adapt as za
 from pretrain.engine import Engine, Gather
-from pretrain.finetune import answers
+from pretrain.finetune.evaluate import evaluate, predict
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
 from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.routing import routing_sums, routing_values
 from pretrain.finetune.samples import Batcher, Batches, QuestionBatch, Samples, fingerprint
 from pretrain.progress import Progress
 from pretrain.sums import Counts, Sums, Totals
@@ -149,7 +150,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
         engine, counts = self.engine, step.counts
         torch.manual_seed(self.recipe.seed * 1_000_003 + batch.first)  # dropout depends on the samples alone
         trace = za.Trace() if self.layers else None
-        logits, labels = answers.predict(engine.module, batch.to(engine.device, engine.dtype), trace)
+        logits, labels = predict(engine.module, batch.to(engine.device, engine.dtype), trace)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         loss = main = losses / max(counts.answers, 1)
         seen = None if batch.filler and not batch.candidates else trace
@@ -159,7 +160,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
             loss = main + self.weight * auxiliary
         if not reporting:
             return Forward(loss, Sums())
-        return Forward(loss, Sums(main, auxiliary=auxiliary, routing=answers.routing_sums(seen, self.layers)))
+        return Forward(loss, Sums(main, auxiliary=auxiliary, routing=routing_sums(seen, self.layers)))
 
     def account(self, state: FineTuningState, counts: QuestionCounts) -> None:
         state.tokens += counts.tokens
@@ -173,7 +174,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
         values = {"loss": totals.loss}
         if self.layers:
             values["auxiliary/loss"] = totals.auxiliary / len(self.layers)
-            values |= answers.routing_values(totals.routing)
+            values |= routing_values(totals.routing)
         epoch = state.step * self.recipe.train.global_batch / len(self.training)
         return values | {"epoch": epoch, "truncated": state.truncated}
 
@@ -185,7 +186,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
 
     def evaluate(self) -> dict[str, float]:
         engine, recipe = self.engine, self.recipe
-        return answers.evaluate(
+        return evaluate(
             engine.module,
             engine.module.module,
             self.base.blueprint,

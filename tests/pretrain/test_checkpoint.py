@@ -9,13 +9,15 @@ import os
 import shutil
 import signal
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pretrain.checkpoint import MANIFEST, CheckpointError, CheckpointStore
+from pretrain.checkpoint import CheckpointError, CheckpointStore
+from pretrain.manifest import MANIFEST
 from pretrain.process_group import Ranks
 from tests.pretrain import tiny
 from tests.pretrain.ranks import run_ranks
@@ -151,11 +153,29 @@ def shrink(folder: Path, cases: list[tuple[int, str]]) -> dict[Any, Any]:
             for g in engine.module.optimizer.param_groups
         ]
         results[case] = (state, groups, advance(engine, 3, 5))
+        if case == RESIZED[1]:
+            engine.destroy()
+            results["converted again"] = [converted_again(folder, case, fault) for fault in CONVERTED_FAULTS]
+            engine = engine_of(case, world=1)
+            store.load_newest(engine)
+            advance(engine, 3, 5)
         grown = store_of(folder, ("grown", *case))
         grown.clean(engine)
         grown.save(engine, 5, {"step": 5})
         engine.destroy()
     return results
+
+
+def converted_again(folder: Path, case: tuple[int, str], fault: Any) -> tuple[list[str], list[tuple[float, float]]]:
+    """What is said, and the losses, when a conversion that is there has been damaged."""
+    said: list[str] = []
+    engine, store = engine_of(case, world=1), store_of(folder, case, log=said.append)
+    target = store.folder / "step-3.universal"
+    fault(max((p for p in target.rglob("*.pt") if p.name == "fp32.pt"), key=lambda p: p.stat().st_size))
+    store.load_newest(engine)
+    losses = advance(engine, 3, 5)
+    engine.destroy()
+    return said, losses
 
 
 def read_all(folder: Path) -> dict[Any, Any]:
@@ -248,6 +268,15 @@ def lose_everything(store: Path) -> None:
         (store / step / MANIFEST).unlink()
 
 
+def flip_converted(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+CONVERTED_FAULTS = [Path.unlink, flip_converted]
+
+
 FAULTS = {
     lose_file: 1,
     cut_file: 1,
@@ -293,6 +322,15 @@ def test_resumes_bit_for_bit(story: dict[str, Any], case: Any) -> None:
 @pytest.mark.parametrize("case", RESIZED)
 def test_another_number_of_ranks(story: dict[str, Any], case: Any) -> None:
     compare_resized(case, story["written"][0], story["shrunk"][0], story["read"][0])
+
+
+def test_a_damaged_conversion_is_made_again(story: dict[str, Any]) -> None:
+    _, _, losses = story["shrunk"][0][RESIZED[1]]
+    lost, flipped = story["shrunk"][0]["converted again"]
+    assert lost[1] == flipped[1] == losses
+    for said, word in ((lost[0], "cannot be read (No such file"), (flipped[0], "does not have the checksum")):
+        assert said[0].startswith("step-3.universal is made again: rank 0: ") and word in said[0]
+        assert said[1:] == ["converting step-3 for another number of ranks"]
 
 
 @pytest.mark.slow
@@ -430,6 +468,116 @@ def test_a_future_gone_back_from_is_dropped(tmp_path: Path) -> None:
     assert store.load_newest(engine) == {"n": 2}
     store.save(engine, 3, {"n": 33})
     assert store.load_newest(engine) == {"n": 33}
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", "", '{"crc32": 1', "é", None, 7 * "[1,", '{"files": {}}'])
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str | None) -> None:
+    """It is passed over, and removed later with a word."""
+    engine, said = OneRank(), list[str]()
+    store = two_checkpoints(tmp_path, engine, said)
+    path = tmp_path / "step-2" / MANIFEST
+    path.unlink() if content is None else path.write_text(content, encoding="latin-1")
+    assert store.steps() == [1] and store.load_newest(engine) == {"n": 1}
+    assert len(said) == 1 and said[0].startswith("checkpoint step-2 is passed over: rank 0: its manifest.json ")
+    words = {None: "cannot be read (No such file or directory)", "": "is empty"}
+    assert words.get(content, "is not one that this library writes") in said[0]
+    store.keep = 1
+    store.save(engine, 3, {"n": 3})
+    assert len(said) == 2 and said[1].startswith("checkpoint step-2 is removed: its manifest.json ")
+    assert store.steps() == [3]
+
+
+def test_every_bit_of_a_manifest(tmp_path: Path) -> None:
+    """Flipped, it makes the run fall back to the checkpoint before, or changes nothing; never anything else."""
+    engine, said = OneRank(), list[str]()
+    store = two_checkpoints(tmp_path, engine, said)
+    path = tmp_path / "step-2" / MANIFEST
+    content = path.read_bytes()
+    outcomes = Counter()
+    for place in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        said.clear()
+        state = store.load_newest(engine)
+        outcomes[state["n"]] += 1
+        assert (state, bool(said)) in (({"n": 1}, True), ({"n": 2}, False)), (place, flipped)
+        assert engine.loaded == (b"x" if state["n"] == 1 else b"yy")
+    assert outcomes[1] > 0.99 * 8 * len(content) > 2900
+
+
+def test_every_bit_of_a_checkpoint(tmp_path: Path) -> None:
+    engine, said = OneRank(), list[str]()
+    store = two_checkpoints(tmp_path, engine, said)
+    for path in [p for p in (tmp_path / "step-2").rglob("*") if p.is_file() and p.name != MANIFEST]:
+        content = path.read_bytes()
+        for place in range(8 * len(content)):
+            flipped = bytearray(content)
+            flipped[place // 8] ^= 1 << place % 8
+            path.write_bytes(flipped)
+            assert store.load_newest(engine) == {"n": 1}
+            assert said[-1].endswith(
+                f"{path.relative_to(tmp_path / 'step-2')} does not have the checksum of its manifest"
+            )
+        path.write_bytes(content)
+    assert store.load_newest(engine) == {"n": 2}
+
+
+def test_another_steps_checkpoint_under_a_wrong_name(tmp_path: Path) -> None:
+    engine, said = OneRank(), list[str]()
+    store = two_checkpoints(tmp_path, engine, said)
+    shutil.copytree(tmp_path / "step-1", tmp_path / "step-5")
+    assert store.load_newest(engine) == {"n": 2}
+    assert said == ["checkpoint step-5 is passed over: rank 0: its manifest is that of step 1"]
+
+
+def test_all_damaged_says_why(tmp_path: Path) -> None:
+    engine = OneRank()
+    store = two_checkpoints(tmp_path, engine, [])
+    (tmp_path / "step-1" / "engine" / "states.pt").unlink()
+    (tmp_path / "step-2" / MANIFEST).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds checkpoints, but none that every rank can read") as caught:
+        store.load_newest(engine)
+    assert str(caught.value).splitlines()[1:] == [
+        "  step-2: rank 0: its manifest.json is empty",
+        "  step-1: rank 0: engine/states.pt cannot be read (No such file or directory)",
+    ]
+
+
+def two_checkpoints(folder: Path, engine: OneRank, said: list[str]) -> CheckpointStore:
+    """Steps 1 (`b"x"`) and 2 (`b"yy"`)."""
+    store = CheckpointStore(folder, keep=2, log=said.append)
+    for step, content in ((1, b"x"), (2, b"yy")):
+        engine.content = content
+        store.save(engine, step, {"n": step})
+    return store
+
+
+def test_only_what_is_ours_is_removed(tmp_path: Path) -> None:
+    engine = OneRank()
+    store = two_checkpoints(tmp_path, engine, [])
+    theirs = [
+        "step-1-keep",
+        "step-1.bak",
+        "step-01",
+        "step-x.tmp",
+        "notes.tmp",
+        "latest.old",
+        "my-step-1.old",
+        "step-9.tmp2",
+    ]
+    ours = ["step-7.tmp", "step-7.universal.12.writing", "latest.12.writing", "step-1.universal"]
+    for name in (*theirs, *ours):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    (tmp_path / "step-8.tmp").write_text("a file of somebody's")
+    (tmp_path / "notes.12.writing").write_text("another")
+    store.clean(engine)
+    store.keep = 1
+    store.save(engine, 3, {"n": 3})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*theirs, "step-8.tmp", "notes.12.writing", "step-3", "latest"}
+    assert all((tmp_path / name / "content").read_text() == name for name in theirs)
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:

@@ -136,3 +136,14 @@ def test_losses_are_not_rounded_to_fp32(data: Data) -> None:
 
 def test_validation_loss_of_nothing() -> None:
     assert validation_loss({}) == float("inf")
+
+
+def test_no_batches_count_as_many_numbers(data: Data) -> None:
+    """A rank that has none, because its data broke, still takes part in the sum over all ranks."""
+    from pretrain.data import micro_batches
+    from pretrain.evaluate import count_batches
+
+    objective = zoo.build("objective", {"type": "autoregressive"}, d_model=32)
+    (batch,) = micro_batches(data.train, 0, 2, 2, 0, 1, 0, 0)
+    some, none = (count_batches(objective, ("text", "image"), batches) for batches in ([batch], []))
+    assert none == some.of([0] * len(some.numbers())) and sum(some.tokens) > 0

@@ -19,11 +19,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import zoo.adapt as za
 from pretrain.finetune.prompts import collate, encode, padding_id
-from pretrain.finetune.questions import Question, read_questions
+from pretrain.finetune.questions import read_questions
 from tests.pretrain.finetune.tuning import ADAPT, write_base, write_data
 from tests.pretrain.runs import ROOT
-from tools.evaluate_answers import exchanged, main
-from zoo.config import UserError
+from tools.evaluate_answers import main
 
 ONE_TOKEN = ROOT / "recipes" / "adapt" / "one_token.yaml"
 HALF = {"capacity": {"type": "constant", "keep": 0.5}, "gate": {"activation": "none"}}
@@ -131,16 +130,6 @@ def test_exchanged_images_are_what_is_read(folder: Path) -> None:
     assert 0 < mean(right) < 1
     assert call(folder, "--exchange-images")["values"]["eval/accuracy"] == mean(right)
     assert call(folder, "--exchange-images", "--samples", 3)["values"]["eval/accuracy"] == mean(right[:3])
-
-
-def test_which_images_are_exchanged() -> None:
-    names = [("a",), ("a",), ("b", "c"), ("b",), ("d", "e")]
-    asked = [Question(tuple(map(Path, own)), ((str(number), "x"),), "a line") for number, own in enumerate(names)]
-    found = exchanged(asked, 4)
-    assert [tuple(map(str, question.images)) for question in found] == [("b",), ("b",), ("d", "e"), ("a",)]
-    assert [question.turns for question in found] == [question.turns for question in asked[:4]]
-    with pytest.raises(UserError, match="no other question of the split has 2 other images than a line"):
-        exchanged(asked[2:4], None)
 
 
 def test_adapting_on_the_fly_is_the_saved_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.zoo.helpers import build_block, stream, values
+from tests.zoo.helpers import (
+    DENSE,
+    assert_equal,
+    build_block,
+    build_model,
+    gradients,
+    ids,
+    layer,
+    mod,
+    random_rows,
+    stream,
+    values,
+)
+from zoo import Trace
 from zoo.context import TokenContext
 from zoo.kernels import available
 from zoo.layers import rotary_tables, rotate
@@ -72,11 +85,47 @@ def test_documents_do_not_see_each_other_and_padding_is_zero(kernel):
 
 
 @pytest.mark.parametrize("kernel", available("attention"))
+def test_a_token_is_seen_from_the_beginning_of_its_item_on(kernel):
+    block = build_block("mixer", {"type": "attention", "heads": 2}, kernels={"attention": kernel})
+    context = stream("t[ii][iii]tt|[ii]t", "[iiii]|ttt[tt]..")
+    x = values(context)
+    y = block(x, context)
+    # changed token → first and last token that see it
+    for row, changed, first, last in (
+        (0, 2, 1, 7),
+        (0, 4, 3, 7),
+        (0, 6, 6, 7),
+        (0, 8, 8, 10),
+        (1, 3, 0, 3),
+        (1, 8, 7, 8),
+    ):
+        other = x.detach().clone()
+        other[row, changed] += 1
+        seen = ((block(other, context) - y).abs().amax(-1) > 1e-12).nonzero().tolist()
+        assert seen == [[row, t] for t in range(first, last + 1)], (row, changed)
+
+
+@pytest.mark.parametrize("kernel", available("attention"))
 def test_padding_after_a_single_document_is_zero(kernel):
     block = build_block("mixer", {"type": "attention", "heads": 2}, kernels={"attention": kernel})
     context = stream("ttiit", "tt...", ".")
     assert context.single_document  # the causal path without a mask: padding does see the document
     assert not block(values(context), context)[~context.valid].any()
+
+
+@pytest.mark.parametrize("capacity", ["1/2", {"text": "3/4", "image": "1/2"}])
+@pytest.mark.parametrize("items", [False, True])
+def test_a_depth_router_over_long_packed_rows_is_that_of_the_reference(items, capacity):
+    row = "|".join(random_rows(1, 700)[0].split("|")[:60])
+    drawn = [row + "|t[" + "i" * 60 + "]t[ii]", "[" + "i" * 200 + "]tt|" + row]
+    context = stream(*(text if items else text.replace("[", "").replace("]", "") for text in drawn))
+    results = []
+    for kernel in ("reference", "per_document"):
+        layers = layer(feedforward=DENSE), mod(feedforward=DENSE, depth={"type": "mod", "capacity": capacity})
+        model = build_model(*layers, kernels={"attention": kernel})
+        logits = model(ids(context), context.replace(trace=Trace()))
+        results.append({"logits": logits.detach()} | gradients(logits.square().sum(), model))
+    assert_equal(*results, 1e-11)
 
 
 def test_a_state_that_is_too_small_says_so():

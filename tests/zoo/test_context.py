@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,34 +9,53 @@ from hypothesis import strategies as st
 
 from tests.zoo.helpers import stream
 from zoo import TokenContext, Trace
+from zoo.context import Kept
 from zoo.routing.statistics import RouterHits, RoutingStatistics
+from zoo.spans import Spans
 
 MODALITIES = ("text", "image", "speech")
 
 
+Rows = list[list[int]]
+
+
 @st.composite
-def batches(draw) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of (modality, document): runs of documents, padding anywhere between them."""
-    rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 12))
-    modality, document = [], []
+def batches(draw) -> tuple[Rows, Rows, Rows]:
+    """Modality, document and item of every place: runs of documents, padding anywhere, items anywhere in documents."""
+    rows, length, with_items = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.booleans())
+    batch: tuple[Rows, Rows, Rows] = ([], [], [])
     for _ in range(rows):
-        row_modality, row_document, next_id = [], [], 0
-        while len(row_modality) < length:
-            run, padding = draw(st.integers(1, 6)), draw(st.booleans())
-            row_modality += [-1 if padding else draw(st.integers(0, 2)) for _ in range(run)]
-            row_document += [-1 if padding else next_id] * run
-            next_id += not padding
-        modality.append(row_modality[:length])
-        document.append(row_document[:length])
-    return modality, document
+        places: list[tuple[int, int, int]] = []
+        documents, items = 0, 0
+        while len(places) < length:
+            padding = draw(st.booleans())
+            for _ in range(draw(st.integers(1, 3))):
+                run, item = draw(st.integers(1, 3)), with_items and not padding and draw(st.booleans())
+                kind = -1 if padding else draw(st.integers(0, 2))
+                places += [(kind, -1 if padding else documents, items if item else -1)] * run
+                items += item
+            documents += not padding
+        for rows_of, values in zip(batch, zip(*places[:length], strict=True), strict=True):
+            rows_of.append(list(values))
+    return batch
 
 
-def real(modality: list[list[int]]) -> list[tuple[int, int]]:
+def context_of(batch: tuple[Rows, Rows, Rows], **options) -> TokenContext:
+    modality, document, item = map(torch.tensor, batch)
+    return TokenContext.from_modality(modality, document, item=item, modalities=MODALITIES, **options)
+
+
+def spans(ids: Rows) -> tuple[tuple[int, int, int], ...]:
+    """(row, start, length) of every id that is not −1."""
+    return tuple((b, row.index(i), row.count(i)) for b, row in enumerate(ids) for i in dict.fromkeys(row) if i >= 0)
+
+
+def real(modality: Rows) -> list[tuple[int, int]]:
     return [(b, t) for b, row in enumerate(modality) for t, m in enumerate(row) if m >= 0]
 
 
-def assert_describes(context: TokenContext, modality: list[list[int]], document: list[list[int]]) -> None:
-    """Everything derived from modality and document, by brute force."""
+def assert_describes(context: TokenContext, modality: Rows, document: Rows, item: Rows) -> None:
+    """Everything derived from modality, document and item, by brute force."""
     length, places = len(modality[0]), real(modality)
     flat = [m for row in modality for m in row]
     assert context.shape == (len(modality), length)
@@ -51,9 +68,12 @@ def assert_describes(context: TokenContext, modality: list[list[int]], document:
     assert context.order.tolist() == sorted(range(len(flat)), key=lambda i: flat[i])
     for m in range(3):
         assert context.index(m).tolist() == [i for i, value in enumerate(flat) if value == m]
-    for b, row in enumerate(document):
-        expected = [[row[s] == row[t] and s <= t for s in range(length)] for t in range(length)]
+    for b, (row, items) in enumerate(zip(document, item, strict=True)):
+        expected = [
+            [row[s] == row[t] and (s <= t or items[s] == items[t] >= 0) for s in range(length)] for t in range(length)
+        ]
         assert context.mask[b, 0].tolist() == expected
+    assert context.document_spans == spans(document) and context.item_spans == spans(item)
     if context.single_document:
         assert all(row == sorted(row, key=lambda d: d < 0) and len({*row} - {-1}) <= 1 for row in document)
 
@@ -61,12 +81,10 @@ def assert_describes(context: TokenContext, modality: list[list[int]], document:
 @settings(max_examples=60, deadline=None)
 @given(batches())
 def test_from_modality(batch):
-    modality, document = batch
-    context = TokenContext.from_modality(torch.tensor(modality), torch.tensor(document), modalities=MODALITIES)
-    assert_describes(context, modality, document)
-    starts = {(b, d): row.index(d) for b, row in enumerate(document) for d in {*row} - {-1}}
-    segments = [(b, start, document[b].count(d)) for (b, d), start in starts.items()]
-    assert context.document_spans == tuple(sorted(segments))
+    context = context_of(batch)
+    modality, document, item = batch
+    assert_describes(context, modality, document, item)
+    starts = {(b, document[b][start]): start for b, start, _ in context.document_spans}
     for b, t in real(modality):
         assert context.position[b, t] == t - starts[b, document[b][t]]
     by_hand = all(
@@ -74,28 +92,34 @@ def test_from_modality(batch):
         for places in ([start for (row, _), start in starts.items() if row == b] for b in range(len(modality)))
     )
     assert context.single_document == by_hand
+    assert (context.item is None) == (not context.item_spans)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(batches(), st.data())
-def test_select_keeps_positions_documents_and_keys(batch, data):
-    modality, document = batch
-    context = TokenContext.from_modality(torch.tensor(modality), torch.tensor(document), modalities=MODALITIES, step=3)
+def test_select_keeps_positions_documents_items_and_keys(batch, data):
+    context, modality = context_of(batch, step=3), batch[0]
     kept = [[t for t, m in enumerate(row) if m >= 0 and data.draw(st.booleans())] for row in modality]
     width = max(1, max(map(len, kept)))
     index = torch.tensor([row + [0] * (width - len(row)) for row in kept])
     valid = torch.tensor([[i < len(row) for i in range(width)] for row in kept])
-    narrow = context.select(index, valid)
+    keep = torch.tensor([[t in row for t in range(context.shape[1])] for row in kept])
 
-    def take(values: list[list[int]]) -> list[list[int]]:
+    def take(values: Rows) -> Rows:
         return [[values[b][t] for t in row] + [-1] * (width - len(row)) for b, row in enumerate(kept)]
 
-    assert narrow.modality.tolist() == take(modality)
-    assert_describes(narrow, take(modality), take(document))
-    for b, row in enumerate(kept):
-        assert narrow.position[b, : len(row)].tolist() == context.position[b, row].tolist()
-        assert narrow.key[b, : len(row)].tolist() == context.key[b, row].tolist()
-    assert narrow.step == 3 and narrow.spans is None
+    told = context.kept(keep)
+    for known in (None, told, Kept(told.counts)):
+        narrow = context.select(index, valid, known)
+        assert narrow.modality.tolist() == take(modality)
+        assert_describes(narrow, *map(take, batch))
+        for b, row in enumerate(kept):
+            assert narrow.position[b, : len(row)].tolist() == context.position[b, row].tolist()
+            assert narrow.key[b, : len(row)].tolist() == context.key[b, row].tolist()
+        assert narrow.step == 3 and narrow.narrowed and not context.narrowed
+    assert told.row_counts == tuple(map(len, kept))
+    needed = not context.single_document or context.item is not None
+    assert told.spans == (Spans(spans(take(batch[1])), spans(take(batch[2]))) if needed else None)
 
 
 def test_defaults():
@@ -111,10 +135,10 @@ def test_items():
     context = stream("t[ii][ii]t|[iii]", "..[ti]tt[i]")
     assert context.item.tolist() == [[-1, 0, 0, 1, 1, -1, 2, 2, 2], [-1, -1, 0, 0, -1, -1, 1, -1, -1]]
     assert context.item_spans == ((0, 1, 2), (0, 3, 2), (0, 6, 3), (1, 2, 2), (1, 6, 1))
-    for b, t, s in itertools.product(range(2), range(9), range(9)):
-        same = context.item[b, t] == context.item[b, s] >= 0
-        expected = context.document[b, t] == context.document[b, s] and (s <= t or same)
-        assert context.mask[b, 0, t, s] == expected, (b, t, s)
+    first = context.mask[0, 0]
+    assert first[1, :6].tolist() == [True, True, True, False, False, False]  # sees its item, not the adjacent one
+    assert first[3, :6].tolist() == [True, True, True, True, True, False]
+    assert first[5, :9].tolist() == [True] * 6 + [False] * 3
 
 
 def test_a_batch_without_items_has_none():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.zoo.helpers import assert_equal, random_rows, stream
 from zoo import ConfigError, TokenContext, kernels
-from zoo.kernels import OPERATIONS, flex, reference, sdpa, xformers
+from zoo.kernels import OPERATIONS, flex, per_document, reference, sdpa, xformers
 
 Inputs = dict[str, Tensor]
 BFLOAT16_TOLERANCE = 2e-2  # 2⁻⁸ a rounding, a few of them one after the other; relative to the largest entry
@@ -176,6 +176,66 @@ def test_flex_on_cuda_serves_a_sub_sequence_that_a_router_kept():
     assert_equal(ours, run(reference, "packed_attention", inputs, (kept,), real, torch.float64), 1e-4)
 
 
+def narrowed(*rows: str) -> TokenContext:
+    """The context of every second token."""
+    context = stream(*rows)
+    keep = (torch.arange(context.shape[1]) % 2 == 1) & context.valid
+    kept = context.kept(keep)
+    width = max(kept.row_counts)
+    index = keep.logical_not().sort(dim=1, stable=True).indices[:, :width]
+    return context.select(index, torch.arange(width) < torch.tensor(kept.row_counts)[:, None], kept)
+
+
+LONG = ("t" * 300 + "|[" + "i" * 90 + "]t|" + "i" * 250 + "....", "..tt|t[iii]t" + "t" * 400 + "[ii][" + "i" * 70 + "]")
+
+
+@pytest.mark.parametrize("items", [False, True])
+def test_a_long_sub_sequence_is_computed_document_by_document(items, monkeypatch):
+    context = narrowed(*(row if items else row.replace("[", "").replace("]", "") for row in LONG))
+    inputs = {name: random(*context.shape, heads, 4) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
+    real = context.valid[:, :, None, None]
+    expected = run(reference, "packed_attention", inputs, (context,), real, torch.float64)
+    monkeypatch.setattr(TokenContext, "mask", property(lambda self: pytest.fail("a mask of all pairs is made")))
+    ours = run(per_document, "packed_attention", inputs, (context,), real, torch.float64)
+    assert_equal(ours, expected, 1e-12)
+    assert context.shape[1] > per_document.SHORT
+    calls = [(documents.index.shape[1], documents.mask is not None) for documents in per_document.calls(context)]
+    assert {length for length, masked in calls if masked} == (set() if not items else {45, 238})
+
+
+def test_only_documents_with_items_are_computed_under_a_mask(monkeypatch):
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, *rest, attn_mask, is_causal):
+        assert is_causal == (attn_mask is None)
+        calls.append((*query.shape[:3:2], None if attn_mask is None else tuple(attn_mask.shape)))
+        return attention(query, *rest, attn_mask=attn_mask, is_causal=is_causal)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    query = random(2, 9, 2, 4)
+    per_document.packed_attention(query, query, query, stream("ttit|it|iti", "iit|iiti|tt"))
+    assert calls == [(2, 2, None), (2, 3, None), (2, 4, None)]
+    calls.clear()
+    per_document.packed_attention(query, query, query, stream("ttit|it|iti", "i[it]|[ii][t]i|tt"))
+    assert calls == [(2, 2, None), (1, 3, None), (1, 3, (1, 1, 3, 3)), (1, 4, None), (1, 4, (1, 1, 4, 4))]
+    calls.clear()
+    per_document.packed_attention(query, query, query, stream("ttitititi", "[i]titi...."))
+    assert calls == [(1, 5, None), (1, 9, None)]  # an item of one position sees no more than causal attention does
+    calls.clear()
+    per_document.packed_attention(query, query, query, stream("ttitititi", "ititi...."))
+    assert calls == [(2, 9, None)]
+
+
+def test_items_go_from_xformers_to_a_backend_that_knows_them(monkeypatch):
+    taken = []
+    monkeypatch.setattr(xformers, "takes", lambda query: True)
+    monkeypatch.setattr(per_document, "packed_attention", lambda query, *rest: taken.append(1) or query)
+    query = random(1, 5, 2, 8)
+    for row in ("t[ii]tt", "t[ii]|tt"):
+        xformers.packed_attention(query, query, query, stream(row))
+    assert len(taken) == 2
+
+
 def uneven() -> TokenContext:
     """Rows of more than one block of flex_attention, with documents, and padding at either end."""
     return stream("t" * 70 + "|" + "i" * 61 + "....", "..tt|iii" + "t" * 120, "." * 9)
@@ -208,6 +268,19 @@ def test_flex_uncompiled_is_the_reference(make, monkeypatch):
     ours = flex.packed_attention(query, key, value, context)
     torch.testing.assert_close(ours, reference.packed_attention(query, key, value, context), rtol=0, atol=1e-12)
     assert flex.block_mask(context) is flex.block_mask(context)
+
+
+@pytest.mark.gpu
+def test_flex_on_cuda_is_not_compiled_anew_for_other_items():
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for length in (40, 41, 99, 7, 70):
+        context = stream("t" * (150 - length) + "[" + "i" * length + "]tt|[ii]", "t" * 154).to("cuda")
+        query = torch.randn(*context.shape, 2, 32, device="cuda", requires_grad=True)
+        flex.packed_attention(query, query, query, context).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1:] == graphs[:1] * 4
 
 
 def test_the_pieces_of_xformers_are_the_documents_and_the_padding():

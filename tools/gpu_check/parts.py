@@ -39,7 +39,12 @@ def known(out: Path = Path()) -> list[Part]:
     bench = ("-m", "tools.bench", "--device", "cuda", "--rounds", "3", "--json")
     return [
         Part("doctor", "what loads here", ("-m", "tools.doctor"), 60),
-        Part("tests", "kernels against their definitions", (*PYTEST, "tests/zoo/test_kernels.py"), 150),
+        Part(
+            "tests",
+            "kernels against their definitions",
+            (*PYTEST, "tests/zoo/test_kernels.py", "tests/zoo/test_layers.py"),
+            150,
+        ),
         Part(
             "synchronisation",
             "forward and backward of every tiny recipe with copies to the host made an error",

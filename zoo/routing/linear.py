@@ -9,11 +9,11 @@ from typing import Literal
 
 import pydantic
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import noise
 from zoo.config import ConfigError
+from zoo.layers import wide_linear
 from zoo.registry import BlockConfig, Place, register
 from zoo.roles import Role
 from zoo.routing.candidates import Candidates
@@ -77,11 +77,10 @@ class LinearScorer(Scorer, counter_noise=True):
             )
 
     def forward(self, x: Tensor, candidates: Candidates | None = None) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        logits = wide_linear(x, self.weight)
         if self.noise == "gumbel" and self.training and candidates is not None:
             draw = gumbel if self.activation == "softmax" else noise.logistic
-            logits = logits + draw(candidates.key, candidates.salt, logits.shape[-1]).to(wide)
+            logits = logits + draw(candidates.key, candidates.salt, logits.shape[-1]).to(logits.dtype)
         return self.activate(logits)
 
     def activate(self, logits: Tensor) -> Tensor:

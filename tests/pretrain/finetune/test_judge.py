@@ -1,4 +1,4 @@
-"""How a sweep asks models: answers they are told cost what they cost in generation; thresholds; exchanged pictures."""
+"""How models are asked: answers they are told cost what they cost in generation; thresholds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zoo.adapt as za
-from pretrain.finetune.answers import predict
 from pretrain.finetune.asking import Forced
+from pretrain.finetune.evaluate import predict
 from pretrain.finetune.judge import judge
-from pretrain.finetune.prompt_batches import Batch, Prompts, exchanged, one_an_image
+from pretrain.finetune.prompt_batches import Batch, Prompts
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import read_questions
 from pretrain.finetune.samples import Batcher
@@ -132,24 +132,12 @@ def told(model: Any, inputs: dict[str, Tensor], right: Tensor) -> list[float]:
     return answering.losses
 
 
-def test_exchanged_pictures(data: Path) -> None:
-    questions = read_questions(data)
-    found = exchanged(questions)
-    first, pair, third = ((data / "0.png",), (data / "1.png", data / "2.png"), (data / "3.png",))
-    assert [question.images for question in found] == [pair, third, first, pair], (
-        "questions about one picture get one other"
-    )
-    assert [question.turns for question in found] == [question.turns for question in questions if question.images]
-    assert exchanged([questions[0], questions[4]]) == exchanged(questions[3:4]) == []
-
-
 def test_a_threshold_meets_the_target(tmp_path: Path) -> None:
     """Judged as it was tuned, with the weights it had."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     write_base(tmp_path / "base")
     asked = read_questions(write_data(tmp_path / "data", train=1, validation=12), "validation")
-    assert [q.images for q in one_an_image([*asked[:2], *asked], 3)] == [q.images for q in asked[:3]]
     prompts = Prompts.encode(asked, AutoProcessor.from_pretrained(tmp_path / "base"), 5)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     assert judge(model, prompts)["flops"] == 1

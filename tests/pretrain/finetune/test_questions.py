@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pretrain.data import DataError
-from pretrain.finetune.questions import Question, read_questions, sample_questions
+from pretrain.finetune.questions import Question, about_other_images, one_an_image, read_questions, sample_questions
 from tests.pretrain.data.samples import png, sample, write_shard
 from tests.pretrain.finetune.processors import write_questions
 
@@ -98,3 +98,18 @@ def test_documents_of_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "a-val-0.tar", [sample("000", "text alone")])
     with pytest.raises(DataError, match=r"none of the 1 documents of \*val\*.tar has an image"):
         sample_questions(tmp_path, "val", 2)
+
+
+def test_which_images_are_exchanged() -> None:
+    names = [("a",), ("a",), ("b", "c"), ("b",), ("d", "e")]
+    asked = [Question(tuple(map(Path, own)), ((str(number), "x"),), "a line") for number, own in enumerate(names)]
+    found = about_other_images(asked, 4)
+    assert [tuple(map(str, question.images)) for question in found] == [("b",), ("b",), ("d", "e"), ("a",)]
+    assert [question.turns for question in found] == [question.turns for question in asked[:4]]
+    with pytest.raises(DataError, match="a line: no other question has 2 other images; add some"):
+        about_other_images(asked[2:4])
+
+
+def test_one_question_an_image() -> None:
+    asked = [Question(tuple(map(Path, own)), (("q", "a"),), "") for own in ("a", "", "b", "a", "ab", "c")]
+    assert one_an_image(asked, 3) == [asked[0], asked[2], asked[4]]

@@ -200,7 +200,7 @@ def test_the_model_left_behind(two: Path) -> None:
     """It opens as the adapted model, which evaluates to what the run said, and as a dense one."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    from pretrain.finetune import answers
+    from pretrain.finetune.evaluate import evaluate
     from pretrain.finetune.questions import read_questions
     from pretrain.finetune.samples import Batcher
     from zoo.adapt.family import picture_ids
@@ -211,7 +211,7 @@ def test_the_model_left_behind(two: Path) -> None:
     picture = next(question for question in questions if question.images)
     config = za.adaptation(model)
     batcher = Batcher(processor, picture, model.config, picture_ids(model.config, ""), config, training=False)
-    values = answers.evaluate(model, model, model, batcher, questions[:5], 1)
+    values = evaluate(model, model, model, batcher, questions[:5], 1)
     said = metrics.read(two / "whole" / "metrics.jsonl")[-1]
     assert {"step": 6, **values} == pytest.approx(said, rel=1e-6)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pretrain.finetune.questions import Question, about_other_images, one_an_image, read_questions
 from tools.sweep.adapt.plan import Point
 from tools.sweep.adapt.settings import TestConfig
 from tools.sweep.folder import write_json
@@ -36,8 +37,7 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
 
     from pretrain.finetune import model as models
     from pretrain.finetune.judge import judge
-    from pretrain.finetune.prompt_batches import Prompts, exchanged, one_an_image
-    from pretrain.finetune.questions import Question, read_questions
+    from pretrain.finetune.prompt_batches import Prompts
     from pretrain.finetune.recipe import AdaptRecipe
     from pretrain.process_group import choose_device
     from tools.sweep.adapt.metrics import METRICS
@@ -67,7 +67,7 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
         model = load_adapted(recipe.folder / MODEL) if point.adapt is not None else _dense(recipe.folder / MODEL)
         model = model.to(device, torch.float32).eval()
         result |= {"after": judged(model, prompts), "training_seconds": seconds}
-        if metric.told and point.adapt is None and (others := exchanged(questions)):
+        if metric.told and point.adapt is None and (others := _about_others(questions)):
             result["exchanged"] = judged(model, encoded(others))
         if point.learned:
             tuning = settings["threshold"]
@@ -80,6 +80,14 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
             shutil.rmtree(folder / MODEL, ignore_errors=True)
             shutil.move(recipe.folder / MODEL, folder / MODEL)
     return result
+
+
+def _about_others(questions: Sequence[Question]) -> list[Question]:
+    """The questions about images, each about those of another; none where they cannot be exchanged."""
+    try:
+        return about_other_images([question for question in questions if question.images])
+    except UserError:
+        return []
 
 
 def train(folder: Path, recipe: dict[str, Any]) -> float | None:

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo.adapt as za
+from pretrain.finetune import generation
+from pretrain.finetune.generation import kinds_of
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
+from pretrain.finetune.routing import routing_sums, routing_values
 from pretrain.finetune.samples import Batcher, QuestionBatch, moved
 from pretrain.process_group import Ranks
-from zoo.routing.statistics import Load, RouterHits, RoutingStatistics
+from zoo.routing.statistics import RoutingStatistics
 
 Progress = Callable[[int], Any]
 ALONE = Ranks()
@@ -34,34 +37,6 @@ def predict(forward: nn.Module, batch: QuestionBatch, trace: za.Trace | None) ->
     options = {} if trace is None else {"mod_trace": trace, "mod_answers": batch.labels != IGNORED}
     logits = forward(**batch.inputs, **options, use_cache=False, logits_to_keep=columns).logits
     return logits.float(), labels[:, columns]
-
-
-def routing_sums(trace: za.Trace | None, layers: Sequence[str]) -> RoutingStatistics:
-    """What a forward's routers report, of each of `layers`, so that ranks agree; zero where no token could be skipped.
-
-    Args:
-        trace: None for a forward of which nothing counts.
-    """
-    said = RoutingStatistics() if trace is None else trace.statistics
-    hits = {layer: said.hits.get(layer, RouterHits(0, 0, 0, 0)) for layer in layers}
-    return RoutingStatistics(hits, {layer: said.loads.get(layer, Load(0, 0)) for layer in layers})
-
-
-def routing_values(routing: RoutingStatistics, each: bool = False) -> dict[str, float]:
-    """Reports from `routing_sums` added up: `skip/<layer>`, the share of the tokens that could be skipped and were, `skip`
-    of all layers together; `auxiliary/{accuracy,precision,recall,always_skip}`, how well routers foresee who is kept.
-
-    Args:
-        each: also `auxiliary/<layer>/…`.
-    """
-    whole = sum(routing.loads.values(), Load(0, 0))
-    if not whole.offered:
-        return {}
-    values = {"skip": 1 - whole.share} | {f"skip/{layer}": 1 - share for layer, share in routing.shares().items()}
-    values |= {f"auxiliary/{key}": value for key, value in routing.all_hits().rates().items()}
-    for layer, hits in routing.hits.items() if each else ():
-        values |= {f"auxiliary/{layer}/{key}": value for key, value in hits.rates().items()}
-    return values
 
 
 @dataclasses.dataclass
@@ -189,37 +164,15 @@ def _generate(
     progress: Progress,
 ) -> None:
     """Count the generated answers that are right into `right`, by their kinds."""
-    tokenizer = batcher.processor.tokenizer
-    asked = [
-        (dataclasses.replace(question, turns=question.turns[: turn + 1]), kind)
-        for question in questions
-        for turn, kind in enumerate(kinds_of(question))
-    ]
-    longest = max(len(tokenizer(question.turns[-1][1], add_special_tokens=False).input_ids) for question, _ in asked)
+    processor, asked = batcher.processor, generation.each_answer(questions)
+    most = generation.longest_answer(asked, processor) + SLACK
     for counted, chunk in _chunks(asked, batch, ranks):
-        inputs = batcher.prompts([question for question, _ in chunk])
-        inputs = moved(inputs, device, dtype)
-        ids = model.generate(
-            **inputs,
-            max_new_tokens=longest + SLACK,
-            do_sample=False,
-            num_beams=1,
-            synced_gpus=together and ranks.world > 1,
-            eos_token_id=ends(model, tokenizer),
-            pad_token_id=batcher.padding,
-        )
-        texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for (question, kind), text in zip(chunk, texts, strict=False):  # a filler's is left
-            if counted and text.strip() == question.turns[-1][1].strip():
-                right[kind] += 1.0
+        inputs = moved(batcher.prompts(chunk), device, dtype)
+        said = generation.texts(generation.generate(model, processor, inputs, most, together), inputs, processor)
+        for question, text in zip(chunk, said, strict=False):  # a filler's is left
+            if counted and generation.is_right(text, question):
+                right[question.extra["kind"]] += 1.0
         progress(counted * len(chunk))
-
-
-def ends(model: Any, tokenizer: Any) -> list[int]:
-    """Ids after which an answer is over."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
 
 
 def _chunks(items: Sequence[Any], size: int, ranks: Ranks) -> list[tuple[bool, Sequence[Any]]]:
@@ -228,13 +181,6 @@ def _chunks(items: Sequence[Any], size: int, ranks: Ranks) -> list[tuple[bool, S
     mine = [(True, chunk) for chunk in chunks[ranks.rank :: ranks.world]]
     idle = -(-len(chunks) // ranks.world) - len(mine)
     return mine + [(False, items[:1])] * idle
-
-
-def kinds_of(question: Question) -> list[str]:
-    """Of each answer; "" where the question has none."""
-    kind = question.extra.get("kind", "")
-    count = len(question.turns)
-    return [str(each) for each in kind] if isinstance(kind, list) and len(kind) == count else [str(kind)] * count
 
 
 def _answers(whole: Tensor, right: Tensor, labels: Tensor) -> list[float]:
