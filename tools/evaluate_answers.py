@@ -66,13 +66,14 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
     import zoo.adapt as za
     from pretrain.finetune.evaluate import evaluate
     from pretrain.finetune.model import quiet
+    from pretrain.finetune.model_folder import open_model
     from pretrain.finetune.samples import Batcher
     from zoo.adapt.family import parts, picture_ids
 
     quiet(0)
     config = None if options.adapt is None else read_adapt(options.adapt, options.overrides)
     questions, filler = asked(options.data, options.split, options.samples, options.exchange_images)
-    model, processor = open_either(options.model, options.device)
+    model, processor = open_model(options.model, options.device)
     if config is not None:
         if za.adaptation(model) is not None:
             raise UserError(
@@ -123,20 +124,6 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
         "answers": dict(counts),
         "values": values,
     }
-
-
-def open_either(name: str, device: str) -> tuple[Any, Any]:
-    """A model in evaluation, dense or adapted, as it was saved, and its processor.
-
-    Raises:
-        UserError: it cannot be opened, or knows no images.
-    """
-    from tools.arank import open_model
-    from tools.show_routing import open_adapted
-    from zoo.adapt.save import CONFIG
-
-    folder = Path(name)
-    return open_adapted(folder, None, device) if (folder / CONFIG).is_file() else open_model(name, device, "auto")
 
 
 def read_adapt(path: Path, overrides: Sequence[str]) -> Any:

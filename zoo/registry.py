@@ -103,8 +103,8 @@ def register(slot: str, name: str) -> Callable[[type], type]:
         base = SLOTS[slot]
         if not issubclass(cls, base):
             raise ConfigError(
-                f"register: {cls.__qualname__} is not a {base.__name__}, which is what the slot {slot} holds; write "
-                f"`class {cls.__name__}(zoo.{base.__name__})`"
+                f"register: {cls.__qualname__} does not derive from the base of the slot {slot}; write "
+                f"`class {cls.__name__}({base.__module__}.{base.__name__})`"
             )
         if (
             vars(config).get("block", cls) is not cls

@@ -1,25 +1,18 @@
-"""`python -m tools.show_routing`: kept and skipped patches of a tiny adapted LLaVA, and what cannot be drawn."""
+"""`python -m tools.show_routing`: a picture for each image, the share that layers skip, and what cannot be drawn."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import zoo.adapt as za
-from pretrain.finetune.prompts import encode
-from pretrain.finetune.questions import Question, read_questions
-from tests.pretrain.finetune.processors import LLAVA_TEMPLATE, llava_processor, other_processors, write_questions
-from tests.zoo.adapt.families import FAMILIES, chameleon, gemma3, llava, paligemma, qwen_vl
-from tests.zoo.adapt.pictures import IMAGE as TOKEN
-from tools import show_routing
+from tests.pretrain.finetune.processors import LLAVA_TEMPLATE, llava_processor, write_questions
+from tests.zoo.adapt.families import llava, qwen_vl
 from tools.show_routing import main
-from zoo.adapt.family import IMAGE, picture_ids
 
 LINES = [
     {"image": "0.png", "question": "how many $?", "answer": "two"},
@@ -56,107 +49,6 @@ def test_a_picture_for_each_image(model: Path, data: Path, tmp_path: Path, capsy
             assert picture.format == "PNG" and picture.width > 300
     printed = capsys.readouterr().out
     assert "layer   0  dense\nlayer   1  skips  50.0%\nlayer   2  skips  75.0%\nlayer   3  dense" in printed
-
-
-OTHERS = {
-    "PaliGemmaProcessor": lambda: paligemma(vocab_size=1300),  # it adds 1152 tokens of its own
-    "Gemma3Processor": lambda: gemma3(vocab_size=66),
-    "ChameleonProcessor": chameleon,
-}
-
-
-@pytest.mark.parametrize("name", ["LlavaProcessor", *OTHERS])
-def test_what_is_drawn_is_what_was_decided(model: Path, data: Path, name: str, tmp_path: Path) -> None:
-    if name in OTHERS:
-        torch.manual_seed(0)
-        model = tmp_path / name
-        za.save_adapted(za.adapt(OTHERS[name](), ROUTED), model)
-        other_processors(tokens=16)[name].save_pretrained(model)
-    adapted, processor = show_routing.open_adapted(model, None, "cpu")
-    assert type(processor).__name__ == name
-    question = read_questions(data, "validation")[1]
-    pictures, load = show_routing.looked_at(adapted, processor, question)
-    inputs, trace = encode(question, processor, answers=False), za.Trace()
-    with torch.no_grad():
-        adapted(**inputs, mod_trace=trace)
-    (image,) = [token for token, kind in picture_ids(adapted.config, "").items() if kind == IMAGE]
-    places = (inputs["input_ids"][0] == image).nonzero()[:, 0]
-    for layer in (1, 2):
-        keep = trace.decisions[f"layers.{layer}"].kept[0]
-        drawn = np.concatenate([picture.kept[layer].reshape(-1) for picture in pictures])
-        assert drawn.tolist() == keep[places].tolist() and pictures[0].kept[layer].shape == (4, 4)
-    assert load.tolist() == [[0, 0], [16, 32], [8, 32], [0, 0]]
-    side = pictures[1].image.shape[0]
-    with Image.open(question.images[1]) as image:
-        values = np.asarray(image.convert("RGB").resize((side, side), processor.image_processor.resample)) / 255
-    assert np.abs(pictures[1].image - values).max() < 0.002, "normalisation is undone"
-
-
-def test_a_family_whose_processor_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """InternVL's wants torchvision: inputs made by hand, of a row with two images."""
-    family = FAMILIES["internvl"]
-    model = za.adapt(family.build(), ROUTED)
-    inputs, trace = family.inputs(model, [[2, 3, 4]]), za.Trace()
-    monkeypatch.setattr(show_routing, "encode", lambda *_, **__: inputs)
-    processor = SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False, do_rescale=False))
-    pictures, load = show_routing.looked_at(model, processor, Question((), (("what?", ""),), "a line"))
-    with torch.no_grad():
-        model(**inputs, mod_trace=trace)
-    keep = trace.decisions["layers.1"].kept[0, inputs["input_ids"][0] == TOKEN]
-    assert np.concatenate([picture.kept[1].reshape(-1) for picture in pictures]).tolist() == keep.tolist()
-    assert load.tolist() == [[0, 0], [16, 32], [8, 32], [0, 0]] and pictures[0].image.shape == (16, 16, 3)
-
-
-@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3", "internvl"])
-def test_image_tokens_are_in_reading_order(name: str) -> None:
-    """In a tower whose layers let each patch be itself, a change of one patch changes the token at its place most."""
-    torch.manual_seed(0)
-    model = FAMILIES[name].build()
-    with torch.no_grad():
-        for part, parameter in model.model.vision_tower.named_parameters():
-            if any(last in part for last in ("out_proj", "projection_layer", "fc2")):
-                parameter.zero_()
-        if name == "gemma3":
-            model.model.multi_modal_projector.mm_input_projection_weight.normal_()
-    side = model.config.vision_config.image_size
-    side, cell = (side, side // 4) if isinstance(side, int) else (side[0], side[0] // 4)
-    pixels = torch.randn(1, 3, side, side)
-
-    def tokens(values: torch.Tensor) -> torch.Tensor:
-        features = model.model.get_image_features(values).pooler_output
-        return torch.cat(list(features)).reshape(16, -1)
-
-    for place in range(16):
-        row, column = (cell * each for each in divmod(place, 4))
-        changed = pixels.clone()
-        changed[..., row : row + cell, column : column + cell] += torch.randn(3, cell, cell)
-        assert int((tokens(changed) - tokens(pixels)).abs().sum(1).argmax()) == place
-
-
-def test_skipped_patches_are_dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self))
-    kept = np.array([[True, False], [False, False]])
-    picture = show_routing.Picture(np.ones((8, 8, 3)), {3: kept, 5: ~kept}, "which?")
-    show_routing.draw(picture, tmp_path / "x.png")
-    image, first, second = [axis for axis in figures[0].axes if axis.images]
-    assert [axis.get_title() for axis in (image, first, second)] == [
-        "image",
-        "layer 3: 1 of 4 kept",
-        "layer 5: 3 of 4 kept",
-    ]
-    assert (np.asarray(first.images[1].get_array())[..., 3] > 0).tolist() == (~kept).tolist()
-    assert first.images[1].get_extent() == first.images[0].get_extent()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "pixels"), [(15, (1, 3, 8, 8)), (33, (2, 3, 8, 8)), (16, (64, 96)), (0, (1, 3, 8, 8))]
-)
-def test_no_square_grid(tokens: int, pixels: tuple[int, ...]) -> None:
-    with pytest.raises(show_routing.UserError, match=f"a line: {tokens} image tokens of llava .* not one square grid"):
-        show_routing.grid_side(tokens, pixels, "llava", "a line")
 
 
 def test_bad_input(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

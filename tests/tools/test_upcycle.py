@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain import metrics, run_folder
 from tests.pretrain.runs import LAYER, start, tiny_recipe, write_recipe
+from tools import train_tokenizer
+from tools.examples import make_digits
 from tools.upcycle import main
 
 
@@ -18,6 +22,14 @@ def layers(text: int, image: int) -> list[dict]:
     layer = copy.deepcopy(LAYER)
     layer["feedforward"] = {"type": "moma", "experts": {"text": text, "image": image}, "d_ff": 32}
     return [layer, layer]
+
+
+def run(folder: Path, data: Path, name: str, model_layers: list[dict], **changes: Any) -> Path:
+    """A recipe file `name` whose run folder has the same name."""
+    model = {**tiny_recipe(data, folder)["model"], "layers": model_layers}
+    return write_recipe(
+        folder / f"{name}_recipe", data, folder / name, **{"model": model, "train": {"steps": 1}, **changes}
+    )
 
 
 def test_a_seed_run_grows(digit_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,7 +46,7 @@ def test_a_seed_run_grows(digit_shards: Path, tmp_path: Path, capsys: pytest.Cap
     assert start([seed], tmp_path / "printed").wait() == [0]
     assert main([str(tmp_path / "seed"), str(grown)]) == 0
     printed = capsys.readouterr().out
-    assert "data go on at row 16" in printed
+    assert f"data go on at row 16. Start it: python -m pretrain.train {grown}\n" in printed
     before, after = re.search(r"^eval/topk/loss: (\S+) → (\S+)$", printed, re.MULTILINE).groups()
     ended = [item for item in metrics.read(tmp_path / "seed" / "metrics.jsonl") if "eval/topk/loss" in item][-1]
     assert float(before) == pytest.approx(ended["eval/topk/loss"], abs=1e-4) and before != after
@@ -54,3 +66,46 @@ def test_a_seed_run_grows(digit_shards: Path, tmp_path: Path, capsys: pytest.Cap
     assert state["first_row"] == 16 == initial.position.row, "the data go on"
     assert main([str(tmp_path / "seed"), str(grown)]) == 2
     assert "is a run that has begun" in capsys.readouterr().err
+
+
+def test_the_command_that_is_printed_has_the_overrides(
+    digit_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs as it stands: another folder, and a name that needs quotes."""
+    seed = run(tmp_path, digit_shards, "seed", layers(1, 1))
+    assert start([seed], tmp_path / "printed", ranks=1).wait() == [0]
+    capsys.readouterr()
+    grown, overrides = run(tmp_path, digit_shards, "grown", layers(2, 2)), [f"run_dir={tmp_path / 'a b'}", "seed=3"]
+    assert main([str(tmp_path / "seed"), str(grown), *overrides, "--rows", "0"]) == 0
+    printed = capsys.readouterr().out.strip().partition("Start it: ")[2]
+    assert shlex.split(printed) == ["python", "-m", "pretrain.train", str(grown), *overrides]
+    assert run_folder.load_initial(tmp_path / "a b") is not None and not (tmp_path / "grown").exists()
+
+
+def test_other_tokenizers_of_equal_size_are_refused(
+    digit_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other data with tokenizers of their own are; with those of the seed's data they are taken, and begin at row 0."""
+    other = tmp_path / "other"
+    make_digits.write(other, shifts=1)
+    seed = run(tmp_path, digit_shards, "seed", layers(1, 1))
+    assert start([seed], tmp_path / "printed", ranks=1).wait() == [0]
+    grown = run(tmp_path, other, "grown", layers(2, 2))
+    command = [str(tmp_path / "seed"), str(grown), "--rows", "0"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "error: modalities: ids mean something else than in" in error and not (tmp_path / "grown").exists()
+
+    files = tmp_path / "files"
+    way_out = re.search(r"by python -m tools.train_tokenizer (\S+) --out FOLDER", error)
+    assert way_out and train_tokenizer.main([way_out[1], "--out", str(files)]) == 0
+    assert main([*command, f"modalities.image.path={files / 'image.safetensors'}"]) == 0
+    initial = run_folder.load_initial(tmp_path / "grown")
+    assert initial is not None and initial.position.data == run_folder.position(tmp_path / "seed").data
+    assert "data begin at row 0" in capsys.readouterr().out
+
+    again = run(tmp_path, other, "again", layers(2, 2))
+    text = (tmp_path / "seed" / "recipe.yaml").read_text().replace(str(digit_shards), str(tmp_path / "gone"))
+    (tmp_path / "seed" / "recipe.yaml").write_text(text)
+    assert main([str(tmp_path / "seed"), str(again), "--rows", "0"]) == 2
+    assert "whether ids mean the same cannot be told, since its data do not open: " in capsys.readouterr().err

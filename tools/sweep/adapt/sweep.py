@@ -127,13 +127,13 @@ class AdaptSweep:
 
     def _ranked(self, path: Path) -> dict[str, Any]:
         """ARank of the base, from `path`, or measured and written there with its picture."""
-        from tools import arank
+        from pretrain.finetune import arank
 
         config = self.config
         if path.exists():
             return arank.read(path)
         asked = {**arank.MEASURING, **config.arank.model_dump()}
-        result = arank.measured(config.base, Path(config.data), asked)
+        result = arank.measure(config.base, Path(config.data), asked)
         arank.propose(result, None, None, None, 0.5, config.last_layer)
         arank.draw(result, path.with_suffix(".png"))
         write_json(path, result)

@@ -1,0 +1,96 @@
+"""Begin a run from the weights of another with fewer experts, tied weights or without MoD layers; see `zoo.upcycle`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import zoo
+from pretrain import run_folder
+from pretrain.data import Data, open_data
+from pretrain.data.fitting import fingerprint
+from pretrain.evaluate import evaluate
+from pretrain.recipe import Recipe
+from pretrain.run_folder import DataPosition, Initial
+from zoo.config import UserError
+from zoo.upcycle import upcycle
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A run that has first weights by now."""
+
+    old: zoo.Model
+    """The model they come from, in evaluation."""
+    new: zoo.Model
+    """The model that begins, in evaluation."""
+    data: Data
+    """Of the new run."""
+    row: int
+    """Global row at which its data begin: where those of the old run stopped, if they are the same."""
+    copied: int
+    """How many weights come from the old model."""
+    fresh: int
+    """How many do not."""
+
+
+def begin(old_run: Path, recipe: Recipe) -> Begun:
+    """Write the first weights of the run of `recipe`, from those that `old_run` ended with.
+
+    Raises:
+        UserError: `old_run` has not ended, the new run has begun, weights have no counterpart, or ids mean something else.
+    """
+    old, old_recipe = run_folder.load_model(old_run)
+    new = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
+    made = upcycle(old.state_dict(), new)
+    start = run_folder.position(old_run)
+    data = open_data(recipe.data, recipe.modalities, recipe.seed, log=_silent)
+    check_ids(old_run, old_recipe, start, data)
+    run_folder.save_initial(recipe.folder, Initial(made.weights, start))
+    new.load_state_dict(made.weights)
+    copied = sum(made.weights[name].numel() for name in made.origin)
+    total = sum(value.numel() for value in made.weights.values())
+    row = start.row if start.data == data.fingerprint else 0
+    return Begun(old, new.eval(), data, row, copied, total - copied)
+
+
+def check_ids(old_run: Path, old_recipe: Recipe, start: DataPosition, data: Data) -> None:
+    """Raise UserError where an id of `data` does not mean what it meant in `old_run`, or where that cannot be told."""
+    if start.data == data.fingerprint:
+        return
+    way_out = (
+        f"let the old modalities be saved by python -m tools.train_tokenizer {old_run / run_folder.RECIPE} --out FOLDER, and "
+        "name their files in modalities.text.path and modalities.image.path"
+    )
+    try:
+        old = open_data(old_recipe.data, old_recipe.modalities, old_recipe.seed, log=_silent)
+    except UserError as error:
+        raise UserError(
+            f"{old_run}: was trained on other data than the recipe's, and whether ids mean the same cannot be told, since "
+            f"its data do not open: {error}"
+        ) from None
+    if old.fingerprint != start.data:
+        raise UserError(f"{old_run}: its data have changed since, and with them perhaps what ids mean; restore them")
+    if fingerprint(old.modalities) != fingerprint(data.modalities):
+        raise UserError(
+            f"modalities: ids mean something else than in {old_run}, though there may be as many; {way_out}"
+        )
+
+
+def losses(model: zoo.Model, recipe: Recipe, data: Data, rows: int) -> dict[str, float]:
+    """Losses of `pretrain.evaluate.evaluate` on the first `rows` held-out rows; none where `data` hold none out."""
+    if data.validation is None or not rows:
+        return {}
+    objective = zoo.build(
+        "objective",
+        recipe.objective,
+        d_model=recipe.model.d_model,
+        modalities=model.modalities,
+        heads=recipe.model.own_heads,
+    )
+    values = evaluate(model, model, objective, data.validation, rows, recipe.train.micro_batch)
+    return {name: value for name, value in values.items() if "/loss" in name}
+
+
+def _silent(text: str) -> None:
+    pass
