@@ -25,9 +25,9 @@ class StepCounts(Counts):
     """What batches of packed rows hold."""
 
     terms: tuple[int, ...]
-    """Of each part of the loss, in the objective's order."""
+    """Terms of each part of the loss, in the objective's order."""
     tokens: tuple[int, ...]
-    """Of each modality, in the model's order."""
+    """Tokens of each modality, in the model's order."""
 
     def by_part(self, objective: Objective) -> dict[str, int]:
         """`terms` by the names of the parts."""
@@ -48,8 +48,8 @@ def count_batches(objective: Objective, modalities: Sequence[str], batches: Sequ
 
 
 def routings(model: nn.Module) -> tuple[str, ...]:
-    """What a model is evaluated under: one without routers that look ahead is causal as it is, another needs its auxiliary
-    routers."""
+    """What a model is evaluated under: one without routers that look ahead is causal as it is, another needs its
+    auxiliary routers."""
     blocks = [m for m in model.modules() if isinstance(m, RoutedBlock) and m.looks_ahead]
     if not blocks:
         return (CAUSAL,)
@@ -78,8 +78,8 @@ def evaluate(
         device: of the weights.
     Returns:
         `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; for sparse models, from the top-k pass,
-        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and `eval/auxiliary/<block>/…` of each,
-        and from the causal pass `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
+        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and `eval/auxiliary/<block>/…` of
+        each, and from the causal pass `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
     """
     rows = min(rows, stream.rows_per_epoch)
     chunk = micro_batch * ranks.world

@@ -29,9 +29,9 @@ DECAYED = {
     Role.HEAD,
     Role.ROUTER,
 }
-"""What weight decay acts on. Not on vectors, gains of norms, and the decay and skip of a recurrence; not on routers added
-to a pretrained model, whose few weights it would flatten beside those; not on embeddings, whose rows it would shrink in
-proportion to how rarely a token is seen."""
+"""What weight decay acts on. Not on vectors, gains of norms, and the decay and skip of a recurrence; not on routers
+added to a pretrained model, whose few weights it would flatten beside those; not on embeddings, whose rows it would
+shrink in proportion to how rarely a token is seen."""
 
 
 class OptimizerConfig(Config):
@@ -114,7 +114,8 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def group_of(role: Role, muon: bool = False) -> str:
-    """The group of a parameter: `"auxiliary"`, `"no_decay"` or `"decay"`; under Muon `"muon"` for a single hidden matrix.
+    """The group of a parameter: `"auxiliary"`, `"no_decay"` or `"decay"`; under Muon `"muon"` for a single hidden
+    matrix.
 
     Stacked 3-D weights stay with Adam (DeepSpeed's bf16 optimizer refuses them), as do embeddings, heads and routers.
     """

@@ -3,10 +3,11 @@
     python -m tools.evaluate_answers MODEL DATA [--split test] [--samples N]
     python -m tools.evaluate_answers MODEL DATA --adapt RECIPE.yaml [adapt.key=value ...]
 
-MODEL is a folder of a whole dense model (or its name on the hub; merge LoRA adapters into it first), or one of an adapted
-model, as `zoo.adapt.save_adapted` and `pretrain.finetune` write it. DATA is a folder of JSON lines (`image, question,
-answer`). `--adapt` makes layers of a dense MODEL Mixture-of-Depths layers, untuned, by the `adapt:` section of a recipe.
-`--exchange-images` asks every question about other images: what is still answered right was not read off its own.
+MODEL is a folder of a whole dense model (or its name on the hub; merge LoRA adapters into it first), or one of an
+adapted model, as `zoo.adapt.save_adapted` and `pretrain.finetune` write it. DATA is a folder of JSON lines (`image,
+question, answer`). `--adapt` makes layers of a dense MODEL Mixture-of-Depths layers, untuned, by the `adapt:` section
+of a recipe. `--exchange-images` asks every question about other images: what is still answered right was not read off
+its own.
 
 Prints the loss of the right answers, the share of generated answers that are right, the decoder's FLOPs for a sample
 with its answers as a share of the dense decoder's, and the share of image tokens that each routed layer skips.
@@ -30,7 +31,7 @@ from zoo.config import UserError
 
 UNTRAINED = "note: these routers are untrained: they rank tokens, and weigh what layers do to them, by chance"
 NO_LOSS = (
-    "note: an attention router ranks by the last token it is given, behind the right answer one of that answer; only "
+    "note: an attention router ranks by the last token it is given, after the right answer one of that answer; only "
     "generated answers are judged"
 )
 
@@ -56,8 +57,8 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
     """Do what the command says.
 
     Returns:
-        What was asked for, `answers`, how many there are of each kind, `adapt`, how the model is adapted, and `values`, as
-        `pretrain.finetune.evaluate.evaluate` has them, without what would not be right.
+        What was asked for, `answers`, how many there are of each kind, `adapt`, how the model is adapted, and `values`,
+        as `pretrain.finetune.evaluate.evaluate` has them, without what would not be right.
     Raises:
         UserError: the model, the recipe or the data cannot be used, or do not fit each other.
     """
@@ -77,8 +78,8 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
     if config is not None:
         if za.adaptation(model) is not None:
             raise UserError(
-                f"--adapt {options.adapt}: {options.model} is adapted already; leave --adapt out, or give the dense model it "
-                "was made of"
+                f"--adapt {options.adapt}: {options.model} is adapted already; leave --adapt out, or give the dense "
+                "model it was made of"
             )
         try:
             za.adapt(model, config)
@@ -90,8 +91,8 @@ def evaluated(options: argparse.Namespace) -> dict[str, Any]:
     looks_back = config is not None and config.router.type == "attention"
     if looks_back and not options.generate:
         raise UserError(
-            "--no-generate: an attention router ranks by the last token it is given, behind the right answer one of that "
-            "answer, so that its one pass cannot be judged; leave --no-generate out"
+            "--no-generate: an attention router ranks by the last token it is given, after the right answer one of that"
+            " answer, so that its one pass cannot be judged; leave --no-generate out"
         )
     top = found.top.config
     batcher = Batcher(processor, filler, top, picture_ids(top, options.model), config, training=False)
@@ -152,7 +153,7 @@ def asked(data: Path, split: str, samples: int | None, exchange: bool) -> tuple[
         UserError: there are none, or none with an image.
     """
     if not data.is_dir():
-        raise UserError(f"{data}: is no folder; give one with {split}.jsonl and the images")
+        raise UserError(f"{data}: is not a folder; give one with {split}.jsonl and the images")
     questions = read_questions(data, split)
     pictured = [question for question in questions if question.images]
     if not pictured:
@@ -228,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-generate",
         dest="generate",
         action="store_false",
-        help="no generation: an answer is right where each of its tokens is the likeliest behind the right ones",
+        help="no generation: an answer is right where each of its tokens is the likeliest after the right ones",
     )
     parser.add_argument(
         "--exchange-images",

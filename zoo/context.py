@@ -27,12 +27,13 @@ TOPK, CAUSAL = "topk", "causal"
 class Trace:
     """Collector for one forward: routing decisions, losses, and what routers report or learn from, by block name.
 
-    Use a fresh one for each forward. Where activation checkpointing recomputes a layer, the layer is given a `replay` of
-    the trace, so that routes cannot flip and nothing counts twice.
+    Use a fresh one for each forward. Where activation checkpointing recomputes a layer, the layer is given a `replay`
+    of the trace, so that routes cannot flip and nothing counts twice.
     """
 
     decisions: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """name → what the block decided. It holds neither this trace nor a context with it: the cycle would outlive the step.
+    """name → what the block decided. It holds neither this trace nor a context with it: the cycle would outlive the
+    step.
     """
     losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
     """name → (sum over tokens, count)."""
@@ -209,7 +210,7 @@ class TokenContext:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, T)."""
+        """(B, T): rows, and tokens of a row."""
         return tuple(self.modality.shape)  # type: ignore[return-value]
 
     @property

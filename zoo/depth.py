@@ -65,7 +65,8 @@ class Passed:
 
     selection: TokenSelection
     context: TokenContext
-    """Of the tokens that pass, without a trace: the trace keeps this decision, and a cycle would outlive the step."""
+    """Context of the tokens that pass, without a trace: the trace keeps this decision, and a cycle would outlive the
+    step."""
 
 
 @register("depth", "mod")

@@ -1,8 +1,9 @@
 """Rows brought into another order or picked out, with backward passes that know no row was taken twice.
 
-The gradient of a general gather adds up what came back to each row. For that `embedding` sorts the indices on a GPU, which
-takes ten times as long as the gather itself. The blocks of this library mostly move rows without repeating one: each row's
-gradient is then one row, which is gathered where the inverse of the move is known, and put back where it is not.
+The gradient of a general gather adds up what came back to each row. For that `embedding` sorts the indices on a GPU,
+which takes ten times as long as the gather itself. The blocks of this library mostly move rows without repeating one:
+each row's gradient is then one row, which is gathered where the inverse of the move is known, and put back where it is
+not.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from zoo.routing.selection import ExpertSelection
 
 @register("router", "mixer")
 class MixerGate(Router, counter_noise=True):
-    """scores = W [features, 1]; W, and the centroids behind it, are fp32 kept as bits in integer buffers."""
+    """scores = W [features, 1]; W, and the centroids it is fitted to, are fp32 kept as bits in integer buffers."""
 
     class Config(BlockConfig):
         refit_every: int = Field(100, gt=0)
@@ -181,7 +181,7 @@ class PrefixState:
     total: Tensor
     """(B, D) float64."""
     count: Tensor
-    """(B,) int64."""
+    """(B,) int64, tokens seen so far."""
     document: Tensor
     """(B,) int64; −1 before the first token."""
 

@@ -123,7 +123,7 @@ class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
 def balance_loss(scores: Tensor, selection: ExpertSelection) -> Tensor:
     """E · Σ fᵢ Pᵢ over the n tokens of scores (n, E); 0, joined to the graph, where there are none.
 
-    f is no part of the gradient. Sigmoid scores are divided by their sum over the experts first.
+    f is not part of the gradient. Sigmoid scores are divided by their sum over the experts first.
     """
     tokens, experts = scores.shape
     rows = torch.tensor(selection.counts, dtype=scores.dtype).to(scores.device, non_blocking=True)

@@ -30,7 +30,7 @@ class QuestionBatch:
     """B rows, padded to T tokens. The last one is a filler where no sample has an image."""
 
     inputs: dict[str, Tensor]
-    """Of the model's forward: input_ids, attention_mask (B, T), pictures."""
+    """Arguments of the model's forward: input_ids, attention_mask (B, T), pictures."""
     labels: Tensor
     """(B, T), IGNORED where nothing is to be said."""
     filler: bool
@@ -38,9 +38,9 @@ class QuestionBatch:
     first: int
     """Position of the first sample."""
     tokens: tuple[int, ...]
-    """Of each sample, padding apart."""
+    """Tokens of each sample, padding not counted."""
     groups: tuple[tuple[int, ...], ...]
-    """Of each sample: sizes of the groups of its tokens that compete; empty where the model is dense."""
+    """For each sample the sizes of the groups of its tokens that compete; empty where the model is dense."""
     truncated: int
     """Samples of which the end was cut off."""
 
@@ -63,8 +63,8 @@ class QuestionBatch:
 class Batcher:
     """Encodes samples and puts them together.
 
-    Every rank must run every weight in every forward (ZeRO reduces and gathers them in order), so a batch without images
-    gets one more row, a prompt with an image and no labels: its gradients are zeros.
+    Every rank must run every weight in every forward (ZeRO reduces and gathers them in order), so a batch without
+    images gets one more row, a prompt with an image and no labels: its gradients are zeros.
 
     Args:
         processor: of the model.
@@ -93,9 +93,9 @@ class Batcher:
         if not any(bool((self.filler["input_ids"] == token).any()) for token in self.pictures):
             names = " or ".join(map(str, self.pictures))
             raise DataError(
-                f"{filler.source}: has an image, but the image token {names} of the model's config never occurs in what "
-                f"{type(processor).__name__} makes of it; model and processor do not belong together: give the model's own "
-                "processor"
+                f"{filler.source}: has an image, but the image token {names} of the model's config never occurs in what"
+                f" {type(processor).__name__} makes of it; model and processor do not belong together: give the model's"
+                " own processor"
             )
         self.answers = training and adapt is not None and adapt.candidates == "image_and_answer"
 
@@ -125,7 +125,8 @@ class Batcher:
         )
 
     def prompts(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """What generation of the last answers starts from, padded on the left; a filler is the last row, if there is one."""
+        """What generation of the last answers starts from, padded on the left; a filler is the last row, if there is
+        one."""
         samples = [encode(question, self.processor, answers=False) for question in questions]
         return collate(self._filled(samples), self.padding, side="left")
 
@@ -261,12 +262,14 @@ def open_questions(path: str, split: str) -> list[Question]:
         DataError: there are none, or no image is among them.
     """
     if not Path(path).is_dir():
-        raise DataError(f"data.path: {path!r} is no folder; give one with train.jsonl, validation.jsonl and the images")
+        raise DataError(
+            f"data.path: {path!r} is not a folder; give one with train.jsonl, validation.jsonl and the images"
+        )
     questions = read_questions(Path(path), split)
     if not any(question.images for question in questions):
         raise DataError(
-            f"data.path: none of the {len(questions)} lines of {path}/{split}.jsonl has an image; a multimodal model needs "
-            'some: {"image": "a.png", "question": …, "answer": …}'
+            f"data.path: none of the {len(questions)} lines of {path}/{split}.jsonl has an image; a multimodal model"
+            ' needs some: {"image": "a.png", "question": …, "answer": …}'
         )
     return questions
 

@@ -145,9 +145,9 @@ WRONG = {
     "train.step": ("'train.step': an override is key.sub=value, for example",),
     "=3": ("'=3': an override is key.sub=value",),
     "name=[1": ("name: '[1' is not valid YAML; quote it",),
-    "model.layers.7.dropout=0": ("'7' is no entry of model.layers, which has 2, from 0",),
+    "model.layers.7.dropout=0": ("'7' is not an entry of model.layers, which has 2, from 0",),
     "model.d_model.size=3": ("model.d_model.size: model.d_model is 32, a single value without keys",),
-    "data.path=nowhere": ("data.path: 'nowhere' is no folder (looked for from ", "correct data.path"),
+    "data.path=nowhere": ("data.path: 'nowhere' is not a folder (looked for from ", "correct data.path"),
     "data.train=z*": ("data.train: no shard in ", "it holds digits-train-000.tar, digits-val-000.tar"),
 }
 

@@ -130,7 +130,7 @@ class AuxiliaryConfig(Config):
     """"membership": cross-entropy between the router's probability and having been chosen, over the candidates, mean in
     each layer, summed over layers (γ-MoD)."""
     weight: float = Field(0.01, gt=0)
-    """Of the loss, beside the language loss."""
+    """Weight of that loss beside the language loss."""
 
 
 class InferenceConfig(Config):
@@ -234,8 +234,8 @@ class AdaptConfig(Config):
             numbers = self.layers
             if numbers[-1] >= depth:
                 raise ConfigError(
-                    f"layers: {numbers[-1]} is out of range; the decoder has layers 0 to {depth - 1}; leave it out, or give a "
-                    "rule that fits any depth: {first: 1, leave_last: 1}"
+                    f"layers: {numbers[-1]} is out of range; the decoder has layers 0 to {depth - 1}; leave it out, or "
+                    "give a rule that fits any depth: {first: 1, leave_last: 1}"
                 )
         else:
             numbers = list(range(self.layers.first, depth - self.layers.leave_last, self.layers.every))

@@ -29,7 +29,7 @@ class AdaptContext:
     """B rows of T tokens; indices are flat, into B·T."""
 
     shape: tuple[int, int]
-    """(B, T)."""
+    """(B, T): rows, and tokens of a row."""
     competing: Tensor
     """(n,) tokens that compete, pool after pool; each group of the config is a pool."""
     pools: tuple[int, ...]

@@ -215,7 +215,7 @@ def _check_parts(config: AdaptConfig, context: AdaptContext, slots: RoutedLayer)
         ((slots.last_kind == first) & torch.isin(first, torch.tensor(context.indivisible))).nonzero()[:, 0].tolist()
     ):
         raise UserError(
-            f"row {row}: the prompt is given in parts, and one begins with image tokens right behind those of the "
+            f"row {row}: the prompt is given in parts, and one begins with image tokens right after those of the "
             f"part before; group: {config.group} ranks an image's (or video's) tokens together, so end a part between "
             "two of them, or leave prefill_chunk_size out"
         )

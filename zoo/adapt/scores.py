@@ -50,7 +50,8 @@ UNLEARNED: dict[str, type[Unlearned]] = {"attention": AttentionScorer, "random":
 
 
 class Watched:
-    """An attention module's config, under which it calls `attend`. What is set on the model's own config still counts."""
+    """An attention module's config, under which it calls `attend`. What is set on the model's own config still
+    counts."""
 
     def __init__(self, config: Any) -> None:
         self.dense = config

@@ -50,7 +50,8 @@ def test_config_errors_name_key_value_and_way_out(changes, message):
 
 def test_an_item_must_fit_into_a_row(config):
     message = (
-        r"^data.sequence_length: 7: is too short for one image: 4 positions, .* need 8 tokens; set data.sequence_length "
+        r"^data.sequence_length: 7: is too short for one image: 4 positions, .* need 8 tokens; set"
+        r" data.sequence_length "
         r"to at least 8, or in modalities.image make patch larger or image_size smaller"
     )
     with pytest.raises(ConfigError, match=message):
