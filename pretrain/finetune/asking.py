@@ -51,7 +51,7 @@ class PromptsOnly:
         return za.cache_report(made.past_key_values)
 
     def values(self) -> dict[str, Any]:
-        """Nothing."""
+        """Nothing: prompts have no answers to judge."""
         return {}
 
 
