@@ -25,7 +25,7 @@ class Begun:
     new: zoo.Model
     """The model that begins, in evaluation."""
     data: Data
-    """Folder of the new run."""
+    """Data of the new run."""
     row: int
     """Global row at which its data begin: where those of the old run stopped, if they are the same."""
     copied: int

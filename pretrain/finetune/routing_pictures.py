@@ -82,7 +82,7 @@ def draw_questions(model: Any, processor: Any, questions: Sequence[Question], ti
             files.append(draw(picture, out / f"sample_{number:03d}_image_{place}.png"))
     kept, offered = loads.T
     skipped = np.where(offered > 0, 1 - kept / np.maximum(offered, 1), 0.0)
-    return Drawn([*files, draw_ratios(skipped, title, out)], offered, skipped)
+    return Drawn([*files, draw_ratios(skipped.tolist(), title, out)], offered, skipped)
 
 
 def looked_at(model: Any, processor: Any, question: Question) -> tuple[list[Picture], np.ndarray]:

@@ -137,10 +137,10 @@ def with_parts(key: str, parts: str, **files: bytes) -> dict[str, bytes]:
 BROKEN = [
     (with_parts("json", "[{"), "its JSON is not"),
     ({"__key__": "list", "json": b"[1]"}, "its JSON is not"),
-    (with_parts("empty", "[]"), "no list with an entry"),
+    (with_parts("empty", "[]"), "is not a list with an entry"),
     (with_parts("kind", '[{"type": "film"}]'), "part 0 has type 'film'; known: text, image, audio, video"),
     (with_parts("text", '[{"type": "text"}]'), 'text part 0 has no string "text"'),
-    (with_parts("surrogate", r'[{"type": "text", "text": "\ud800"}]'), "no valid Unicode"),
+    (with_parts("surrogate", r'[{"type": "text", "text": "\ud800"}]'), "is not valid Unicode"),
     (with_parts("nameless", '[{"type": "image"}]'), 'names no "file"'),
     (with_parts("missing", '[{"type": "image", "file": "7.png"}]'), "missing.7.png is missing"),
     (sample("picture", b"no picture"), "0.png does not decode"),
