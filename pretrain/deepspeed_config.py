@@ -85,57 +85,72 @@ def effective(
     """
     config = read(section)
     check_keys(config)
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"train.precision: {precision!r} is not known; known: fp32, bf16 (no fp16)")
+    for key in ("zero_optimization", "bf16", "fp16", "data_types", "checkpoint", "timers"):
+        config.setdefault(key, {})
+    _agree_on_batches(config, world, global_batch, micro_batch)
+    _agree(config, "gradient_clipping", float(clip), "train.clip", clip)
+    _agree(config, "bf16.enabled", precision == "bf16", "train.precision", precision)
+    _refuse_fp16(config["fp16"])
+    _fill_zero(config["zero_optimization"], d_model)
+    _check_zero(config["zero_optimization"], precision)
+    _check_sound(config)
+    if optimizer.type == "muon":
+        _check_muon(config, precision)
+    _fill_defaults(config)
+    if optimizer.type == "adamw":
+        config["optimizer"] = _adamw(optimizer, offloaded=_offloads(config["zero_optimization"], "offload_optimizer"))
+    return config
+
+
+def _agree_on_batches(config: dict[str, Any], world: int, global_batch: int, micro_batch: int) -> None:
     rows = micro_batch * world
     if global_batch % rows:
         raise ConfigError(
             f"train.global_batch: {global_batch} is not a multiple of train.micro_batch × ranks = {micro_batch} "
             f"× {world} = {rows}; choose a multiple, or another micro_batch"
         )
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"train.precision: {precision!r} is not known; known: fp32, bf16 (no fp16)")
-
-    for key in ("zero_optimization", "bf16", "fp16", "data_types", "checkpoint", "timers"):
-        config.setdefault(key, {})
     _agree(config, "train_batch_size", global_batch, "train.global_batch", global_batch)
     _agree(config, "train_micro_batch_size_per_gpu", micro_batch, "train.micro_batch", micro_batch)
     steps = global_batch // rows
     reason = f"train.global_batch / (train.micro_batch × {world} ranks)"
     _agree(config, "gradient_accumulation_steps", steps, reason, steps)
-    _agree(config, "gradient_clipping", float(clip), "train.clip", clip)
-    _agree(config, "bf16.enabled", precision == "bf16", "train.precision", precision)
-    if config["fp16"].get("enabled") == "auto":
-        config["fp16"]["enabled"] = False
-    if config["fp16"].get("enabled"):
+
+
+def _refuse_fp16(section: dict[str, Any]) -> None:
+    if section.get("enabled") == "auto":
+        section["enabled"] = False
+    if section.get("enabled"):
         raise ConfigError(
             f"{ROOT}.fp16.enabled: true is not supported (its loss scale would skip good steps); remove it and "
             "set train.precision: bf16"
         )
-    zero = config["zero_optimization"]
-    _fill_zero(zero, d_model)
-    _check_zero(zero, precision)
-    _check_sound(config)
-    if optimizer.type == "muon":
-        _check_muon(config, precision)
 
+
+def _fill_defaults(config: dict[str, Any]) -> None:
+    """Say what the recipe leaves open and DeepSpeed would choose differently."""
     config["data_types"].setdefault("grad_accum_dtype", "fp32")
     config["checkpoint"].setdefault("tag_validation", "Fail")
     # DeepSpeed's throughput timer would synchronize the device at every step.
     config["timers"].setdefault("throughput", {"enabled": False})
     config.setdefault("steps_per_print", None)
-    config["zero_optimization"].setdefault("stage", 0)
-    if optimizer.type == "adamw":
-        offloaded = _offloads(zero, "offload_optimizer")
-        # DeepSpeed's own Adams are compiled at the first start (1 to 2 minutes, and nvcc on a GPU); only the
-        # one for offloading is worth that.
-        params = {
-            "lr": optimizer.lr,
-            "betas": list(optimizer.betas),
-            "eps": optimizer.eps,
-            "weight_decay": optimizer.weight_decay,
-            "torch_adam": not offloaded,
-        }
-        config["optimizer"] = {"type": "AdamW", "params": params}
-    return config
+
+
+def _adamw(optimizer: OptimizerConfig, offloaded: bool) -> dict[str, Any]:
+    """DeepSpeed's `optimizer` section.
+
+    Its own Adams are compiled at the first start (1 to 2 minutes, and nvcc on a GPU); only the one for offloading is
+    worth that.
+    """
+    params = {
+        "lr": optimizer.lr,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "torch_adam": not offloaded,
+    }
+    return {"type": "AdamW", "params": params}
 
 
 def check_values(config: Mapping[str, Any]) -> None:

@@ -193,7 +193,8 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             self.engine.device,
         )
         # the loss of the best constant guess: what any model must beat
-        return values | {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
+        values |= {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
+        return values | {f"eval/constant/{name}": mse for name, mse in self.data.constant_error("validation").items()}
 
     def shown(self, key: str) -> bool:
         return "flops" not in key and (key.count("/") < 3 or "auxiliary" not in key)

@@ -11,6 +11,7 @@ from zoo import (  # noqa: F401  they register their blocks
     moma,
     token_choice,
 )
+from zoo.batch import Batch
 from zoo.build import build, build_block, build_model
 from zoo.calibrate import calibrate
 from zoo.config import Config, ConfigError, UserError
@@ -20,22 +21,26 @@ from zoo.model import Model, ModelConfig, initialise
 from zoo.objectives import autoregressive  # noqa: F401
 from zoo.registry import BlockConfig, Place, known, register
 from zoo.routing.scorer import Router, Scorer
-from zoo.slots import Depth, FeedForward, Mixer, Objective
+from zoo.slots import Depth, FeedForward, Head, Mixer, Modality, Objective, Stem
 
 __all__ = [
+    "Batch",
     "BlockConfig",
     "Config",
     "ConfigError",
     "Cost",
     "Depth",
     "FeedForward",
+    "Head",
     "Mixer",
+    "Modality",
     "Model",
     "ModelConfig",
     "Objective",
     "Place",
     "Router",
     "Scorer",
+    "Stem",
     "TokenContext",
     "Trace",
     "UserError",

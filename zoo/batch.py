@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.context import TokenContext
+from zoo.host import send
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,8 +26,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        content = {name: values.to(device, non_blocking=True) for name, values in self.content.items()}
-        return Batch(self.tokens.to(device, non_blocking=True), self.context.to(device), content)
+        content = {name: send(values, device) for name, values in self.content.items()}
+        return Batch(send(self.tokens, device), self.context.to(device), content)
 
     def under(self, **changes: Any) -> Batch:
         """The same batch whose context has another `step`, `routing` or `trace`."""

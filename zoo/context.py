@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.host import send
 from zoo.noise import token_keys
 from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
 from zoo.spans import Span, Spans
@@ -300,7 +301,7 @@ class TokenContext:
             return Kept(_on_host(counts))
 
         def compute() -> Tensor:
-            return torch.tensor(spans.boundaries(self.shape[1]), device=keep.device)
+            return send(spans.boundaries(self.shape[1]), keep.device)
 
         before = F.pad(keep.reshape(-1).cumsum(0), (1, 0)).index_select(0, self.shared("boundaries", compute))
         numbers = torch.cat((counts.reshape(-1), before)).cpu()
@@ -346,12 +347,9 @@ class TokenContext:
     def to(self, device: torch.device | str) -> TokenContext:
         if self.modality.device == torch.device(device):
             return self
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("modality", "position", "document", "key")
-        }
+        moved = {name: send(getattr(self, name), device) for name in ("modality", "position", "document", "key")}
         if self.item is not None:
-            moved["item"] = self.item.to(device, non_blocking=True)
+            moved["item"] = send(self.item, device)
         return dataclasses.replace(self, **moved, derived={})
 
 

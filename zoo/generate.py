@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +22,20 @@ def prompt_context(tokens: Tensor, modality: Tensor, modalities: tuple[str, ...]
     return TokenContext.from_modality(modality, position=position, modalities=modalities, routing=CAUSAL)
 
 
+class Choice(NamedTuple):
+    """What one new token is chosen from: the ids [start, stop), all of one modality (its number in the model)."""
+
+    start: int
+    stop: int
+    modality: int
+
+
 @torch.no_grad()
 def generate(
     model: Model,
     prompt: Tensor,
     prompt_modality: Tensor,
-    allowed: Sequence[tuple[int, int]],
-    modality: Sequence[int],
+    choices: Sequence[Choice],
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -36,25 +44,20 @@ def generate(
     Args:
         prompt: (B, T) token ids; shorter rows are padded on the left.
         prompt_modality: (B, T) index into the model's modalities, −1 for padding.
-        allowed: for each new token the id range [start, stop) it is drawn from. An image is its number of codes in the
-            image range, so its length is never left to chance (Chameleon §2.2 masks the same way).
-        modality: for each new token its modality.
+        choices: one for each new token, such as `Grammar.choices` of an image, whose length is never left to chance
+            (Chameleon §2.2 masks the same way).
         temperature: 0 takes the likeliest.
         generator: on the prompt's device; makes the draw reproducible.
     Returns:
-        (B, len(allowed)) new token ids.
+        (B, len(choices)) new token ids.
     """
-    if len(allowed) != len(modality):
-        raise ValueError(
-            f"allowed has {len(allowed)} entries and modality {len(modality)}; one of each for every new token"
-        )
     if bool((prompt_modality[:, -1] < 0).any()):
         raise ValueError("prompt: a row ends in padding, there is nothing to continue; pad on the left")
     rows, length = prompt.shape
-    states = model.init_state(rows, length + len(allowed))
+    states = model.init_state(rows, length + len(choices))
     step, context = prompt, prompt_context(prompt, prompt_modality, model.modalities)
     drawn = []
-    for offset, ((start, stop), kind) in enumerate(zip(allowed, modality, strict=True)):
+    for offset, (start, stop, modality) in enumerate(choices):
         logits = model(step, context, states)[:, -1, start:stop].float()
         if temperature == 0:
             choice = logits.argmax(-1)
@@ -62,7 +65,7 @@ def generate(
             choice = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
         step = (start + choice)[:, None]
         drawn.append(step)
-        context = prompt_context(step, torch.full_like(step, kind), model.modalities, first=length + offset)
+        context = prompt_context(step, torch.full_like(step, modality), model.modalities, first=length + offset)
     return torch.cat(drawn, dim=1)
 
 

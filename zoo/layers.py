@@ -1,13 +1,11 @@
-"""The small parts: linear, RMSNorm, embedding, rotary embedding; and how a parameter gets its first value."""
+"""The small parts: linear, RMSNorm, rotary embedding; and how a parameter gets its first value."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from zoo.context import TokenContext
 from zoo.roles import ParameterOwner, Role
@@ -39,15 +37,13 @@ class _ExactLinear(torch.autograd.Function):
     """bf16 operands on a GPU, fp32 result: each product is exact, sums are fp32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return torch.mm(x, weight.T, out_dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyrefly: ignore[bad-override]
-        ctx: Any, dy: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dy = dy.to(x.dtype)
         return (
@@ -95,22 +91,6 @@ class RMSNorm(ParameterOwner):
         if group is None:
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
         return F.rms_norm(x, (self.width,), None, self.eps) * F.embedding(group, self.weight)
-
-
-class Embedding(ParameterOwner):
-    """Token ids (B, T) → (B, T, D)."""
-
-    roles = {"weight": Role.EMBEDDING}
-
-    def __init__(self, size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, d_model))
-
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.embedding(x, self.weight)
 
 
 def rotary_tables(context: TokenContext, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

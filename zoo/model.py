@@ -123,7 +123,7 @@ class Model(nn.Module):
             raise ConfigError("model.vocab_size: not set; give it, or a section `modalities` that decides it")
         place = config.place(kernels)
         self.modalities = place.modalities
-        self.carries = {name: stem.carries for name, stem in config.own_stems.items()}
+        self.carries = {name: stem.carries for name, stem in config.own_stems.items() if stem.carries is not None}
         self.activation_checkpointing = activation_checkpointing
         self.embedding = IdStem(IdStem.Config(), place)
         self.stems = nn.ModuleDict(

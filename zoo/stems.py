@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.flops import Cost
-from zoo.layers import Embedding, Linear
+from zoo.layers import Linear
 from zoo.registry import BlockConfig, Place, register
 from zoo.roles import Role
 from zoo.slots import Stem
@@ -29,8 +29,10 @@ class StemConfig(BlockConfig):
 
 
 @register("stem", "ids")
-class IdStem(Embedding, Stem):
-    """One vector for each id of the vocabulary."""
+class IdStem(Stem):
+    """One vector for each id of the vocabulary: the embedding."""
+
+    roles = {"weight": Role.EMBEDDING}
 
     class Config(StemConfig):
         """No keys: the vocabulary says how many ids there are."""
@@ -40,7 +42,15 @@ class IdStem(Embedding, Stem):
             return None
 
     def __init__(self, config: Config, place: Place) -> None:
-        super().__init__(place.vocab_size, place.d_model)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(place.vocab_size, place.d_model))
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…) ids → (…, D)."""
+        return F.embedding(x, self.weight)
 
     def cost(self) -> Cost:
         """Looked up, not multiplied; counts whole as active."""

@@ -19,13 +19,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from zoo.config import Config, ConfigError
+from zoo.host import send
 from zoo.registry import BlockConfig, Place, register
 from zoo.routing.candidates import Candidates
 from zoo.routing.chooser import TokenChoice
 from zoo.routing.linear import LinearScorer
 from zoo.routing.scorer import Router
 from zoo.routing.selection import ExpertSelection
-from zoo.states import State
 
 
 class Balance(Config):
@@ -93,9 +93,6 @@ class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
                 f"{path}.top_k: {config.top_k} of {experts + noop} experts; a token takes at most as many as there are"
             )
 
-    def forward(self, x: Tensor, candidates: Candidates | None = None, state: State | None = None) -> Tensor:
-        return super().forward(x, candidates)
-
     def ranking(self, scores: Tensor) -> Tensor:
         """The scores, balancing biases included; they count for choosing alone."""
         return scores + self.ticks * self.rate if self.rate else scores
@@ -126,7 +123,7 @@ def balance_loss(scores: Tensor, selection: ExpertSelection) -> Tensor:
     f is not part of the gradient. Sigmoid scores are divided by their sum over the experts first.
     """
     tokens, experts = scores.shape
-    rows = torch.tensor(selection.counts, dtype=scores.dtype).to(scores.device, non_blocking=True)
+    rows = send(selection.counts, scores.device, scores.dtype)
     share = rows / max(1, sum(selection.counts))
     probability = scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     return experts * (share * probability.sum(0)).sum() / max(1, tokens)

@@ -20,6 +20,7 @@ from zoo.config import ConfigError, suggestion
 from zoo.context import TokenContext
 from zoo.flops import Cost
 from zoo.gather import exchange
+from zoo.host import send
 from zoo.layers import RMSNorm
 from zoo.roles import ParameterOwner, Role
 
@@ -96,7 +97,7 @@ class Grouping:
             return None
 
         def compute() -> Tensor:
-            table = torch.tensor(self.group, device=context.modality.device)
+            table = send(self.group, context.modality.device)
             return table[context.modality.clamp_min(0)]
 
         return context.shared(("group of token", self.group), compute)

@@ -25,7 +25,7 @@ from pretrain.data.items import stored
 from pretrain.data.reading import BrokenDocument, Tokens, tokenize
 from pretrain.data.shards import Entry, Member, checksum, scan_shard
 from zoo.files import atomic_path
-from zoo.modalities import Modality, Vocabulary
+from zoo.modalities import Modality, grammars
 
 
 class Skipped(NamedTuple):
@@ -119,11 +119,12 @@ def shard_tokens(
     try:
         # An empty array cannot be mapped.
         tokens = np.load(flat, mmap_mode="r") if arrays["starts"][-1] else np.zeros(0, np.int32)
-        content = {
-            name: _mapped(_beside(flat, name), *form)
-            for name, modality in modalities.items()
-            if (form := stored(modality.config.carries)) is not None
-        }
+        content = {}
+        for number, (name, modality) in enumerate(modalities.items()):
+            form = stored(modality.config.carries)
+            if form is not None:
+                spans = arrays["spans"][arrays["modality"] == number]
+                content[name] = _mapped(_beside(flat, name), *form, rows=int((spans[:, 1] - spans[:, 0] - 2).sum()))
     except (OSError, ValueError):
         return None
     skipped = [Skipped(listing.shard.name, str(key), str(reason)) for key, reason in arrays["skipped"]]
@@ -135,7 +136,6 @@ def tokenize_shard(
     cache: Path,
     fingerprint: str,
     modalities: Mapping[str, Modality],
-    vocabulary: Vocabulary,
     advance: Callable[[int], Any],
 ) -> None:
     """Make the tokens of a shard; `advance(1)` is called after each document. Decoding runs in threads."""
@@ -149,7 +149,7 @@ def tokenize_shard(
             for name, modality in modalities.items()
             if stored(modality.config.carries) is not None
         }
-        results = writing.enter_context(_tokenized(listing.shard, entries, modalities, vocabulary))
+        results = writing.enter_context(_tokenized(listing.shard, entries, modalities))
         for entry, result in zip(entries, results, strict=True):
             advance(1)
             if isinstance(result, str):
@@ -177,9 +177,10 @@ def tokenize_shard(
 
 @contextlib.contextmanager
 def _tokenized(
-    shard: Path, entries: list[Entry], modalities: Mapping[str, Modality], vocabulary: Vocabulary
+    shard: Path, entries: list[Entry], modalities: Mapping[str, Modality]
 ) -> Iterator[Iterator[Tokens | str]]:
     """What became of each document of a shard, in order: its tokens, or why it is broken."""
+    rules = grammars({name: modality.config for name, modality in modalities.items()})
     local = threading.local()
     files = []
 
@@ -188,7 +189,7 @@ def _tokenized(
             local.file = open(shard, "rb")
             files.append(local.file)
         try:
-            return tokenize(local.file, entry, modalities, vocabulary)
+            return tokenize(local.file, entry, modalities, rules)
         except BrokenDocument as broken:
             return str(broken)
 
@@ -210,11 +211,14 @@ def _beside(flat: Path, modality: str) -> Path:
     return flat.with_name(f"{flat.stem}-{modality}.bin")
 
 
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """(n, …) the rows of a file that holds nothing else."""
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.zeros((0, *shape), dtype)
-    return np.memmap(path, dtype, "r").reshape(-1, *shape)
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> np.ndarray:
+    """(rows, …) of a file that holds nothing else.
+
+    Raises:
+        ValueError: it is of another size.
+    """
+    content = np.memmap(path, dtype, "r") if rows else np.zeros(0, dtype)  # an empty file cannot be mapped
+    return content.reshape(rows, *shape)
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from pretrain.data.fitting import fingerprint, load_modalities
 from pretrain.data.index import Listing, Skipped, list_shard, shard_tokens, tokenize_shard
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
-from zoo.carries import Ids
-from zoo.modalities import Modalities, Modality, Vocabulary, vocabulary
+from zoo.carries import Ids, Vectors
+from zoo.modalities import Grammar, Modalities, Modality, Vocabulary, grammars, vocabulary
 
+CHUNK = 1 << 16
 NAMED = 5
 """How many broken documents an error lists."""
 
@@ -40,6 +41,11 @@ class Data:
     fingerprint: str
     """Hash of the training shards' content and of the modalities; equal means the same token stream."""
 
+    @property
+    def grammars(self) -> dict[str, Grammar]:
+        """How the items of each modality stand in the stream."""
+        return grammars({name: modality.config for name, modality in self.modalities.items()})
+
     def unigram_entropy(self, split: str) -> dict[str, float]:
         """Entropy of single tokens of each modality, in nats per target token: the loss of the best constant
         guess.
@@ -50,9 +56,7 @@ class Data:
         Args:
             split: "train" or "validation".
         """
-        stream = {"train": self.train, "validation": self.validation}[split]
-        if stream is None:
-            raise ValueError(f"the data has no {split} split")
+        stream = self._stream(split)
         counts = np.zeros(self.vocabulary.size, dtype=np.int64)
         for tokens in stream.documents.shards:
             counts += np.bincount(tokens, minlength=self.vocabulary.size)
@@ -65,6 +69,34 @@ class Data:
                 share = seen / seen.sum()
                 entropy[name] = float(-(share * np.log(share)).sum())
         return entropy
+
+    def constant_error(self, split: str) -> dict[str, float]:
+        """Mean squared error of the best constant guess of each modality whose positions carry vectors: their variance.
+
+        Args:
+            split: "train" or "validation".
+        """
+        errors = {}
+        for name, items in self._stream(split).documents.items.items():
+            if isinstance(self.modalities[name].config.carries, Vectors):
+                errors[name] = _variance(items.content)
+        return errors
+
+    def _stream(self, split: str) -> TokenStream:
+        stream = {"train": self.train, "validation": self.validation}[split]
+        if stream is None:
+            raise ValueError(f"the data has no {split} split")
+        return stream
+
+
+def _variance(content: Sequence[np.ndarray]) -> float:
+    """Of vectors (n, width) in several arrays, a mean over their numbers; 0 without any."""
+    count, total, squares = 0, np.zeros(()), np.zeros(())
+    for array in content:
+        for start in range(0, len(array), CHUNK):
+            part = array[start : start + CHUNK].astype(np.float64)
+            count, total, squares = count + len(part), total + part.sum(0), squares + (part**2).sum(0)
+    return float((squares / max(count, 1) - (total / max(count, 1)) ** 2).mean())
 
 
 def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callable[[str], None] = print) -> Data:
@@ -99,10 +131,10 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         ]
         ready = load_modalities(modalities, listings[: len(train)], cache, log)
         name = fingerprint(ready)
-        _index(listings, cache, name, ready, words, log)
+        _index(listings, cache, name, ready, log)
     made = [shard_tokens(listing, cache, name, ready) for listing in listings]
     tokens = [shard for shard in made if shard is not None]
-    assert len(tokens) == len(made), "a shard's tokens are gone from the cache"
+    assert len(tokens) == len(listings), "all have just been made"
     skipped = [broken for shard in tokens for broken in shard.skipped]
     _check_broken(skipped, config, log)
     splits = {"train": tokens[: len(train)], "validation": tokens[len(train) :]}
@@ -135,7 +167,6 @@ def _index(
     cache: Path,
     name: str,
     modalities: Mapping[str, Modality],
-    words: Vocabulary,
     log: Callable[[str], None],
 ) -> None:
     """Tokenise the shards that have not been."""
@@ -146,7 +177,7 @@ def _index(
     log(f"indexing {count:,} documents of {len(todo)} shards into {cache}")
     with tqdm.tqdm(total=count, desc="indexing", unit="document", disable=None, leave=False) as bar:
         for listing in todo:
-            tokenize_shard(listing, cache, name, modalities, words, bar.update)
+            tokenize_shard(listing, cache, name, modalities, bar.update)
 
 
 def _documents(split: str, shards: list, modalities: Modalities) -> Documents:

@@ -1,7 +1,7 @@
 """One document: from the bytes of its members to parts, and from parts to tokens.
 
-A document is `<key>.json` with `{"parts": [{"type": "text", "text": …}, {"type": "image", "file": "0.jpg"}, …]}` and
-the files it names beside it. Its tokens are `<bos>`, the tokens of each part, `<eos>`; a part that is not text stands
+A document is `<key>.json` with `{"parts": [{"type": "text", "text": …}, {"type": "image", "file": "0.jpg"}, …]}` and the
+files it names beside it. Its tokens are `<bos>`, the tokens of each part, `<eos>`; a part that is not text stands
 between its begin and end token.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from pretrain.data.items import stored
 from pretrain.data.shards import Entry
-from zoo.modalities import PARTS, Modality, Vocabulary
+from zoo.modalities import PARTS, Grammar, Modality, Vocabulary
 
 
 class BrokenDocument(Exception):
@@ -46,20 +46,21 @@ def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in known:
             raise BrokenDocument(f"part {number} has type {kind!r}; known: {', '.join(known)}")
+        reader = readers.get(kind)
         if kind == "text":
             name, content = f"text part {number}", _text(part.get("text"), number)
-        elif kind in readers:
+        elif reader is not None:
             name, content = part.get("file"), _file(shard, entry, kind, part.get("file"))
         else:
-            name, content = None, b""
-        if kind not in readers:
-            yield Part(kind, None)
-            continue
-        try:
-            item = readers[kind](content)
-        except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
-            raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
-        yield Part(kind, item)
+            name, content = "", b""
+        yield Part(kind, None if reader is None else _item(reader, name, content))
+
+
+def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:
+    try:
+        return reader(content)
+    except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
+        raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
 
 
 class Tokens(NamedTuple):
@@ -73,42 +74,41 @@ class Tokens(NamedTuple):
     """(modality, (n, …)) of each part whose positions carry no ids: what they carry, as it is kept on disk."""
 
 
-def tokenize(shard: BinaryIO, entry: Entry, modalities: Mapping[str, Modality], vocabulary: Vocabulary) -> Tokens:
+def tokenize(
+    shard: BinaryIO, entry: Entry, modalities: Mapping[str, Modality], grammars: Mapping[str, Grammar]
+) -> Tokens:
     """Tokens of a document.
 
     Args:
         shard: the open shard.
+        grammars: of the modalities.
     Raises:
-        BrokenDocument: see `read_parts`; also a part that no modality reads, an item of more positions than its
-            modality allows, or one whose numbers are not finite.
+        BrokenDocument: see `read_parts`; also a part that no modality reads, an item of more positions than its modality
+            allows, or one whose numbers are not finite.
     """
     document = Tokens(np.zeros(0), [], [])
-    runs: list[np.ndarray] = [np.array([vocabulary.bos])]
+    runs: list[np.ndarray] = [np.array([Vocabulary.bos])]
     length = 1
     names = {modality.config.part: name for name, modality in modalities.items()}
     for part in read_parts(shard, entry, {kind: modalities[name].config.read for kind, name in names.items()}):
         if part.type not in names:
             raise BrokenDocument(f"it has {part.type}, for which the recipe has no modality")
         name = names[part.type]
-        config = modalities[name].config
-        content = np.asarray(modalities[name].encode(part.item))
-        first, form = vocabulary.range(name)[0], stored(config.carries)
-        if form is None:
-            ids = content.astype(np.int32) + np.int32(first)
-        else:
+        grammar, content = grammars[name], np.asarray(modalities[name].encode(part.item))
+        allowed, form = grammar.positions, stored(grammar.carries)
+        if form is not None:
             document.content.append((name, _checked(content, form, part.type)))
-            ids = np.full(len(content), first, np.int32)
-        if config.positions is not None:
-            least, most = config.positions.least, config.positions.most
-            if not least <= len(ids) <= most:
-                raise BrokenDocument(
-                    f"its {part.type} takes {len(ids)} positions, modalities.{name} allows {least} to {most}"
-                )
-            ids = np.concatenate([[vocabulary.begin(name)], ids, [vocabulary.end(name)]])
-            document.spans.append((length, length + len(ids), vocabulary.modalities.index(name)))
+        if allowed is not None and not allowed.least <= len(content) <= allowed.most:
+            raise BrokenDocument(
+                f"its {part.type} takes {len(content)} positions, modalities.{name} allows {allowed.least} to "
+                f"{allowed.most}"
+            )
+        ids = grammar.tokens(content)
+        if allowed is not None:
+            document.spans.append((length, length + len(ids), grammar.choice.modality))
         runs.append(ids)
         length += len(ids)
-    runs.append(np.array([vocabulary.eos]))
+    runs.append(np.array([Vocabulary.eos]))
     return document._replace(tokens=np.concatenate(runs).astype(np.int32))
 
 
@@ -133,7 +133,7 @@ def _parts(shard: BinaryIO, entry: Entry) -> list:
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenDocument(f'its JSON is not {{"parts": […]}} ({type(error).__name__}: {error})') from None
     if not isinstance(parts, list) or not parts:
-        raise BrokenDocument('its "parts" is not a list with an entry')
+        raise BrokenDocument('its "parts" is no list with an entry')
     return parts
 
 
@@ -142,8 +142,8 @@ def _text(text: Any, number: int) -> bytes:
         raise BrokenDocument(f'text part {number} has no string "text"')
     try:
         return text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell lone surrogates, which are not text
-        raise BrokenDocument(f"text part {number} is not valid Unicode ({error.reason})") from None
+    except UnicodeEncodeError as error:  # JSON can spell lone surrogates, which are no text
+        raise BrokenDocument(f"text part {number} is no valid Unicode ({error.reason})") from None
 
 
 def _file(shard: BinaryIO, entry: Entry, kind: str, file: Any) -> bytes:

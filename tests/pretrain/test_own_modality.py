@@ -140,6 +140,12 @@ def test_content_that_is_no_drawing_is_named(tmp_path: Path) -> None:
     assert reasons["endless"] == "its drawing holds numbers that are not finite"
 
 
+def test_the_best_constant_guess(data: Data) -> None:
+    points = np.concatenate([data.train.row(n).content["strokes"] for n in range(data.train.rows_per_epoch)])
+    expected = points.astype(np.float64).var(0).mean()
+    assert data.constant_error("train") == {"strokes": pytest.approx(expected, rel=1e-12)}
+
+
 # --------------------------------------------------------------------------------------------------------------- recipe
 
 
@@ -270,6 +276,7 @@ def test_it_learns(runs: Path) -> None:
     last = items[-1]
     assert {f"eval/causal/loss{part}" for part in ("", "/text", "/strokes", "/strokes_length")} <= last.keys()
     assert "eval/unigram/text" in last and "eval/unigram/strokes" not in last
+    assert last["eval/causal/loss/strokes"] < last["eval/constant/strokes"]
     weights = load_file(runs / "whole" / "model.safetensors")
     assert weights["stems.strokes.weight"].shape == (32, 3) and weights["heads.strokes.weight"].shape == (3, 32)
 

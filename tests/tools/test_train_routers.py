@@ -16,9 +16,10 @@ import yaml
 from safetensors.torch import load_file
 
 import zoo
-from pretrain import metrics, run_folder
+from pretrain import metrics, run_folder, second_stage
 from pretrain.data import micro_batches, open_data
 from pretrain.optim import learning_rate_factor, parameter_groups
+from pretrain.pretraining import auxiliary_routers
 from pretrain.recipe import Recipe
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import LAYER, launch, one_rendezvous, start, tiny_recipe
@@ -128,7 +129,7 @@ def plain(run: Path, main: Path) -> dict[str, torch.Tensor]:
     zoo.initialise(model, recipe.seed)
     model.load_state_dict(weights(main), strict=False)
     routers = {name: p for name, p in model.named_parameters() if ".auxiliary." in name}
-    for router in train_routers.train.auxiliary_routers(model).values():
+    for router in auxiliary_routers(model).values():
         router.threshold = torch.zeros_like(router.threshold)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in routers)
@@ -182,7 +183,7 @@ def test_a_checkpoint_gives_whole_weights_without_an_engine(main: Path) -> None:
 
 def test_thresholds_are_those_of_calibration(runs: Path) -> None:
     model, recipe = run_folder.load_model(runs / "3-fp32_parts")
-    routers = train_routers.train.auxiliary_routers(model)
+    routers = auxiliary_routers(model)
     kept = {name: router.threshold.clone() for name, router in routers.items()}
     assert all(value.abs().min() > 0 for value in kept.values())
     for router in routers.values():
@@ -210,11 +211,11 @@ def test_the_documented_command(runs: Path, tmp_path: Path) -> None:
 
 
 def test_the_papers_settings_are_the_default(runs: Path) -> None:
-    recipe = train_routers.second_stage(runs / "3-fp32")
+    recipe = second_stage.second_stage(runs / "3-fp32")
     assert (recipe.train.steps, recipe.schedule.warmup_steps) == (10_000, 2_000)
     assert (recipe.optimizer.lr, recipe.schedule.type, recipe.schedule.final_fraction) == (1e-4, "linear", 0.01)
-    assert train_routers.second_stage(runs / "3-fp32", ["train.steps=50"]).schedule.warmup_steps == 10
-    chosen = train_routers.second_stage(runs / "3-fp32", ["train.steps=50", "schedule.warmup_steps=3"])
+    assert second_stage.second_stage(runs / "3-fp32", ["train.steps=50"]).schedule.warmup_steps == 10
+    chosen = second_stage.second_stage(runs / "3-fp32", ["train.steps=50", "schedule.warmup_steps=3"])
     assert chosen.schedule.warmup_steps == 3
 
 
@@ -222,8 +223,8 @@ def test_routers_that_are_there_go_on_or_begin_anew(runs: Path, tmp_path: Path) 
     trained = weights(runs / "3-fp32_parts")
     name = "layers.0.feedforward.groups.text.auxiliary.w_in"
     for fresh in (False, True):
-        recipe: Recipe = train_routers.second_stage(runs / "3-fp32_parts", [f"run_dir={tmp_path / str(fresh)}"])
-        initial = train_routers.begin(runs / "3-fp32_parts", recipe, fresh)
+        recipe: Recipe = second_stage.second_stage(runs / "3-fp32_parts", [f"run_dir={tmp_path / str(fresh)}"])
+        initial = second_stage.begin(runs / "3-fp32_parts", recipe, fresh)
         assert torch.equal(initial.weights[name], trained[name]) is not fresh
         assert initial.position.row == 4 * (3 + STEPS)
         kept = run_folder.load_initial(recipe.folder).weights
@@ -241,6 +242,7 @@ def test_what_is_not_possible_is_refused(runs: Path, tmp_path: Path, capsys: pyt
     assert "model.layers[0].feedforward.auxiliary: True there, False here" in refused(
         main, "model.layers.0.feedforward.auxiliary=false"
     )
+    assert "modalities.image.channels: 1 there, 3 here" in refused(main, "modalities.image.channels=3")
     assert "the seed's own folder" in refused(main, f"run_dir={main}")
     assert "is what this command does" in refused(main, "train.trainable=all")
     empty = tmp_path / "empty"

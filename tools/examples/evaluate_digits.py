@@ -23,6 +23,7 @@ from sklearn.svm import SVC
 from pretrain import recipe as recipes
 from pretrain import report, run_folder
 from pretrain.data import Data, open_data
+from pretrain.upcycle import check_ids
 from tools.examples.make_digits import NAMES, SHIFTS, load_digits_split, shift
 from zoo.config import UserError
 from zoo.context import CAUSAL, TokenContext
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = recipes.load(options.recipe, options.overrides)
         model, recipe = run_folder.load_model(recipe.folder)
         data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
+        check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
         summary, drawings = evaluate(model, data, recipe.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -101,19 +103,13 @@ def evaluate(model: Model, data: Data, seed: int) -> tuple[dict[str, Any], Drawi
 
 def read(model: Model, data: Data, images: np.ndarray) -> np.ndarray:
     """The likeliest of the ten captions after each image (n, 8, 8): (n,) digits."""
-    words = data.vocabulary
-    start, _ = words.range("image")
-    text, _ = words.range("text")
-    captions = [[text + t for t in data.modalities["text"].encode(name)] + [words.eos] for name in NAMES]
+    words, grammar = data.vocabulary, data.grammars
+    image_tokens, text = data.modalities["image"], data.modalities["text"]
+    captions = [[*grammar["text"].tokens(text.encode(name)), words.eos] for name in NAMES]
     longest = max(len(caption) for caption in captions)
     sequences, scored = [], []
     for image in images:
-        prompt = [
-            words.bos,
-            words.begin("image"),
-            *(start + data.modalities["image"].encode(image)),
-            words.end("image"),
-        ]
+        prompt = [words.bos, *grammar["image"].tokens(image_tokens.encode(image))]
         for caption in captions:
             padding = longest - len(caption)
             sequences.append([*prompt, *caption] + [-1] * padding)
@@ -131,23 +127,15 @@ def read(model: Model, data: Data, images: np.ndarray) -> np.ndarray:
 
 def draw(model: Model, data: Data, temperature: float, seed: int) -> Drawings:
     """`SAMPLES` images for each caption."""
-    words, positions = data.vocabulary, data.modalities["image"].config.positions
-    assert positions is not None
-    tokens = positions.most
-    image, text = words.range("image"), words.range("text")[0]
+    text, image = data.grammars["text"], data.grammars["image"]
     generator = torch.Generator().manual_seed(seed)
     asked, codes = [], []
     for digit, name in enumerate(NAMES):
-        prompt = torch.tensor(
-            [[words.bos, *(text + t for t in data.modalities["text"].encode(name)), words.begin("image")]]
-        )
-        prompt = prompt.expand(SAMPLES, -1).contiguous()
-        kind = words.modalities.index("image")
-        new = generate(
-            model, prompt, torch.zeros_like(prompt), [image] * tokens, [kind] * tokens, temperature, generator
-        )
+        caption = text.tokens(data.modalities["text"].encode(name))
+        prompt = torch.tensor([[data.vocabulary.bos, *caption.tolist(), image.begin]]).expand(SAMPLES, -1).contiguous()
+        new = generate(model, prompt, torch.zeros_like(prompt), image.choices(), temperature, generator)
         asked += [digit] * SAMPLES
-        codes.append((new - image[0]).numpy())
+        codes.append((new - image.choice.start).numpy())
     together = np.concatenate(codes)
     return Drawings(np.array(asked), together, np.stack([_decode(data, c) for c in together]))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.context import TokenContext, same_item
 from zoo.gather import pick
+from zoo.host import send
 from zoo.kernels import sdpa
 from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is one row a document already
 
@@ -72,7 +73,7 @@ def _by_length(context: TokenContext) -> list[Documents]:
     result = []
     for (length, has_items), first in sorted(starts.items()):
         time = torch.arange(length, device=device)
-        index = torch.tensor(first, device=device)[:, None] + time
+        index = send(first, device)[:, None] + time
         mask = None
         if has_items and context.item is not None:
             mask = same_item(F.embedding(index, context.item.view(-1, 1))[..., 0]) | (time[:, None] >= time)

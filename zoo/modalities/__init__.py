@@ -2,6 +2,7 @@
 
 from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.modalities.continuous_patches import ContinuousPatches
+from zoo.modalities.grammar import Grammar, grammars
 from zoo.modalities.modality import (
     PARTS,
     LearnedConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "Carries",
     "Channels",
     "ContinuousPatches",
+    "Grammar",
     "Ids",
     "LearnedConfig",
     "LearnedModality",
@@ -40,6 +42,7 @@ __all__ = [
     "Vectors",
     "Vocabulary",
     "default_modalities",
+    "grammars",
     "in_order",
     "parse_modalities",
     "vocabulary",

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zoo.host import send
 from zoo.routing.candidates import Candidates
 from zoo.routing.capacity import capacity_count
 from zoo.routing.selection import ExpertSelection, index_mask
@@ -65,7 +66,7 @@ class ExpertChoice(Chooser):
             scope = torch.repeat_interleave(torch.arange(len(scopes)), torch.tensor(scopes))
             starts = [sum(scopes[:i]) for i in range(len(scopes))]
             taken = [torch.arange(s, s + capacity_count(n, capacity)) for s, n in zip(starts, scopes, strict=True)]
-            return scope.to(scores.device), torch.cat(taken).to(scores.device)
+            return send(scope, scores.device), send(torch.cat(taken), scores.device)
 
         scope, taken = candidates.context.shared(("expert choice", scopes, capacity), host)
         by_scope = scope[order].sort(dim=0, stable=True).indices  # best first inside each scope

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from zoo.host import send
 from zoo.routing.candidates import RoutedBatch
 
 Decision = TypeVar("Decision")
@@ -96,7 +97,7 @@ class TokenSelection:
         index = kept.logical_not().sort(dim=1, stable=True).indices[:, :largest]  # kept columns first, in time order
         valid = None
         if min(counts) < largest:
-            valid = torch.arange(largest, device=kept.device) < torch.tensor(counts, device=kept.device)[:, None]
+            valid = torch.arange(largest, device=kept.device) < send(counts, kept.device)[:, None]
         return cls(taken, kept, counts, index, valid)
 
     @property
