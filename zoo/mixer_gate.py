@@ -93,9 +93,7 @@ class MixerGate(Router, counter_noise=True):
     def init_state(self, rows: int, like: Tensor) -> PrefixState | None:
         return PrefixState.empty(rows, self.width, like.device) if self.pooled else None
 
-    def forward(  # pyrefly: ignore[bad-override]  # the state is its own
-        self, x: Tensor, candidates: Candidates | None = None, state: PrefixState | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, candidates: Candidates | None = None, state: PrefixState | None = None) -> Tensor:
         """As a scorer's. Without candidates x are the features themselves."""
         features = x.detach().to(_wide(x)) if candidates is None else self._features(x, candidates, state)
         gate = self.gate.to(features.dtype)

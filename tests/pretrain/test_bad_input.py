@@ -111,7 +111,10 @@ WRONG = {
     "modalities.image.type=patch": ("modalities.image.type: 'patch' is not known; known: ", "did you mean 'patches'?"),
     "modalities={image: {type: patches}}": ("modalities: has image, but no text",),
     "modalities.image={type: continuous_patches, image_size: 8, mask: bidirectional}": (
-        "objective.type: 'autoregressive' predicts every position from those before it, but a position of modalities.image",
+        (
+            "objective.type: 'autoregressive' predicts every position from those before it, but a position of "
+            "modalities.image"
+        ),
         "make its mask causal, or choose another objective",
     ),
     "model.stem={image: {type: vectors, width: 3}}": ("model.stem.image: is for Vectors(width=3), but a position of",),
