@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: atomic commit, verified loading, another number of ranks.
 
-A checkpoint is written into `step-N.tmp`; after all ranks agree that their files are on the disk, rank 0 seals it with
-a manifest (`pretrain.manifest`) and renames the folder to `step-N`. `latest` and `best` are small files that name a
+A checkpoint is written into `step-N.tmp`; after all ranks agree that their files are on the disk, rank 0 seals it with a
+manifest (`pretrain.manifest`) and renames the folder to `step-N`. `latest` and `best` are small files that name a
 folder. Nothing here trusts a folder without a manifest that holds. The folder must be one that all ranks see. Files of
 tensors are DeepSpeed's, and are unpickled when loaded: load checkpoints of your own runs only. All else is JSON.
 
@@ -208,8 +208,7 @@ class CheckpointStore:
         return json.loads((source / STATE).read_text(encoding="utf-8"))
 
     def _converted(self, engine: Engine, source: Path, world: int) -> Path:
-        """The universal checkpoint made of `source`, which `world` ranks wrote; made anew unless it is there and
-        whole."""
+        """The universal checkpoint made of `source`, which `world` ranks wrote; made anew unless it is there and whole."""
         from pretrain import universal
 
         if engine.optimizer_type == "muon":
@@ -238,8 +237,7 @@ class CheckpointStore:
         return sorted(int(match[0].removeprefix("step-")) for match in found if match)
 
     def _problem(self, folder: Path) -> str:
-        """Why `folder` is not a complete checkpoint, by its manifest and the sizes of its files; empty where it is
-        one."""
+        """Why `folder` cannot be a whole checkpoint, by its manifest and the sizes of its files; empty where it can."""
         try:
             CheckpointRecord.read(folder)
         except DamageError as error:

@@ -13,9 +13,10 @@ from pretrain.process_group import Ranks
 from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import RoutedBlock
 from zoo.batch import Batch
-from zoo.context import CAUSAL, TOPK, Trace
+from zoo.context import CAUSAL, TOPK
 from zoo.model import Model
 from zoo.slots import Objective
+from zoo.trace import Trace
 
 ALONE = Ranks()
 

@@ -51,8 +51,8 @@ def command(load: Callable[[], SomeRecipe], work: Callable[[SomeRecipe], None]) 
             raise
         where = error.filename or (recipe and recipe.folder)
         print(
-            f"error: {str(where)!r} cannot be written ({error.strerror}); free space and give the same command again, "
-            "it goes on from the newest checkpoint",
+            f"error: {str(where)!r} cannot be written ({error.strerror}); free space and give the same command again, it "
+            "goes on from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -162,7 +162,7 @@ class Loop:
         return None if stop else Step(self.state.step, batches, counts.of(numbers))
 
     def _take(self, step: Step[Any, Any]) -> dict[str, float] | None:
-        """Forward, backward, update. Returns what to log, None where this is not a log step."""
+        """Forward, backward, update. Returns what to log; None at a step that is not logged."""
         recipe, engine, state, task = self.recipe, self.engine, self.state, self.task
         logging = _due(step.number + 1, recipe.train.log_every)
         sums = Sums()

@@ -44,7 +44,7 @@ class Manifest:
 
     @property
     def crc32(self) -> int:
-        """Checksum of all it says; it identifies the folder's content."""
+        """Checksum of all that the manifest says; it identifies the folder's content."""
         return zlib.crc32(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
 
     def check_sizes(self, folder: Path) -> None:
@@ -58,8 +58,7 @@ class Manifest:
                 raise DamageError(f"{name} has {size} bytes, its manifest says {entry.bytes}")
 
     def check_contents(self, folder: Path, rank: int = 0, world: int = 1) -> None:
-        """Read every `world`-th file, from the one of number `rank` on; raise DamageError where one is not what it
-        was."""
+        """Read every `world`-th file, from the one of number `rank` on; raise DamageError where one is not what it was."""
         for name in sorted(self.files)[rank::world]:
             try:
                 found = checksum(folder / name)

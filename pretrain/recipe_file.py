@@ -1,5 +1,4 @@
-"""Recipe files: YAML in, `extends` followed, overrides on top; plain data out, of a bounded size and not yet
-validated."""
+"""Recipe files: YAML in, `extends` followed, overrides on top; plain data out, of a bounded size and not yet validated."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
         overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
         over: laid over the file's data, before the overrides.
     Raises:
-        ConfigError: a file that cannot be read or is not YAML, or an override that does not fit.
+        ConfigError: a file that cannot be read or is no YAML, or an override that does not fit.
     """
     return overridden(_merge(_read(Path(path), ()), over or {}), overrides)
 
@@ -172,23 +171,27 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is
-    laid over each of them."""
+    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is laid
+    over each of them."""
     merged = dict(base)
     for key, value in over.items():
-        below: Any = merged.get(key)
-        if isinstance(value, Mapping) and _mappings(below):
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, list) and below and all(map(_is_mapping, below)):
             merged[key] = [_merge(entry, value) for entry in below]
-        elif _mappings([below, value]) and value.get("type", below.get("type")) == below.get("type"):
+        elif isinstance(value, Mapping) and isinstance(below, Mapping) and _same_type(value, below):
             merged[key] = _merge(below, value)
         else:
             merged[key] = value
     return merged
 
 
-def _mappings(value: Any) -> bool:
-    """Whether it is a list of mappings, at least one."""
-    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _same_type(over: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether `over` names no `type` or that of `base`."""
+    return over.get("type", base.get("type")) == base.get("type")
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -209,7 +212,7 @@ def _override(data: dict[str, Any], text: str) -> None:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(
-                    f"{key}: {part!r} is not an entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0"
+                    f"{key}: {part!r} is no entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0"
                 )
             position: Any = int(part)
         elif isinstance(node, dict):

@@ -46,7 +46,7 @@ class Step(Generic[SomeBatch, SomeCounts]):
     """One optimizer step before it is taken."""
 
     number: int
-    """Number of steps done before it."""
+    """How many steps were done before it."""
     batches: Sequence[SomeBatch]
     """This rank's micro-batches."""
     counts: SomeCounts
@@ -137,7 +137,7 @@ class Task(abc.ABC, Generic[SomeBatch, SomeCounts, SomeState]):
 
     @abc.abstractmethod
     def export(self, weights: dict[str, Tensor]) -> None:
-        """Write the trained model; called on rank 0 alone, with the whole weights in fp32."""
+        """Leave the trained model behind; called on rank 0 alone, with the whole weights in fp32."""
 
 
 AnyTask = Task[Any, Any, Any]

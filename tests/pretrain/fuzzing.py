@@ -24,6 +24,8 @@ SOURCES = [
     "tiny/mixture_of_mamba2",
     "tiny/mod_progressive",
     "models/moma_4t4i_90m",
+    "examples/digits_gamma_mod",
+    "examples/digits_p_mod",
 ]
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.5, 1e-9, 1e300, -1e300, 1.6e10),
@@ -60,12 +62,15 @@ class Case:
 
     text: str
     overrides: list[str]
+    finetuning: bool
+    """Whether it began as a recipe of a fine-tuning."""
 
 
 def case(number: int) -> Case:
     """Case `number`; the same number gives the same case."""
     draw = random.Random(number)
-    data = source(draw.choice(SOURCES))
+    name = draw.choice(SOURCES)
+    data = source(name)
     for _ in range(draw.choice([0, 1, 1, 1, 2, 3])):
         change(draw, data)
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
@@ -75,7 +80,7 @@ def case(number: int) -> Case:
     if draw.random() < 0.2:
         key = ".".join(map(str, draw.choice(list(places(data)) or [("name",)])))
         overrides = [draw.choice([draw.choice(OVERRIDES), f"{key}={draw.choice(SCALARS)}"])]
-    return Case(text, overrides)
+    return Case(text, overrides, name.startswith("examples/"))
 
 
 def source(name: str, read: dict[str, dict[str, Any]] = {}) -> dict[str, Any]:  # noqa: B006  kept between calls
