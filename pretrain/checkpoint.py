@@ -237,7 +237,7 @@ class CheckpointStore:
         return sorted(int(match[0].removeprefix("step-")) for match in found if match)
 
     def _problem(self, folder: Path) -> str:
-        """Why `folder` is no complete checkpoint, by its manifest and the sizes of its files; empty where it is one."""
+        """Why `folder` cannot be a whole checkpoint, by its manifest and the sizes of its files; empty where it can."""
         try:
             CheckpointRecord.read(folder)
         except DamageError as error:

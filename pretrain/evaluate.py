@@ -13,9 +13,10 @@ from pretrain.process_group import Ranks
 from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import RoutedBlock
 from zoo.batch import Batch
-from zoo.context import CAUSAL, TOPK, Trace
+from zoo.context import CAUSAL, TOPK
 from zoo.model import Model
 from zoo.slots import Objective
+from zoo.trace import Trace
 
 ALONE = Ranks()
 
@@ -25,9 +26,9 @@ class StepCounts(Counts):
     """What batches of packed rows hold."""
 
     terms: tuple[int, ...]
-    """Of each part of the loss, in the objective's order."""
+    """Terms of each part of the loss, in the objective's order."""
     tokens: tuple[int, ...]
-    """Of each modality, in the model's order."""
+    """Tokens of each modality, in the model's order."""
 
     def by_part(self, objective: Objective) -> dict[str, int]:
         """`terms` by the names of the parts."""

@@ -162,7 +162,7 @@ class Loop:
         return None if stop else Step(self.state.step, batches, counts.of(numbers))
 
     def _take(self, step: Step[Any, Any]) -> dict[str, float] | None:
-        """Forward, backward, update. Returns what to log, None where this is no log step."""
+        """Forward, backward, update. Returns what to log; None at a step that is not logged."""
         recipe, engine, state, task = self.recipe, self.engine, self.state, self.task
         logging = _due(step.number + 1, recipe.train.log_every)
         sums = Sums()

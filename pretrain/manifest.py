@@ -44,7 +44,7 @@ class Manifest:
 
     @property
     def crc32(self) -> int:
-        """Of all it says; it identifies the folder's content."""
+        """Checksum of all that the manifest says; it identifies the folder's content."""
         return zlib.crc32(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
 
     def check_sizes(self, folder: Path) -> None:

@@ -25,9 +25,9 @@ from pretrain.updates import Updates
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.batch import Batch
 from zoo.config import UserError
-from zoo.context import Trace
 from zoo.flops import TRAINING_FACTOR
 from zoo.model import load_weights
+from zoo.trace import Trace
 
 
 def auxiliary_routers(model: torch.nn.Module) -> dict[str, AuxiliaryRouter]:

@@ -35,7 +35,7 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 
 RESUMABLE = re.compile(
     r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)|(evaluate|kernels)(\..*)?"
-    r"|data\.workers"
+    r"|data\.(workers|max_broken_samples)"
 )
 """Keys that may change when a run is resumed."""
 

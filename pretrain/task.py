@@ -46,7 +46,7 @@ class Step(Generic[SomeBatch, SomeCounts]):
     """One optimizer step before it is taken."""
 
     number: int
-    """Of steps done before it."""
+    """How many steps were done before it."""
     batches: Sequence[SomeBatch]
     """This rank's micro-batches."""
     counts: SomeCounts

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types as limits
 from pydantic.fields import FieldInfo
 
-from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.recipe import Recipe
 from tools.examples.make_llava import LlavaFolderConfig
 from tools.sweep.adapt.settings import SweepConfig
@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 MARKER = "<!-- Written by `python -m tools.document_recipes`: edit the docstrings of the configs instead. -->\n"
 ROOTS: Sequence[tuple[str, type[Config]]] = (
     ("Keys of a pretraining", Recipe),
-    ("Keys of a fine-tuning", AdaptRecipe),
+    ("Keys of a fine-tuning", FinetuneRecipe),
     ("Keys of a sweep of adaptations", SweepConfig),
     ("Keys of a small LLaVA", LlavaFolderConfig),
 )

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.batch import Batch
 from zoo.config import UserError
-from zoo.context import CAUSAL, TOPK, Trace
+from zoo.context import CAUSAL, TOPK
 from zoo.routing.statistics import RoutingStatistics
+from zoo.trace import Trace
 
 Batches = Sequence[Batch]
 """Gone through several times."""

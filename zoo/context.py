@@ -1,4 +1,4 @@
-"""TokenContext: what a block knows about its tokens, and Trace: what it tells about its routing.
+"""TokenContext: what a block knows about its tokens.
 
 A context is built once per batch on the host and moved with it. Everything that all layers share (token indices by
 modality, masks, rotary tables) is derived once; shapes are Python ints known on the host, so that no block waits for
@@ -18,68 +18,10 @@ from torch import Tensor
 
 from zoo.host import send
 from zoo.noise import token_keys
-from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
 from zoo.spans import Span, Spans
+from zoo.trace import Trace
 
 TOPK, CAUSAL = "topk", "causal"
-
-
-@dataclasses.dataclass(eq=False)
-class Trace:
-    """Collector for one forward: routing decisions, losses, and what routers report or learn from, by block name.
-
-    Use a fresh one for each forward. Where activation checkpointing recomputes a layer, the layer is given a `replay` of
-    the trace, so that routes cannot flip and nothing counts twice.
-    """
-
-    decisions: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """name → what the block decided. It holds neither this trace nor a context with it: the cycle would outlive the step.
-    """
-    losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
-    """name → (sum over tokens, count)."""
-    statistics: RoutingStatistics = dataclasses.field(default_factory=RoutingStatistics)
-    """Counts for reports, to be added over micro-batches and ranks."""
-    penalties: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """name → a term of the training loss, weighted, a mean over the forward's tokens (balancing losses)."""
-    updates: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
-    """name → sums, to be added over micro-batches and ranks: what the `update` of the module of that name is given once
-    an optimizer step. Tensors of any shape; the same names and shapes on every rank."""
-    replaying: bool = False
-    """A replay: decisions are repeated, and what is added is dropped."""
-
-    def decide(self, name: str, decision: Callable[[], Any]) -> Any:
-        """The decision of block `name`: computed and recorded in the first pass, replayed in a recomputation."""
-        if not self.replaying:
-            self.decisions[name] = decision()
-        return self.decisions[name]
-
-    def add_loss(self, name: str, total: Tensor, count: int) -> None:
-        if not self.replaying:
-            self.losses[name] = (total, count)
-
-    def add_hits(self, name: str, hits: RouterHits) -> None:
-        if not self.replaying:
-            self.statistics.hits[name] = hits
-
-    def add_load(self, name: str, taken: int, offered: int) -> None:
-        if not self.replaying:
-            self.statistics.loads[name] = Load(taken, offered)
-
-    def add_expert_load(self, name: str, rows: tuple[int, ...]) -> None:
-        if not self.replaying:
-            self.statistics.expert_loads[name] = ExpertLoad(rows)
-
-    def add_penalty(self, name: str, value: Tensor) -> None:
-        if not self.replaying:
-            self.penalties[name] = value
-
-    def add_update(self, name: str, sums: dict[str, Tensor]) -> None:
-        if not self.replaying:
-            self.updates[name] = {key: value.detach() for key, value in sums.items()}
-
-    def replay(self) -> Trace:
-        """A trace with the same decisions, for computing a layer once more: it repeats them and takes nothing in."""
-        return Trace(decisions=self.decisions, replaying=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,7 +148,7 @@ class ExpertGroup(nn.Module, RoutedBlock):
     def route(self, x: Tensor, candidates: Candidates, context: TokenContext, state: State | None = None) -> Routed:
         """Decide who of the candidates x (n, D) goes where."""
         router = self.router
-        scores = router(x, candidates, state) if isinstance(router, Router) else router(x, candidates)  # (n, E + no-op)
+        scores = router(x, candidates) if state is None else router(x, candidates, state)  # (n, E + no-op)
         logits = None if self.auxiliary is None else self.auxiliary(x)
         causal = self.decided_by_auxiliary(context)
 

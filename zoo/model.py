@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.block import LayerConfig
 from zoo.carries import nothing
 from zoo.config import Config, ConfigError
-from zoo.context import TokenContext, Trace
+from zoo.context import TokenContext
 from zoo.flops import Cost
 from zoo.heads import HeadConfig, IdHead
 from zoo.layers import RMSNorm
@@ -25,6 +25,7 @@ from zoo.roles import ParameterOwner
 from zoo.slots import Component, Head, Part, Stem
 from zoo.states import State
 from zoo.stems import IdStem, StemConfig
+from zoo.trace import Trace
 
 _IDS = (IdStem.Config, IdHead.Config, type(None))
 

@@ -26,7 +26,6 @@ from zoo.routing.chooser import TokenChoice
 from zoo.routing.linear import LinearScorer
 from zoo.routing.scorer import Router
 from zoo.routing.selection import ExpertSelection
-from zoo.states import State
 
 
 class Balance(Config):
@@ -92,9 +91,6 @@ class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
             raise ConfigError(
                 f"{path}.top_k: {config.top_k} of {experts + noop} experts; a token takes at most as many as there are"
             )
-
-    def forward(self, x: Tensor, candidates: Candidates | None = None, state: State | None = None) -> Tensor:
-        return super().forward(x, candidates)
 
     def ranking(self, scores: Tensor) -> Tensor:
         """The scores, balancing biases included; they count for choosing alone."""

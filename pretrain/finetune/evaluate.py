@@ -34,6 +34,8 @@ def predict(forward: nn.Module, batch: QuestionBatch, trace: za.Trace | None) ->
     """
     labels = batch.labels[:, 1:]
     columns = (labels != IGNORED).any(0).nonzero()[:, 0]
+    if not len(columns):  # no sample could be used: one column, which is not predicted either
+        columns = torch.zeros(1, dtype=torch.long, device=labels.device)
     options = {} if trace is None else {"mod_trace": trace, "mod_answers": batch.labels != IGNORED}
     logits = forward(**batch.inputs, **options, use_cache=False, logits_to_keep=columns).logits
     return logits.float(), labels[:, columns]

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 import zoo.adapt as za
 from pretrain.finetune.model_folder import cannot_open, open_folder
-from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.tuning import freeze, lora_config, tuned
 from zoo.adapt.family import parts, picture_ids
 from zoo.adapt.save import CONFIG, check_complete, weights_hash
@@ -72,7 +72,7 @@ def quiet(rank: int) -> None:
     )  # 5.20 has no other name
 
 
-def open_base(recipe: AdaptRecipe) -> Base:
+def open_base(recipe: FinetuneRecipe) -> Base:
     """Open everything but the weights, and check what the recipe wants of it.
 
     Raises:
@@ -110,7 +110,7 @@ def open_base(recipe: AdaptRecipe) -> Base:
     return Base(name, config, processor, adapt, before is not None, dense)
 
 
-def skeleton(recipe: AdaptRecipe, base: Base) -> nn.Module:
+def skeleton(recipe: FinetuneRecipe, base: Base) -> nn.Module:
     """The model as it is trained, its weights not yet set; may be called under `deepspeed.zero.Init`."""
     model = _dense(base.config)
     if base.adapt is not None:
@@ -118,7 +118,7 @@ def skeleton(recipe: AdaptRecipe, base: Base) -> nn.Module:
     return tuned(model, recipe)
 
 
-def whole(recipe: AdaptRecipe, base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
+def whole(recipe: FinetuneRecipe, base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model with its first weights, on the CPU: the base's own; those of routers and adapters follow from the seed."""
     if base.adapted:
         model = za.load_adapted(base.name, dtype=dtype)
@@ -131,7 +131,7 @@ def whole(recipe: AdaptRecipe, base: Base, dtype: torch.dtype = torch.float32) -
     return tuned(model, recipe)
 
 
-def initialise(model: nn.Module, recipe: AdaptRecipe, base: Base, gather: Gather) -> str:
+def initialise(model: nn.Module, recipe: FinetuneRecipe, base: Base, gather: Gather) -> str:
     """Set every weight of `skeleton`'s model from `whole`.
 
     Partitioned weights (ZeRO-3) are read by rank 0 alone.
@@ -158,7 +158,7 @@ def initialise(model: nn.Module, recipe: AdaptRecipe, base: Base, gather: Gather
     return weights_hash(source) if frozen and source is not None else ""
 
 
-def save(recipe: AdaptRecipe, base: Base, weights: Mapping[str, Tensor], folder: Path) -> Path:
+def save(recipe: FinetuneRecipe, base: Base, weights: Mapping[str, Tensor], folder: Path) -> Path:
     """Write the trained model to `folder`, in the precision it was trained in; atomic.
 
     An adapted one is what `zoo.adapt.load_adapted` opens; a dense one what `from_pretrained` opens. Under LoRA both hold
@@ -188,7 +188,7 @@ def save(recipe: AdaptRecipe, base: Base, weights: Mapping[str, Tensor], folder:
     return folder
 
 
-def decoder_trains(recipe: AdaptRecipe, base: Base) -> bool:
+def decoder_trains(recipe: FinetuneRecipe, base: Base) -> bool:
     """Whether weights of the decoder's layers get gradients of their own, those of routers and adapters apart."""
     return recipe.lora is None and any(p.requires_grad for p in parts(base.blueprint).layers[0].parameters())
 

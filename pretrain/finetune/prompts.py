@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pretrain.data.errors import DataError
 from pretrain.finetune.questions import Question
+from zoo.config import UserError
 
 IGNORED = -100
 """The label of a token that is not predicted."""
@@ -39,6 +40,7 @@ def encode(question: Question, processor: Any, answers: bool = True) -> dict[str
         answers: False ends the text where the last answer would begin: the prompt that a generation starts from.
     Raises:
         DataError: an image does not decode, or the processor cannot encode the sample; names its source.
+        UserError: the tokenizer is not a fast one.
     """
     images = question.pictures()
     if type(processor).__name__.startswith("PaliGemma"):
@@ -47,7 +49,7 @@ def encode(question: Question, processor: Any, answers: bool = True) -> dict[str
     if not answers:
         return _process(processor, text, images, question)
     if not getattr(processor.tokenizer, "is_fast", False):
-        raise DataError(
+        raise UserError(
             f"{type(processor.tokenizer).__name__} tells no token's place in the text; use a fast tokenizer"
         )
     inputs = _process(processor, text, images, question, return_offsets_mapping=True)

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -22,7 +22,7 @@ from PIL import Image
 from pretrain.data.errors import DataError
 from pretrain.data.reading import BrokenDocument, read_parts
 from pretrain.data.shards import Entry, find_shards, scan_shard
-from zoo.modalities.pictures import open_picture
+from zoo.modalities.pictures import open_picture, upright
 
 KEYS = ("image", "images", "question", "answer", "turns")
 
@@ -41,7 +41,7 @@ class Question:
     """What else its line says."""
 
     def pictures(self) -> list[Image.Image]:
-        """The images in RGB.
+        """The images in RGB, upright, transparent parts on white.
 
         Raises:
             DataError: a file is no picture.
@@ -49,7 +49,7 @@ class Question:
         opened = []
         for image in self.images:
             try:
-                opened.append((Image.open(image) if isinstance(image, Path) else image).convert("RGB"))
+                opened.append(upright(Image.open(image) if isinstance(image, Path) else image, "RGB"))
             except Exception as error:  # Pillow raises anything for bytes it cannot read
                 raise DataError(f"{self.source}: {image} does not decode ({type(error).__name__}: {error})") from None
         return opened
@@ -67,7 +67,7 @@ def read_questions(folder: Path, split: str = "train") -> list[Question]:
         raise DataError(f"{path}: does not exist; {folder} holds {', '.join(there) or 'no .jsonl file'}")
     known: set[Path] = set()
     questions = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -152,6 +152,9 @@ def _question(line: str, folder: Path, source: str, known: set[Path]) -> Questio
     names = [item["image"]] if "image" in item else item.get("images", [])
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{source}: 'image' must be the name of a file, 'images' a list of such names")
+    for name in names:
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise DataError(f"{source}: its image {name!r} is outside the folder {str(folder)!r}; put it inside")
     images = tuple(folder / name for name in names)
     for image in images:
         if image not in known and not image.is_file():

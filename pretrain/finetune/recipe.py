@@ -38,9 +38,13 @@ class QuestionsConfig(Config):
     """Folder with train.jsonl, validation.jsonl, test.jsonl and the images."""
     maximum_length: int | None = Field(None, gt=1)
     """Tokens of a sample, those of its images included. The text of a longer one is cut off at the end; one whose images
-    or first answer do not fit is an error."""
+    or first answer do not fit is unusable."""
     workers: int = Field(0, ge=0)
     """Processes of each rank that read images ahead; 0: they are read between two steps."""
+    max_broken_samples: int = Field(0, ge=0)
+    """How many unusable samples may be skipped, in an epoch of training and of those that are evaluated. Each is named.
+    Unusable are an image that does not decode, an image token in the text, and what the processor or `maximum_length`
+    refuses."""
 
 
 class EvaluateConfig(Config):
@@ -56,7 +60,7 @@ class EvaluateConfig(Config):
     """Also let the model answer by itself, greedily, with its cache."""
 
 
-class AdaptRecipe(RunRecipe):
+class FinetuneRecipe(RunRecipe):
     """The recipe of a fine-tuning. Keys at its top:"""
 
     base: str
@@ -76,7 +80,7 @@ class AdaptRecipe(RunRecipe):
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> AdaptRecipe:
+def load(path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
     """Read, override and validate a recipe; what the base has to say is checked by `pretrain.finetune.model`.
 
     Args:
@@ -84,6 +88,6 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> AdaptRecipe:
     Raises:
         ConfigError: naming the dotted key or the file, the value, the rule and the way out.
     """
-    recipe = AdaptRecipe.parse(recipes.read(path, overrides))
+    recipe = FinetuneRecipe.parse(recipes.read(path, overrides))
     recipes.check_batches(recipe.train)
     return recipe

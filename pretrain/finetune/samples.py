@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from pretrain.finetune.questions import Question, read_questions
 from zoo.adapt import AdaptConfig, AdaptContext
 from zoo.adapt.family import has_pictures
 from zoo.config import UserError
+
+NAMED = 10
+"""How many unusable samples an error names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,8 @@ class QuestionBatch:
     """Of each sample: sizes of the groups of its tokens that compete; empty where the model is dense."""
     truncated: int
     """Samples of which the end was cut off."""
+    unusable: tuple[str, ...] = ()
+    """Of each sample that was left out, where it stands and why."""
 
     @property
     def answers(self) -> int:
@@ -92,28 +97,36 @@ class Batcher:
         self.filler = encode(filler, processor, answers=False)
         if not any(bool((self.filler["input_ids"] == token).any()) for token in self.pictures):
             names = " or ".join(map(str, self.pictures))
-            raise DataError(
+            raise UserError(
                 f"{filler.source}: has an image, but the image token {names} of the model's config never occurs in what "
                 f"{type(processor).__name__} makes of it; model and processor do not belong together: give the model's own "
                 "processor"
             )
         self.answers = training and adapt is not None and adapt.candidates == "image_and_answer"
 
-    def batch(self, questions: Sequence[Question], first: int = 0) -> QuestionBatch:
+    def batch(self, questions: Sequence[Question], first: int = 0, skip: bool = False) -> QuestionBatch:
         """Samples with their answers, padded on the right.
 
+        Args:
+            first: the position of the first of them.
+            skip: leave out what cannot be used, and say so in the batch, which may be left with no sample.
         Raises:
-            DataError: an image that does not decode, or does not fit into `maximum_length`.
+            DataError: without `skip`, see `sample`.
         """
-        samples, truncated = [], 0
+        samples, truncated, unusable = [], 0, []
         for question in questions:
-            sample = encode(question, self.processor)
-            cut = self.maximum_length is not None and sample["input_ids"].shape[1] > self.maximum_length
-            samples.append(self._cut(sample, question) if cut else sample)
+            try:
+                sample, cut = self.sample(question)
+            except DataError as error:
+                if not skip:
+                    raise
+                unusable.append(str(error))
+                continue
+            samples.append(sample)
             truncated += cut
         filled = self._filled(samples)
         batch = collate(filled, self.padding)
-        labels = batch.pop("labels")
+        labels = batch.pop("labels") if samples else torch.full_like(batch["input_ids"], IGNORED)
         return QuestionBatch(
             batch,
             labels,
@@ -122,12 +135,36 @@ class Batcher:
             tuple(sample["input_ids"].shape[1] for sample in samples),
             self._groups(batch, labels, len(samples), len(filled) > len(samples)),
             truncated,
+            tuple(unusable),
         )
+
+    def sample(self, question: Question) -> tuple[dict[str, Tensor], bool]:
+        """A sample with its answers, and whether its end was cut off.
+
+        Raises:
+            DataError: an image that does not decode, an image token in the text, what the processor refuses, or what does
+                not fit into `maximum_length`.
+        """
+        self._check_text(question)
+        sample = encode(question, self.processor)
+        cut = self.maximum_length is not None and sample["input_ids"].shape[1] > self.maximum_length
+        return (self._cut(sample, question) if cut else sample), cut
 
     def prompts(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """What generation of the last answers starts from, padded on the left; a filler is the last row, if there is one."""
         samples = [encode(question, self.processor, answers=False) for question in questions]
         return collate(self._filled(samples), self.padding, side="left")
+
+    def _check_text(self, question: Question) -> None:
+        """Raises DataError where a text holds what stands for an image: the model would look for one more of them."""
+        for text in (text for turn in question.turns for text in turn):
+            ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+            found = next((token for token in self.pictures if token in ids), None)
+            if found is not None:
+                raise DataError(
+                    f"{question.source}: its text holds {self.processor.tokenizer.convert_ids_to_tokens(found)!r}, which "
+                    "stands for an image; images are put before the first question without it: leave it out"
+                )
 
     def _filled(self, samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         if any(map(has_pictures, samples)):
@@ -232,7 +269,7 @@ class Batches:
 
     def _collate(self, items: list[tuple[int, Question]]) -> QuestionBatch | UserError:
         try:
-            return self.batcher.batch([question for _, question in items], items[0][0])
+            return self.batcher.batch([question for _, question in items], items[0][0], skip=True)
         except UserError as error:
             return error
 
@@ -271,10 +308,55 @@ def open_questions(path: str, split: str) -> list[Question]:
     return questions
 
 
+def usable(questions: Sequence[Question], batcher: Batcher, limit: int, log: Callable[[str], None]) -> list[Question]:
+    """The questions without those that cannot be used, which are named.
+
+    Args:
+        limit: how many these may be, see `recipe.QuestionsConfig.max_broken_samples`.
+    Raises:
+        DataError: there are more, or nothing else.
+    """
+    found, reasons = [], []
+    for question in questions:
+        try:
+            batcher.sample(question)
+            found.append(question)
+        except DataError as error:
+            reasons.append(str(error))
+    if len(reasons) > limit or not found:
+        raise too_many(limit, len(reasons), len(reasons), reasons)
+    for reason in reasons:
+        log(f"skipped {reason}")
+    return found
+
+
+def too_many(limit: int, count: int, needed: int, reasons: Sequence[str]) -> DataError:
+    """What to say where more samples than `limit` cannot be used.
+
+    Args:
+        count: how many there are.
+        needed: the limit that they would take.
+        reasons: where they stand and why; a few of them are shown.
+    """
+    lines = [*reasons[:NAMED], *([f"… and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else [])]
+    return DataError(
+        f"data.max_broken_samples: {limit}: {count} sample{'s' * (count != 1)} cannot be used; repair what is wrong, or set it "
+        f"to at least {needed}, and give the same command again:\n  " + "\n  ".join(lines)
+    )
+
+
 def fingerprint(questions: Sequence[Question]) -> str:
-    """Hash of the questions, their order, and the names and sizes of their images."""
+    """Hash of the questions, their order, and the names of their images."""
     digest = hashlib.sha256()
     for question in questions:
-        images = [(image.name, image.stat().st_size) for image in question.images if isinstance(image, Path)]
+        images = [image.name for image in question.images if isinstance(image, Path)]
         digest.update(repr((images, question.turns)).encode())
+    return digest.hexdigest()
+
+
+def fingerprint_images(questions: Sequence[Question]) -> str:
+    """Hash of the sizes of the images' files: another one where a picture was repaired or exchanged."""
+    digest = hashlib.sha256()
+    for image in (image for question in questions for image in question.images if isinstance(image, Path)):
+        digest.update(f"{image.stat().st_size} ".encode())
     return digest.hexdigest()

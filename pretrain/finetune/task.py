@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,17 @@ from pretrain.engine import Engine, Gather
 from pretrain.finetune.evaluate import evaluate, predict
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
-from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.routing import routing_sums, routing_values
-from pretrain.finetune.samples import Batcher, Batches, QuestionBatch, Samples, fingerprint
+from pretrain.finetune.samples import (
+    Batcher,
+    Batches,
+    QuestionBatch,
+    Samples,
+    fingerprint,
+    fingerprint_images,
+    too_many,
+)
 from pretrain.progress import Progress
 from pretrain.sums import Counts, Sums, Totals
 from pretrain.task import Forward, State, Step, Task
@@ -42,6 +51,8 @@ class QuestionCounts(Counts):
     """Forward FLOPs of the decoder."""
     truncated: int
     """Samples whose text was cut off."""
+    unusable: int
+    """Samples that were left out."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,6 +63,10 @@ class FineTuningState(State):
     """Hash of the base's weights where a part of them is frozen, else empty."""
     truncated: int = 0
     """Samples whose text was cut off, so far."""
+    unusable: int = 0
+    """Samples that were left out, so far."""
+    images: str = ""
+    """Fingerprint of the images, which may be repaired."""
 
 
 class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
@@ -65,11 +80,11 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
         device: "cpu" or "cuda".
     """
 
-    recipe: AdaptRecipe
+    recipe: FinetuneRecipe
 
     def __init__(
         self,
-        recipe: AdaptRecipe,
+        recipe: FinetuneRecipe,
         base: Any,
         training: Sequence[Question],
         held_out: Sequence[Question],
@@ -95,6 +110,8 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
             seed=recipe.seed,
             device=device,
         )
+        self.images = fingerprint_images(training)
+        self.unusable: list[str] = []
         self.frozen: str = self.engine.ranks.broadcast(frozen)
         # weights that are frozen get no gradient of their own: their backward pass is half as long
         self.factor = TRAINING_FACTOR if models.decoder_trains(recipe, base) else TRAINING_FACTOR - 1
@@ -105,7 +122,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
     # ------------------------------------------------------------------------------------------------- a run's begin
 
     def new_state(self) -> FineTuningState:
-        return FineTuningState(data=fingerprint(self.training), base=self.frozen)
+        return FineTuningState(data=fingerprint(self.training), base=self.frozen, images=self.images)
 
     def take_up(self, state: FineTuningState) -> None:
         if state.base != self.frozen:
@@ -114,6 +131,9 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
                 "begun with, and parts of them are frozen; restore them, or choose another run_dir"
             )
         train, ranks = self.recipe.train, self.engine.ranks
+        if state.images != self.images and ranks.first:
+            print("note: images of data.path have changed since the run began; it goes on with what they are now")
+        state.images = self.images
         plan = Batches(
             Samples(self.training, self.recipe.seed),
             self.batchers[0],
@@ -130,7 +150,12 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
     # ------------------------------------------------------------------------------------------------------ one step
 
     def batches(self, state: FineTuningState) -> list[QuestionBatch]:
-        return next(self.stream)
+        batches = next(self.stream)
+        for reason in (reason for batch in batches for reason in batch.unusable):
+            if reason not in self.unusable:
+                self.unusable.append(reason)
+                print(f"skipped {reason}", file=sys.stderr, flush=True)
+        return batches
 
     def count(self, batches: Sequence[QuestionBatch]) -> QuestionCounts:
         flops = sum(
@@ -144,6 +169,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
             candidates=sum(batch.candidates for batch in batches),
             flops=round(flops),
             truncated=sum(batch.truncated for batch in batches),
+            unusable=sum(len(batch.unusable) for batch in batches),
         )
 
     def forward(self, batch: QuestionBatch, step: Step[QuestionBatch, QuestionCounts], reporting: bool) -> Forward:
@@ -166,6 +192,12 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
         state.tokens += counts.tokens
         state.flops += self.factor * counts.flops
         state.truncated += counts.truncated
+        state.unusable += counts.unusable
+        epochs = -(-state.step * self.recipe.train.global_batch // len(self.training))  # those begun
+        limit = self.recipe.data.max_broken_samples
+        if state.unusable > limit * epochs:
+            reasons = [reason for each in self.engine.ranks.gather(self.unusable) for reason in each]
+            raise too_many(limit, state.unusable, -(-state.unusable // epochs), reasons)
 
     # -------------------------------------------------------------------------------------------------------- reports
 
@@ -176,7 +208,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
             values["auxiliary/loss"] = totals.auxiliary / len(self.layers)
             values |= routing_values(totals.routing)
         epoch = state.step * self.recipe.train.global_batch / len(self.training)
-        return values | {"epoch": epoch, "truncated": state.truncated}
+        return values | {"epoch": epoch, "truncated": state.truncated, "unusable": state.unusable}
 
     def line(self, step: int, report: Mapping[str, float], progress: Progress) -> str:
         line = progress.line(step, report, ())

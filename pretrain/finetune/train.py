@@ -11,20 +11,25 @@ model is left in <run>/model, for `zoo.adapt.load_adapted`.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pretrain import recipe as recipes
 from pretrain import run_folder
+from pretrain.data.errors import DataError
 from pretrain.deepspeed_config import check_values
 from pretrain.finetune import recipe as finetune_recipe
 from pretrain.finetune.questions import Question
-from pretrain.finetune.recipe import AdaptRecipe
-from pretrain.finetune.samples import Batcher, open_questions
+from pretrain.finetune.recipe import FinetuneRecipe
+from pretrain.finetune.samples import Batcher, open_questions, too_many, usable
 from pretrain.finetune.task import FineTuning
 from pretrain.loop import Loop, command
 from pretrain.process_group import choose_device, prepare_environment, rank_and_world
 from zoo.config import ConfigError
+
+if TYPE_CHECKING:
+    from pretrain.finetune.model import Base
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command(lambda: finetune_recipe.load(options.recipe, options.overrides), work)
 
 
-def work(recipe: AdaptRecipe) -> None:
+def work(recipe: FinetuneRecipe) -> None:
     """Tune a model as the recipe says; every rank calls it.
 
     Raises:
@@ -62,20 +67,34 @@ def work(recipe: AdaptRecipe) -> None:
     training = open_questions(recipe.data.path, "train")
     held_out = open_questions(recipe.data.path, recipe.evaluate.split)[: recipe.evaluate.samples]
     batchers = [_batcher(base, training, recipe, mode) for mode in (True, False)]
+    log = functools.partial(print, flush=True) if rank == 0 else lambda line: None
+    held_out = usable(held_out, batchers[1], recipe.data.max_broken_samples, log)
     lock = run_folder.claim(recipe.folder) if rank == 0 else None
     task = FineTuning(recipe, base, training, held_out, batchers, config, device)
     Loop(task, config).run()
     del lock
 
 
-def _batcher(base: Any, training: Sequence[Question], recipe: AdaptRecipe, mode: bool) -> Batcher:
-    filler = next(question for question in training if question.images)
-    return Batcher(
-        base.processor,
-        filler,
-        base.config,
-        base.pictures,
-        base.adapt,
-        training=mode,
-        maximum_length=recipe.data.maximum_length if mode else None,
-    )
+def _batcher(base: Base, training: Sequence[Question], recipe: FinetuneRecipe, mode: bool) -> Batcher:
+    """With the first question about images that can be used as its filler.
+
+    Raises:
+        DataError: too many cannot be used.
+    """
+    reasons: list[str] = []
+    for question in (question for question in training if question.images):
+        try:
+            return Batcher(
+                base.processor,
+                question,
+                base.config,
+                base.pictures,
+                base.adapt,
+                training=mode,
+                maximum_length=recipe.data.maximum_length if mode else None,
+            )
+        except DataError as error:
+            reasons.append(str(error))
+            if len(reasons) > recipe.data.max_broken_samples:
+                break
+    raise too_many(recipe.data.max_broken_samples, len(reasons), len(reasons), reasons)

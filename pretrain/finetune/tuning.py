@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import zoo.adapt as za
-from pretrain.finetune.recipe import AdaptRecipe, LoraConfig
+from pretrain.finetune.recipe import FinetuneRecipe, LoraConfig
 from zoo.adapt.family import parts
 from zoo.adapt.wrap import ROUTER
 from zoo.config import ConfigError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import peft
 
 
-def tuned(model: Any, recipe: AdaptRecipe) -> nn.Module:
+def tuned(model: Any, recipe: FinetuneRecipe) -> nn.Module:
     """Adapters round it, parts of it frozen, its layers checkpointed.
 
     Raises:

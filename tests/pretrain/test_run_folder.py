@@ -33,6 +33,14 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     run_folder.claim(tmp_path).close()
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    for name in ("model.safetensors.12.writing", "notes.tmp", "model.safetensors"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "model.12.writing").mkdir()
+    run_folder.claim(tmp_path).close()
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "notes.tmp", "model.safetensors"}
+
+
 def test_recipe_and_model_go_in_and_come_out(tmp_path: Path) -> None:
     recipe = recipes.resolve(tiny_recipe("data", tmp_path / "run"))
     (tmp_path / "run").mkdir()

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tests.zoo.helpers import stream
 from zoo import TokenContext, Trace
 from zoo.context import Kept
-from zoo.routing.statistics import RouterHits, RoutingStatistics
 from zoo.spans import Spans
 
 MODALITIES = ("text", "image", "speech")
@@ -194,20 +193,3 @@ def test_replace_shares_what_was_derived_and_changes_the_rest():
 def test_errors(modality, document, message):
     with pytest.raises(ValueError, match=message):
         TokenContext.from_modality(torch.tensor(modality), None if document is None else torch.tensor(document))
-
-
-def test_a_replay_repeats_decisions_and_takes_nothing_in():
-    trace, decisions = Trace(), iter("ab")
-    assert trace.decide("block", lambda: next(decisions)) == "a"
-    replay = trace.replay()
-    assert replay.decide("block", lambda: next(decisions)) == "a"
-    replay.add_loss("block", torch.ones(()), 1)
-    replay.add_penalty("block", torch.ones(()))
-    replay.add_hits("block", RouterHits(2, 1, 1, 0))
-    replay.add_load("block", 1, 2)
-    replay.add_expert_load("block", (1, 1))
-    replay.add_update("block", {"sum": torch.ones(())})
-    for taken in (trace, replay):
-        assert not taken.losses and not taken.penalties and not taken.updates
-        assert taken.statistics == RoutingStatistics()
-    assert trace.decide("block", lambda: next(decisions)) == "b"

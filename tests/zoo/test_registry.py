@@ -205,3 +205,39 @@ def test_a_config_of_another_slot_is_refused():
 def test_a_block_that_stands_only_inside_others_is_not_built_alone(slot):
     with pytest.raises(ConfigError, match=slot):
         zoo.build(slot, {"type": zoo.known(slot)[0]}, d_model=8)
+
+
+class Largest(zoo.Scorer):
+    """Scores a token by its largest entry."""
+
+    class Config(BlockConfig):
+        pass
+
+    def __init__(self, config: Config, place: Place, outputs: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.empty(outputs))
+
+    def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+        parameter.fill_(1.0)
+
+    def forward(self, x: torch.Tensor, candidates: object = None) -> torch.Tensor:
+        return x.amax(-1, keepdim=True) * self.scale
+
+
+def test_a_registered_scorer_serves_depth_and_experts():
+    register("router", "largest")(Largest)
+    router = {"type": "largest"}
+    experts = {"type": "experts", "experts": 2, "d_ff": 12, "router": router, "scope": "row"}
+    depth = {"type": "mod", "capacity": "1/2", "router": router}
+    model = build_model(layer(depth=depth, feedforward=experts), layer(feedforward=experts))
+    context = stream("ttiitti", "tii....", trace=zoo.Trace())
+    x = torch.randn(*context.shape, 8, dtype=torch.float64)
+    model.layers[0](x, context)
+    kept = context.trace.decisions["layers.0"].selection.kept
+    for row, count in enumerate((4, 2)):
+        best = x[row].amax(-1).masked_fill(~context.valid[row], -torch.inf).topk(count).indices
+        assert kept[row].nonzero()[:, 0].tolist() == sorted(best.tolist())
+    loss = model(ids(context), context).square().mean()
+    scales = [p for name, p in model.named_parameters() if name.endswith("router.scale")]
+    assert len(scales) == 3 and all(gradient.any() for gradient in torch.autograd.grad(loss, scales))
+    assert model.layers[0].cost(7).router == ((1 + 1) * 2.0,) * 2  # the depth's scale, and half of the experts' two

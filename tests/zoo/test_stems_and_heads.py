@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import zoo
-from tests.zoo.helpers import ATTENTION, D_MODEL, DENSE, MOMA, VOCABULARY, ids, stream
+from tests.zoo.helpers import ATTENTION, D_MODEL, DENSE, MOMA, VOCABULARY, columns, ids, stream
 from zoo import ConfigError
 from zoo.batch import Batch
 
@@ -177,6 +177,24 @@ def test_nothing_earlier_moves():
         assert list(position) in places
         document = given.context.document
         assert all(r == position[0] and c >= position[1] and document[r, c] == document[position] for r, c in places)
+
+
+def test_decoded_step_by_step_it_is_the_full_forward():
+    """With what each step's positions carry; heads are read where the step is."""
+    model, given = build(layers=[{"mixer": ATTENTION, "feedforward": DENSE}] * 2), batch("tiiitss", "tssstii")
+    context = given.context.replace(routing="causal")
+    places = {name: context.index(m) for m, name in ((1, "image"), (2, "speech"))}
+    full, heads = model(given.tokens, context, content=given.content, read=places)
+    states = model.init_state(*context.shape)
+    for t in range(context.shape[1]):
+        step = columns(context, t, t + 1)
+        rows = {name: (index % context.shape[1]) == t for name, index in places.items()}
+        content = {name: given.content[name][rows[name]] for name in rows}
+        read = {name: step.index(MODALITIES.index(name)) for name in rows}
+        logits, predicted = model(given.tokens[:, t : t + 1], step, states, content, read=read)
+        torch.testing.assert_close(logits[:, 0], full[:, t], rtol=0, atol=1e-10)
+        for name in rows:
+            torch.testing.assert_close(predicted[name], heads[name][rows[name]], rtol=0, atol=1e-10)
 
 
 def test_cost():

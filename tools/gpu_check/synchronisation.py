@@ -15,7 +15,8 @@ import torch
 import zoo
 from pretrain import recipe as recipes
 from zoo.config import UserError
-from zoo.context import TokenContext, Trace
+from zoo.context import TokenContext
+from zoo.trace import Trace
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 ROWS, LENGTH, VOCABULARY = 4, 256, 400

@@ -21,7 +21,7 @@ def main() -> int:
     folder = Path(sys.argv[1]).resolve()
     data, run = folder / "digits", folder / "run"
     if not data.exists():
-        subprocess.run([sys.executable, "-m", "tools.examples.digits", str(data)], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-m", "tools.examples.make_digits", str(data)], check=True, cwd=ROOT)
     overrides = [
         f"data.path={data}",
         f"run_dir={run}",
@@ -29,11 +29,15 @@ def main() -> int:
         "train.global_batch=16",
         "train.micro_batch=8",
         "train.log_every=5",
+        "schedule.warmup_steps=5",
         "evaluate.rows=8",
         "data.sequence_length=1024",
+        "modalities.image.image_size=64",
+        "modalities.image.codes=512",
         "deepspeed={zero_optimization: {stage: 1}}",
     ]
-    command = ["deepspeed", "--num_accelerators", "1", "--module", "pretrain.train", RECIPE, *overrides]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]  # what `deepspeed` runs
+    command = [*launcher, "--module", "pretrain.train", RECIPE, *overrides]
     subprocess.run(command, check=True, cwd=ROOT)
     lines = [line for line in metrics.read(run / "metrics.jsonl") if "tokens_per_second" in line]
     first, last = lines[0], lines[-1]

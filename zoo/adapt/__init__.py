@@ -7,7 +7,7 @@ from zoo.adapt.flops import Flops, decoder_flops, traced_flops
 from zoo.adapt.layer import Decision
 from zoo.adapt.save import load_adapted, save_adapted
 from zoo.adapt.wrap import adapt, adaptation, auxiliary_loss, restore, routed_layers, routers
-from zoo.context import Trace
+from zoo.trace import Trace
 
 __all__ = [
     "AdaptConfig",

@@ -19,9 +19,9 @@ from torch import Tensor
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.family import ANSWER, IMAGE, PADDING, TEXT, VIDEO, has_pictures, lengths, may_follow
 from zoo.config import UserError
-from zoo.context import Trace
 from zoo.noise import token_keys
 from zoo.routing.candidates import Candidates
+from zoo.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

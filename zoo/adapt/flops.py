@@ -17,8 +17,8 @@ from zoo.adapt.family import Parts, parts
 from zoo.adapt.layer import RoutedDecoderLayer
 from zoo.adapt.wrap import ROUTER
 from zoo.config import UserError
-from zoo.context import Trace
 from zoo.routing.capacity import capacity_count
+from zoo.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)

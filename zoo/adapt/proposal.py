@@ -80,17 +80,17 @@ def by_budget(
     return choices
 
 
-def skip_savings(depth: int, keep: float) -> list[float]:
+def skip_savings(depth: int, capacity: float) -> list[float]:
     """Share of all (image token, layer) pairs that are skipped by routing each layer.
 
     Args:
-        keep: share of image tokens that a routed layer keeps.
+        capacity: share of image tokens that a routed layer keeps.
     """
-    return [(1 - keep) / depth] * depth
+    return [(1 - capacity) / depth] * depth
 
 
 def flops_savings(
-    layers: Sequence[Mapping[str, Any]], tokens: Sequence[int], image_tokens: Sequence[int], keep: float
+    layers: Sequence[Mapping[str, Any]], tokens: Sequence[int], image_tokens: Sequence[int], capacity: float
 ) -> list[float]:
     """Share of the dense decoder's prefill FLOPs that routing each layer saves, over the measured samples.
 
@@ -99,13 +99,13 @@ def flops_savings(
     Args:
         layers: `weights` and `width` of each, as `arank.Measurement.layers` gives them.
         tokens, image_tokens: of each sample.
-        keep: share of image tokens that a routed layer keeps.
+        capacity: share of image tokens that a routed layer keeps.
     """
 
     def flops(layer: Mapping[str, Any], lengths: Sequence[float]) -> float:
         return sum(layer_flops(layer["weights"], layer["width"], length) for length in lengths)
 
-    kept = [s - (1 - keep) * images for s, images in zip(tokens, image_tokens, strict=True)]
+    kept = [s - (1 - capacity) * images for s, images in zip(tokens, image_tokens, strict=True)]
     dense = [flops(layer, tokens) for layer in layers]
     total = sum(dense)
     return [(whole - flops(layer, kept)) / total for layer, whole in zip(layers, dense, strict=True)]

@@ -24,7 +24,7 @@ from zoo.adapt.layer import RoutedDecoderLayer, Routing, routed_class
 from zoo.adapt.scores import UNLEARNED, unwatch, watch
 from zoo.adapt.select import ModRouter
 from zoo.config import UserError
-from zoo.context import Trace
+from zoo.trace import Trace
 
 ROUTER = "mod_router"
 """Name of the child that a routed layer, or the decoder under `router.shared`, gets."""

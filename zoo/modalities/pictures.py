@@ -20,6 +20,20 @@ def open_picture(content: bytes) -> Image.Image:
     return image
 
 
+def upright(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+    """The picture as it is meant to be seen: turned as its EXIF orientation says, transparent parts on white.
+
+    Args:
+        mode: of the result, grey or colour.
+    """
+    image = ImageOps.exif_transpose(image)
+    keyed = image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info
+    if keyed or image.mode in ("LA", "PA", "RGBA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
 class PictureConfig(ModalityConfig):
     """Square pictures cut into square patches."""
 
@@ -68,7 +82,7 @@ class PictureConfig(ModalityConfig):
             if image.dtype == np.uint8 and image.shape == (self.image_size, self.image_size, self.channels):
                 return image
             image = _from_array(image)
-        image = ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB")
+        image = upright(image, "L" if self.channels == 1 else "RGB")
         short = min(image.size)
         if short != self.image_size:
             width, height = (max(self.image_size, round(side * self.image_size / short)) for side in image.size)

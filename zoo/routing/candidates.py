@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from zoo.context import Trace
+from zoo.trace import Trace
 
 
 class RoutedBatch(Protocol):

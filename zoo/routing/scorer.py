@@ -69,16 +69,9 @@ class Router(Scorer):
     chooser: Chooser
 
     def init_state(self, rows: int, like: Tensor) -> State | None:
-        """What scoring must remember of a document while decoding; None where it sees one token alone."""
+        """What scoring must remember of a document while decoding: it is given to `forward(x, candidates, state)`, and
+        updated in place. None where scoring sees one token alone."""
         return None
-
-    def forward(self, x: Tensor, candidates: Candidates | None = None, state: State | None = None) -> Tensor:
-        """As a scorer's.
-
-        Args:
-            state: from `init_state`, updated in place.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no forward(x, candidates=None, state=None)")
 
     def observe(self, x: Tensor, scores: Tensor, selection: ExpertSelection, candidates: Candidates) -> None:
         """Give the trace what the router's own training needs besides gradients: penalties, sums for `update`.

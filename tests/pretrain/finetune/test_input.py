@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,22 +14,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from transformers import LlavaForConditionalGeneration
 
 import pretrain.finetune.train
 import zoo.adapt as za
+from pretrain.data import DataError
 from pretrain.finetune import recipe as finetune_recipe
+from pretrain.finetune.evaluate import predict
 from pretrain.finetune.prompts import IGNORED
-from pretrain.finetune.questions import read_questions
-from pretrain.finetune.samples import Batcher, Batches, Samples
+from pretrain.finetune.questions import Question, read_questions
+from pretrain.finetune.samples import Batcher, Batches, Samples, usable
 from pretrain.finetune.task import FineTuning
 from pretrain.process_group import Ranks
 from pretrain.sums import Sums
 from pretrain.task import Step
-from tests.pretrain.finetune.processors import IMAGE, llava_processor
+from tests.pretrain.finetune.processors import IMAGE, llava_processor, other_processors, picture
 from tests.pretrain.finetune.tuning import ADAPT, tuning_recipe, write_base, write_data
 from tests.pretrain.runs import ROOT
+from tests.zoo.adapt.families import FAMILIES
 from zoo.adapt import AdaptConfig
 from zoo.config import ConfigError, UserError
 
@@ -186,7 +191,7 @@ def test_shipped_recipes(path: Path) -> None:
     assert recipe.base == "elsewhere" and recipe.name == path.stem
     assert (recipe.adapt is not None) == path.stem.endswith("_mod")
     assert recipe.adapt is None or recipe.adapt.plan(8)
-    assert finetune_recipe.AdaptRecipe.parse(recipe.dump()) == recipe
+    assert finetune_recipe.FinetuneRecipe.parse(recipe.dump()) == recipe
 
 
 # ------------------------------------------------------------------------------------------------------------- samples
@@ -242,6 +247,64 @@ def test_text_only_batches_get_a_filler(tmp_path: Path, folder: Path) -> None:
     assert (alone.labels[2] == IGNORED).all() and alone.candidates == 0
     answers = batcher(folder, candidates="image_and_answer").batch(texts)
     assert answers.groups == ((3,),) * 2, "a space, a digit and the end"
+
+
+def test_unusable_samples_are_left_out(tmp_path: Path, folder: Path) -> None:
+    """The others are as without them; of a batch of nothing else the loss is zero, and so are the gradients."""
+    good, bad = read_questions(write_data(tmp_path, train=2))
+    (tmp_path / "train1.png").write_bytes(b"no picture")
+    stray = dataclasses.replace(good, turns=(("what is <image>?", "dark"),), source="train.jsonl:9")
+    maker = batcher(folder)
+    batch, alone = maker.batch([bad, good, stray], skip=True), maker.batch([good])
+    assert all((value == batch.inputs[name]).all() for name, value in alone.inputs.items())
+    assert (batch.tokens, batch.groups, batch.answers) == (alone.tokens, alone.groups, alone.answers)
+    assert [reason.split(" ")[0] for reason in batch.unusable] == [f"{tmp_path}/train.jsonl:2:", "train.jsonl:9:"]
+    assert "its text holds '<image>', which stands for an image" in batch.unusable[1]
+    for question in (bad, stray):
+        with pytest.raises(DataError, match=question.source):
+            maker.batch([question])
+    for candidates in ("image", "image_and_answer"):
+        adapt = {**ADAPT, "candidates": candidates}
+        model = za.adapt(LlavaForConditionalGeneration.from_pretrained(folder / "base"), adapt).train()
+        nothing = batcher(folder, candidates=candidates).batch([bad, stray], skip=True)
+        assert (nothing.tokens, nothing.answers, nothing.candidates) == ((), 0, 0)
+        logits, labels = predict(model, nothing, za.Trace())
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss.backward()
+        assert float(loss.detach()) == 0 and all(
+            float(p.grad.abs().sum()) == 0 for p in model.parameters() if p.grad is not None
+        )
+
+
+@pytest.mark.parametrize("turns", [(("what is <image>?", "white"),), (("what?", "an <image> tag"),)])
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_an_image_token_in_the_text(turns: tuple[tuple[str, str], ...], pictures: int) -> None:
+    """A processor that does not count them lets it through, and the model would look for its picture."""
+    pixels = picture(0)
+    question = Question((pixels,) * pictures, turns, "train.jsonl:3")
+    maker = Batcher(
+        other_processors(16)["Gemma3Processor"],
+        Question((pixels,), (("what?", "a"),), "filler"),
+        FAMILIES["gemma3"].build(vocab_size=70).config,
+        {IMAGE: 1},
+        None,
+        True,
+    )
+    with pytest.raises(DataError, match=r"train.jsonl:3: its text holds '<image>'"):
+        maker.batch([question])
+
+
+def test_held_out_samples_are_looked_at_before_the_run(tmp_path: Path, folder: Path) -> None:
+    asked = read_questions(write_data(tmp_path), "validation")
+    for number in (1, 4):
+        (tmp_path / f"validation{number}.png").write_bytes(b"no picture")
+    said: list[str] = []
+    assert usable(asked, batcher(folder), 2, said.append) == [asked[n] for n in (0, 2, 3, 5)]
+    assert [line.split(":")[1] for line in said] == ["2", "5"] and all(line.startswith("skipped ") for line in said)
+    with pytest.raises(DataError, match="data.max_broken_samples: 1: 2 samples cannot be used; .* to at least 2, and"):
+        usable(asked, batcher(folder), 1, said.append)
+    with pytest.raises(DataError, match="1 sample cannot be used"):
+        usable(asked[1:2], batcher(folder), 9, said.append)
 
 
 @pytest.mark.parametrize("group", ["image", "sample"])

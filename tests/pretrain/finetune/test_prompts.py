@@ -12,6 +12,7 @@ from pretrain.finetune.prompts import IGNORED, collate, encode, padding_id
 from pretrain.finetune.questions import Question
 from tests.pretrain.finetune import processors
 from tests.pretrain.finetune.processors import LLAVA_TEMPLATE, PAD, TURN_TEMPLATE, llava_processor, picture
+from zoo.config import UserError
 
 TURNS = (("how many?", "two"), ("and sevens?", "none"))
 PLAIN = "USER: (image)\nhow many? ASSISTANT:[ two</s>] USER: and sevens? ASSISTANT:[ none</s>]"
@@ -130,5 +131,5 @@ def test_what_cannot_be_encoded(tmp_path: Path) -> None:
         encode(strange, llava_processor())
     slow = processors.llava_processor()
     slow.tokenizer.__class__ = type("Slow", (type(slow.tokenizer),), {"is_fast": False})
-    with pytest.raises(DataError, match="use a fast tokenizer"):
+    with pytest.raises(UserError, match="use a fast tokenizer"):
         encode(question(), slow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -44,6 +45,8 @@ def test_lines_become_questions(tmp_path: Path) -> None:
         (LINE | {"turns": [{"question": "a", "answer": "b"}]}, "has both 'turns' and 'question'"),
         (LINE | {"images": ["a.png"]}, "has both 'image' and 'images'"),
         ('{"image": 3, "question": "a", "answer": "b"}', "'image' must be the name of a file"),
+        ('{"image": "/etc/a.png", "question": "a", "answer": "b"}', "its image '/etc/a.png' is outside the folder"),
+        ('{"images": ["b/../../a.png"], "question": "a", "answer": "b"}', "its image 'b/../../a.png' is outside the"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: Any, message: str) -> None:
@@ -113,3 +116,33 @@ def test_which_images_are_exchanged() -> None:
 def test_one_question_an_image() -> None:
     asked = [Question(tuple(map(Path, own)), (("q", "a"),), "") for own in ("a", "", "b", "a", "ab", "c")]
     assert one_an_image(asked, 3) == [asked[0], asked[2], asked[4]]
+
+
+def test_photographs_are_upright(tmp_path: Path) -> None:
+    """As Transformers opens them, whatever the camera was turned."""
+    from transformers.image_utils import load_image
+
+    scene = np.zeros((20, 40, 3), np.uint8)
+    scene[:, :20] = 255
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(scene).save(tmp_path / "a.jpg", exif=exif, quality=95)
+        (picture,) = Question((tmp_path / "a.jpg",), (("q", "a"),), "").pictures()
+        assert picture.size == ((40, 20) if orientation < 5 else (20, 40))
+        np.testing.assert_array_equal(picture, load_image(str(tmp_path / "a.jpg")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_white(tmp_path: Path, mode: str) -> None:
+    logo = np.zeros((32, 32, 4), np.uint8)
+    logo[8:24, 8:24, 3] = 255
+    Image.fromarray(logo).convert(mode).save(tmp_path / "a.png")
+    (picture,) = Question((tmp_path / "a.png",), (("q", "a"),), "").pictures()
+    np.testing.assert_array_equal(np.asarray(picture), 255 - logo[..., 3:].repeat(3, 2))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_line(tmp_path: Path) -> None:
+    write_questions(tmp_path, [LINE])
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "train.jsonl").read_bytes())
+    assert read_questions(tmp_path)[0].turns == ((LINE["question"], LINE["answer"]),)

@@ -55,7 +55,9 @@ def tune(folder: Path, name: str, *signals: tuple[int, int, int], **changes: Any
                 os.kill(os.getpid(), number)
         return taken(self, state)
 
-    recipe = tuning_recipe(folder / "base", folder / changes.pop("data", "mixed"), folder / name, **changes)
+    data, broken = folder / changes.pop("data", "mixed"), changes.pop("broken", 0)
+    recipe = tuning_recipe(folder / "base", data, folder / name, **changes)
+    recipe["data"]["max_broken_samples"] = broken
     path = folder / f"{name}-{rank}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     pretrain.finetune.train.FineTuning.batches = batches  # type: ignore[method-assign]
@@ -74,6 +76,7 @@ def two_ranks(folder: Path) -> list[int]:
             tune(folder, "zero3", train=EVERY, deepspeed=STAGE_3),
             tune(folder, "lora", train=EVERY, lora=LORA),
             tune(folder, "broken", data="broken", train={"steps": 4}),
+            tune(folder, "skipping", data="broken", broken=1, train=EVERY),
         ]
 
 
@@ -89,6 +92,10 @@ def one_rank(folder: Path) -> list[int]:
             tune(folder, "changed base", base=str(folder / "other"), lora=LORA, train={"steps": 1}),
             write_base(folder / "other", initializer_range=0.2) and 0,
             tune(folder, "changed base", base=str(folder / "other"), lora=LORA, train={"steps": 2}),
+            tune(folder, "skipping alone", data="broken", broken=1, train={**EVERY, "micro_batch": 2}),
+            tune(folder, "repaired", data="repaired", train={**EVERY, "checkpoint_every": 1}),
+            write_data(folder / "repaired") and 0,
+            tune(folder, "repaired", data="repaired", train=EVERY),
             tune(folder, "frozen", freeze=["vision_tower"], data="data", train={"micro_batch": 4, "steps": 40}),
         ]
 
@@ -101,20 +108,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder / "mixed", texts=3)
     write_base(folder / "other")
     (write_data(folder / "broken") / "train7.png").write_bytes(b"no picture")
+    (write_data(folder / "repaired") / "train7.png").write_bytes(b"no picture")
     return folder
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Path:
     codes = run_ranks("tests.pretrain.finetune.test_train:two_ranks", 2, folder / "two", 280, folder=folder)
-    assert codes == [[0, 0, 0, 0, 0, 2]] * 2, (folder / "two" / "output0").read_text()[-3000:]
+    assert codes == [[0, 0, 0, 0, 0, 2, 0]] * 2, (folder / "two" / "output0").read_text()[-3000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Path:
     (codes,) = run_ranks("tests.pretrain.finetune.test_train:one_rank", 1, folder / "one", 280, folder=folder)
-    assert codes == [0, 0, 0, 0, 0, 0, 2, 0], (folder / "one" / "output0").read_text()[-3000:]
+    assert codes == [0, 0, 0, 0, 0, 0, 2, 0, 2, 0, 0, 0], (folder / "one" / "output0").read_text()[-3000:]
     return folder
 
 
@@ -173,7 +181,7 @@ def test_metrics(two: Path) -> None:
     items = metrics.read(two / "whole" / "metrics.jsonl")
     names = {"step", "tokens", "flops", "loss", "auxiliary/loss", "skip", "skip/layers.1", "skip/layers.2", "epoch"}
     names |= {f"auxiliary/{rate}" for rate in ("accuracy", "precision", "recall", "always_skip")}
-    names |= {"truncated", "lr", "grad_norm", "bad_steps", "seconds", "tokens_per_second"}
+    names |= {"truncated", "unusable", "lr", "grad_norm", "bad_steps", "seconds", "tokens_per_second"}
     assert all(set(item) == names for item in items if "loss" in item)
     evaluations = [item for item in items if "eval/loss" in item]
     assert [item["step"] for item in evaluations] == [3, 6]
@@ -284,8 +292,25 @@ def test_routed_answers(one: Path) -> None:
 def test_a_broken_picture_ends_the_run(two: Path) -> None:
     """On both ranks, though one of them alone has met it."""
     printed = (two / "two" / "output0").read_text()
-    assert "train.jsonl:8: " in printed and "train7.png does not decode" in printed
+    wanted = "data.max_broken_samples: 0: 1 sample cannot be used; repair what is wrong, or set it to at least 1, and "
+    assert wanted in printed and "train.jsonl:8: " in printed and "train7.png does not decode" in printed
     assert "Traceback" not in printed
+
+
+def test_a_broken_picture_is_skipped(one: Path, two: Path) -> None:
+    """Named and counted; whatever the ranks and micro-batches, the other samples are trained on alike."""
+    printed = [(two / "two" / f"output{rank}").read_text() for rank in range(2)]
+    said = "skipped " + str(two / "broken" / "train.jsonl:8: ")
+    assert sum(text.count(said) for text in printed) == 2, "once by each of two runs"
+    assert [line["unusable"] for line in metrics.read(one / "skipping" / "metrics.jsonl") if "loss" in line][-1] == 1
+    assert_close_metrics(one / "skipping", one / "skipping alone")
+
+
+def test_a_repaired_picture_lets_the_run_go_on(one: Path) -> None:
+    printed = (one / "one" / "output0").read_text()
+    assert "repaired/train.jsonl:8: " in printed
+    steps = [line["step"] for line in metrics.read(one / "repaired" / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, 7))
 
 
 def test_adapters_of_a_base_that_has_changed(one: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import zoo.adapt as za
 from pretrain.finetune import model as models
-from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.recipe import FinetuneRecipe
 from tests.pretrain.finetune.tuning import tuning_recipe, write_base
 from tests.zoo.adapt.families import FAMILIES
 
@@ -22,7 +22,7 @@ def test_modules_trained_in_full_come_back_bit_for_bit(tmp_path: Path, precision
     """They and the adapters alone get gradients and are saved; the base stays what it was."""
     write_base(tmp_path / "base")
     lora = {"r": 2, "alpha": 4.0, "modules_to_save": WHOLE}
-    recipe = AdaptRecipe.parse(
+    recipe = FinetuneRecipe.parse(
         tuning_recipe(tmp_path / "base", "data", tmp_path / "run", lora=lora, train={"precision": precision})
     )
     base = models.open_base(recipe)

@@ -17,6 +17,8 @@ from tests.zoo.adapt.families import FAMILIES, IMAGE
 from tests.zoo.adapt.test_conformance import METHODS, ROWS, close, generate
 from tests.zoo.helpers import assert_derivative
 from zoo.adapt import Trace, adapt, adaptation, auxiliary_loss, restore, routed_layers, routers
+from zoo.routing.candidates import Candidates
+from zoo.routing.scorer import Scorer
 
 LLAVA = FAMILIES["llava"]
 KEEP = 0.4
@@ -124,6 +126,25 @@ def test_the_auxiliary_loss_is_part_of_the_loss_in_training(model: nn.Module) ->
     images = int((inputs["input_ids"] == IMAGE).sum())
     assert hits.total == images and hits.chosen == sum(math.ceil(16 * KEEP) for _ in range(3))
     assert 0 <= hits.rates()["accuracy"] <= 1
+
+
+class Largest(Scorer):
+    """Ranks a token by its largest entry."""
+
+    def forward(self, x: Tensor, candidates: Candidates | None = None) -> Tensor:
+        return x.amax(-1, keepdim=True)
+
+
+def test_a_routed_layer_takes_any_scorer(model: nn.Module) -> None:
+    adapt(model, config(group="sample", gate={"activation": "sigmoid"}, router={"input": "residual"}))
+    layer, inputs, trace, seen = routed_layers(model)[0], LLAVA.inputs(model, [ROWS[0]]), Trace(), []
+    layer.mod_router = Largest()
+    layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    model(**inputs, mod_trace=trace)
+    images = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    kept = images[trace.decisions[layer.routing.name].kept[0, images]]
+    best = images[seen[0][0, images].amax(-1).topk(math.ceil(len(images) * KEEP)).indices]
+    assert kept.tolist() == sorted(best.tolist())
 
 
 def test_answers_are_routed_in_training_alone(model: nn.Module) -> None:

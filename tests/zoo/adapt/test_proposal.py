@@ -56,7 +56,7 @@ def test_savings_are_those_of_the_adapted_model() -> None:
     family = FAMILIES["llava"]
     model = family.build()
     found = measure(model, [family.inputs(model, [[3, 5]])])
-    savings = flops_savings(found.layers(), found.tokens, found.image_tokens, keep=0.25)
+    savings = flops_savings(found.layers(), found.tokens, found.image_tokens, capacity=0.25)
     dense = decoder_flops(model, 24).prefill
     adapted = adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.25}})
     assert 1 - decoder_flops(adapted, 24, [16]).prefill / dense == pytest.approx(savings[1] + savings[2])

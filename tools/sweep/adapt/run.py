@@ -38,14 +38,14 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
     from pretrain.finetune import model as models
     from pretrain.finetune.judge import judge
     from pretrain.finetune.prompt_batches import Prompts
-    from pretrain.finetune.recipe import AdaptRecipe
+    from pretrain.finetune.recipe import FinetuneRecipe
     from pretrain.process_group import choose_device
     from tools.sweep.adapt.metrics import METRICS
     from tools.sweep.adapt.threshold import tune_threshold
     from zoo.adapt import load_adapted
 
     point, test = Point.read(settings["point"]), TestConfig.parse(settings["test"])
-    recipe = AdaptRecipe.parse(settings["recipe"])
+    recipe = FinetuneRecipe.parse(settings["recipe"])
     device, data = choose_device(recipe.train.device), Path(recipe.data.path)
     models.quiet(0)
     base = models.open_base(recipe)

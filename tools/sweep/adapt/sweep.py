@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pretrain import recipe as recipes
 from pretrain.finetune.questions import Question, read_questions
-from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.recipe import FinetuneRecipe
 from tools.sweep.adapt import settings
 from tools.sweep.adapt.metrics import METRICS
 from tools.sweep.adapt.plan import Planner, Point
@@ -56,7 +56,7 @@ class AdaptSweep:
 
         config = self.config
         models.quiet(0)
-        base = models.open_base(AdaptRecipe.parse(self.recipe))
+        base = models.open_base(FinetuneRecipe.parse(self.recipe))
         if base.adapted:
             raise ConfigError(f"base: {config.base!r} is adapted already; give the dense model it was made of")
         prompts = Prompts.encode(self._questions(), base.processor, config.test.batch)
@@ -79,7 +79,7 @@ class AdaptSweep:
         made = {"name": point.name, "seed": point.seed, "run_dir": str(folder / RUN), "adapt": point.adapt}
         return {
             "point": dataclasses.asdict(point),
-            "recipe": AdaptRecipe.parse({**self.recipe, **made}).dump(),
+            "recipe": FinetuneRecipe.parse({**self.recipe, **made}).dump(),
             "test": self.config.test.model_dump(),
             "threshold": self.config.threshold.model_dump(),
             "tolerance": self.config.tolerance,
@@ -150,7 +150,7 @@ def base_recipe(config: SweepConfig) -> dict[str, Any]:
     data = recipes.read(config.recipe, over={section: getattr(config, section) for section in sections})
     data.pop("adapt", None)
     data |= {"base": config.base, "data": {**(data.get("data") or {}), "path": config.data}}
-    recipe = AdaptRecipe.parse(data)
+    recipe = FinetuneRecipe.parse(data)
     recipes.check_batches(recipe.train)
     return recipe.dump()
 

@@ -15,7 +15,7 @@ import zoo.adapt as za
 from pretrain.finetune import model as models
 from pretrain.finetune.prompt_batches import Prompts
 from pretrain.finetune.questions import read_questions
-from pretrain.finetune.recipe import AdaptRecipe
+from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.samples import moved
 from pretrain.process_group import choose_device
 from tools.bench.adapted import prefilling, step
@@ -50,7 +50,7 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     }
     if not missing:
         return times
-    parsed = AdaptRecipe.parse(recipe)
+    parsed = FinetuneRecipe.parse(recipe)
     base = models.open_base(parsed)
     device = choose_device(parsed.train.device)
     dense: Any = models.whole(parsed, base).to(device).eval()
