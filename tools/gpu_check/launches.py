@@ -2,8 +2,8 @@
 
     python -m tools.gpu_check.launches [--kernels 12]
 
-4 rows of 4,096 tokens, width 2,048, hidden width 5,632, 16 heads, bf16; text and image alternate. Where the host needs as
-long to issue a pass as the pass takes, launches decide, not FLOPs.
+4 rows of 4,096 tokens, width 2,048, hidden width 5,632, 16 heads, bf16; text and image alternate. Where the host needs
+as long to issue a pass as the pass takes, launches decide, not FLOPs.
 """
 
 from __future__ import annotations
