@@ -52,7 +52,7 @@ def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
         DataError: the folder is missing, or nothing matches; `key` names the entry of the recipe to correct.
     """
     if not folder.is_dir():
-        raise DataError(f"data.path: {str(folder)!r} is no folder (looked for from {Path.cwd()}); correct data.path")
+        raise DataError(f"data.path: {str(folder)!r} is not a folder (looked for from {Path.cwd()}); correct data.path")
     shards = sorted(path for path in folder.glob(pattern) if path.is_file())
     if not shards:
         present = sorted(path.name for path in folder.glob("*.tar"))
