@@ -76,7 +76,7 @@ def room_for(folder: Path) -> Iterator[None]:
         # NumPy says what it could not write, but not why
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or re.search(r"\d+ requested and \d+ written", str(error)):
             raise DataError(
-                f"data.cache: the disk of {folder} is full ({error.strerror or error}); free space, or set data.cache to a "
-                "folder on another disk, and give the same command again"
+                f"data.cache: the disk of {folder} is full ({error.strerror or error}); free space, or set "
+                "data.cache to a folder on another disk, and give the same command again"
             ) from None
         raise

@@ -53,7 +53,7 @@ def load_modalities(
 
 
 def _loaded(config: LearnedConfig, file: Path) -> LearnedModality | None:
-    """What the modality has learned, or None where it is still to learn it: what the cache holds of it may be damaged."""
+    """What the modality has learned, or None where it is still to learn it: a file in the cache may be damaged."""
     try:
         return config.load(file)
     except UserError:
@@ -78,8 +78,8 @@ def fit(
         if not items[name] and broken:
             reasons = "\n  ".join(broken[:NAMED])
             raise DataError(
-                f"modalities.{name}: no document has a usable {config.part} to learn from; {len(broken)} documents cannot be "
-                f"used, such as\n  {reasons}"
+                f"modalities.{name}: no document has a usable {config.part} to learn from; {len(broken)} documents "
+                f"cannot be used, such as\n  {reasons}"
             )
     return {name: config.fit(items[name]) for name, config in chosen.items()}
 
@@ -122,8 +122,8 @@ def _cached(name: str, config: LearnedConfig, shards: list[str], cache: Path) ->
 def _sample(
     modalities: Mapping[str, LearnedConfig], listings: Iterable[Listing]
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """Items of each modality from documents of all shards alike, in a scattered order, up to `fit_limit`; and a line for
-    each document that was met and cannot be used."""
+    """Items of each modality from documents of all shards alike, in a scattered order, up to `fit_limit`; and a line
+    for each document that was met and cannot be used."""
     places = [(listing.shard, entry) for listing in listings for entry in listing.entries()]
     items: dict[str, list[Any]] = {name: [] for name in modalities}
     broken: list[str] = []

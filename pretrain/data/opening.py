@@ -41,8 +41,8 @@ class Data:
     skipped: list[Skipped]
     """Documents that could not be used."""
     fingerprint: str
-    """Hash of the training shards' content and of the modalities; equal means the same token stream, wherever the shards
-    and the cache lie."""
+    """Hash of the training shards' content and of the modalities; equal means the same token stream, wherever the
+    shards and the cache lie."""
     validation_fingerprint: str
     """The same of the validation shards."""
 

@@ -1,7 +1,7 @@
 """Tar shards on disk: finding them, and listing the documents in them with byte offsets.
 
-A document is `KEY.json`; what else is called `KEY.…` belongs to it. Keys may hold dots: `report.json` and `report.v2.json`
-are two documents, and `report.v2.0.png` belongs to the second.
+A document is `KEY.json`; what else is called `KEY.…` belongs to it. Keys may hold dots: `report.json` and
+`report.v2.json` are two documents, and `report.v2.0.png` belongs to the second.
 """
 
 from __future__ import annotations

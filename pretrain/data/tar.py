@@ -40,7 +40,8 @@ def list_tar(path: Path) -> list[TarFile]:
     """All files in a tar file, in order; folders are left out. A link is the file it leads to.
 
     Raises:
-        DataError: it is empty, truncated, damaged, followed by other bytes, or no tar file; names the file and the byte.
+        DataError: it is empty, truncated, damaged, followed by other bytes, or not a tar file; names
+            the file and the byte.
     """
     size = path.stat().st_size
     if size == 0:
@@ -109,7 +110,8 @@ def _headers(path: Path, file: _Bounded, start: int) -> Iterator[tarfile.TarInfo
         raise DataError(_truncated(path, error)) from None
     if tar.offset == start and start > 0:
         raise DataError(
-            f"{path}: the bytes from {start} on, after the end of the archive, are no tar file; write it again, or cut it there"
+            f"{path}: the bytes from {start} on, after the end of the archive, are no tar file; write it "
+            "again, or cut it there"
         )
     file.seek(tar.offset)
 

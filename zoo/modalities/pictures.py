@@ -130,8 +130,8 @@ class PictureConfig(ModalityConfig):
     channels: Literal[1, 3] = 3
     """3 (colour) or 1 (grey)."""
     max_megapixels: int = pydantic.Field(default=MAX_MEGAPIXELS, ge=1, le=PILLOW_LIMIT // MEGAPIXEL)
-    """A document with a picture of more millions of pixels is skipped, counted and named; the picture is not decoded, since
-    a small file can hold gigabytes."""
+    """A document with a picture of more millions of pixels is skipped, counted and named; the picture is not decoded,
+    since a small file can hold gigabytes."""
 
     @pydantic.field_validator("patch")
     @classmethod
