@@ -41,6 +41,8 @@ class PretrainingState(State):
 
     first_row: int
     """Global row at which the data of the run begin."""
+    validation: str | None = None
+    """Fingerprint of the validation data."""
 
 
 class Pretraining(Task[Batch, StepCounts, PretrainingState]):
@@ -107,9 +109,17 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         # an upcycled run takes up the data where the old run stopped
         start, fingerprint = self.position, self.data.fingerprint
         goes_on = start is not None and start.data == fingerprint
-        return PretrainingState(data=fingerprint, first_row=start.row if start is not None and goes_on else 0)
+        row = start.row if start is not None and goes_on else 0
+        return PretrainingState(data=fingerprint, first_row=row, validation=self.data.validation_fingerprint)
 
     def take_up(self, state: PretrainingState) -> None:
+        if state.validation not in (None, self.data.validation_fingerprint) and self.engine.ranks.first:
+            print(
+                f"data.validation: the validation data have changed since step {state.step}; what is evaluated from "
+                "here on does not compare with what was before",
+                flush=True,
+            )
+        state.validation = self.data.validation_fingerprint
         for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type):
             if self.engine.ranks.first:
                 print(f"kernels: {choice.operation} runs on {choice.backend}: {choice.reason}", flush=True)

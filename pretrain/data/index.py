@@ -137,7 +137,7 @@ def shard_tokens(
             if form is not None:
                 spans = arrays["spans"][arrays["modality"] == number]
                 content[name] = _mapped(_beside(flat, name), *form, rows=int((spans[:, 1] - spans[:, 0] - 2).sum()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     skipped = Strings.named("skipped", arrays).tolist()
     return ShardTokens(
@@ -212,6 +212,8 @@ def _tokenized(
             return tokenize(local.file, entry, modalities, rules)
         except BrokenDocument as broken:
             return str(broken)
+        except RecursionError:
+            return "its JSON is nested too deeply"
 
     try:
         with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +21,11 @@ from zoo.registry import register
 from zoo.slots import LearnedModality, Modality
 
 BYTES = 256
+WORD = 256
+"""Characters of the longest run without (or of nothing but) white space that a tokenizer is trained on as a whole."""
+LONG = re.compile(rf"\S{{{WORD + 1},}}|\s{{{WORD + 1},}}")
+PROBE = "aЖ語"
+"""Characters of which a tokenizer must make something."""
 
 
 class TextConfig(ModalityConfig):
@@ -62,6 +70,27 @@ class Bytes(Text):
         return bytes(int(i) for i in content).decode("utf-8", errors="replace")
 
 
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces without a word longer than WORD characters: training takes a word's length squared."""
+    start = 0
+    for run in LONG.finditer(text):
+        for cut in range(run.start() + WORD, run.end(), WORD):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def _steady(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer without what makes it give other ids each time, fewer, or more than a text has."""
+    content = json.loads(inner.to_str())
+    sampling = [key for key in ("dropout", "alpha", "nbest_size") if content["model"].get(key) is not None]
+    if not sampling and content["truncation"] is None and content["padding"] is None:
+        return inner
+    for key in sampling:
+        del content["model"][key]
+    return tokenizers.Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
+
+
 @register("modality", "bpe")
 class BPE(Text, LearnedModality):
     """Byte-level byte-pair encoding: a tokenizer of the `tokenizers` library, ids counted from 0.
@@ -96,21 +125,22 @@ class BPE(Text, LearnedModality):
             trainer = tokenizers.trainers.BpeTrainer(
                 vocab_size=self.vocab_size,
                 initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
+                show_progress=sys.stderr.isatty(),
             )
-            inner.train_from_iterator(items, trainer)
+            inner.train_from_iterator((piece for item in items for piece in _pieces(item)), trainer)
             return BPE(self, inner)
 
         def load(self, path: str | Path) -> BPE:
             """Read a `tokenizer.json`.
 
             Raises:
-                UserError: the file is missing or no tokenizer, or holds more ids than `vocab_size`.
+                UserError: the file is missing or no tokenizer, loses characters of a text, or holds more ids than
+                    `vocab_size`.
             """
             if not Path(path).is_file():
                 raise UserError(f"text tokenizer {path} does not exist; correct `path`, or set it to null to train one")
             try:
-                inner = tokenizers.Tokenizer.from_file(str(path))
+                inner = _steady(tokenizers.Tokenizer.from_file(str(path)))
             except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
                 raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
             highest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -118,6 +148,12 @@ class BPE(Text, LearnedModality):
                 raise UserError(
                     f"{path} uses ids up to {highest}, but vocab_size is {self.vocab_size}; "
                     f"set vocab_size to {highest + 1}"
+                )
+            lost = [character for character in PROBE if not len(inner.encode(character, add_special_tokens=False).ids)]
+            if lost:
+                raise UserError(
+                    f"{path} drops characters that it does not know, such as {''.join(lost)!r}; use a byte-level one, "
+                    "or one with byte_fallback or an unk_token"
                 )
             return BPE(self, inner)
 

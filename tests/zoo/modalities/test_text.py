@@ -1,11 +1,14 @@
 """Bytes and byte-pair encoding: round trips, determinism, files, errors."""
 
+import json
 import random
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from zoo.config import UserError
 from zoo.modalities import BPE, Bytes, Ids
@@ -60,3 +63,73 @@ def test_bpe_saves_and_loads(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="broken.json is not a tokenizer.json"):
         config.load(tmp_path / "broken.json")
+
+
+def changed(tmp_path, **changes):
+    """A saved tokenizer with other values in its file."""
+    tokenizer = BPE.Config(vocab_size=300).fit(TEXTS)
+    content = json.loads(tokenizer.inner.to_str())
+    content["model"] |= changes.pop("model", {})
+    (tmp_path / "text.json").write_text(json.dumps(content | changes))
+    return tokenizer, BPE.Config(vocab_size=300).load(tmp_path / "text.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"dropout": 0.5}},
+        {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
+        {
+            "padding": {
+                "strategy": {"Fixed": 99},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "!",
+            }
+        },
+    ],
+    ids=["dropout", "truncation", "padding"],
+)
+def test_what_rides_in_a_file_does_not_change_ids(tmp_path, changes):
+    tokenizer, loaded = changed(tmp_path, **changes)
+    for _ in range(3):
+        assert loaded.encode(TEXTS[0]).tolist() == tokenizer.encode(TEXTS[0]).tolist()
+    assert loaded.fingerprint == tokenizer.fingerprint
+
+
+def test_a_file_that_loses_characters_is_refused(tmp_path):
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.train_from_iterator(["abc"], tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    inner.save(str(tmp_path / "text.json"))
+    with pytest.raises(UserError, match="text.json drops characters that it does not know, such as 'Ж語'"):
+        BPE.Config(vocab_size=300).load(tmp_path / "text.json")
+
+
+@pytest.mark.parametrize("alphabet", ["ACGT", [chr(0x4E00 + n) for n in range(3000)], " ", "a"])
+def test_text_without_spaces_trains_in_bounded_time(alphabet, monkeypatch):
+    text = "".join(random.Random(0).choices(alphabet, k=20_000))
+    longest = []
+    train = tokenizers.Tokenizer.train_from_iterator
+
+    def watched(self, items, trainer):
+        items = list(items)
+        longest.append(max(len(word) for item in items for word in re.findall(r"\S+|\s+", item)))
+        assert "".join(items) == text
+        train(self, items, trainer)
+
+    monkeypatch.setattr("zoo.modalities.text.tokenizers.Tokenizer.train_from_iterator", watched)
+    tokenizer = BPE.Config(vocab_size=400).fit([text])
+    assert longest == [256] and tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ordinary_text_trains_as_a_whole():
+    texts = [f"{text} {'x' * 256} {' ' * 255}." for text in TEXTS]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    assert BPE.Config(vocab_size=400).fit(texts).inner.to_str() == inner.to_str()
