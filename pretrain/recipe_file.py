@@ -53,10 +53,22 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            problem = f"nested too deeply to be a recipe; values may lie {MAX_DEPTH} deep in one another"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
-        except (yaml.YAMLError, RecursionError):
+        except yaml.YAMLError:
             raise
         except Exception:  # what PyYAML raises for `!!int x` and its like is anything
             what = node.tag.removeprefix("tag:yaml.org,2002:")
@@ -101,8 +113,6 @@ def parse_yaml(text: str, where: str) -> Any:
         code = "recipes are plain data, tags that run code are refused"
         hint = code if "!!python" in text else "correct the file"
         raise ConfigError(f"{where}:{line} {_problem(error)}; {hint}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: is nested too deeply to be a recipe; correct the file") from None
     check_bounds(value, where)
     return value
 
@@ -203,9 +213,8 @@ def _override(data: dict[str, Any], text: str) -> None:
     where = f"{key.strip()}: {shown(value)}"
     try:
         parsed = yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
-        problem = _problem(error) if isinstance(error, yaml.YAMLError) else "it is nested too deeply"
-        raise ConfigError(f"{where} is not valid YAML; quote it ({problem})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML; quote it ({_problem(error)})") from None
     check_bounds(parsed, where)
     node: Any = data
     for depth, part in enumerate(parts):

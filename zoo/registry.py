@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from zoo.config import Config, ConfigError, explain, shown, suggestion
+from zoo.config import Config, ConfigError, explain, first_lines, shown, suggestion
 from zoo.routing.scorer import Scorer
 from zoo.slots import Depth, FeedForward, Head, Mixer, Modality, Objective, Stem
 from zoo.untied import TIED, Grouping
@@ -177,4 +177,4 @@ def parse_block(slot: str, value: Any, path: str) -> BlockConfig:
     try:
         return pydantic.TypeAdapter(_field(slot)).validate_python(value)
     except pydantic.ValidationError as error:
-        raise ConfigError(explain(error, path, BlockConfig)) from None
+        raise ConfigError(first_lines(explain(error, path, BlockConfig))) from None

@@ -227,7 +227,7 @@ FILES = {
     "twice": (b"name: a\nname: b\n", "line 2 the key 'name' stands twice"),
     "twice inside": (b"train: {steps: 1, steps: 2}\n", "line 1 the key 'steps' stands twice"),
     "template": (b"name: {{ name }}\n", "line 1 a key must be a word; text with braces or brackets needs quotes"),
-    "deep": (b"a: " + b"[" * 3000, "is nested too deeply to be a recipe"),
+    "deep": (b"a: " + b"[" * 3000, "nested too deeply to be a recipe"),
     "no such alias": (b"a: *b", "line 1 found undefined alias 'b'"),
     "extends a number": (b"extends: [3]", "extends: [3] is not the path of a recipe file"),
     "extends nothing": (b"extends: no.yaml", "no.yaml' does not exist; the path is relative to the file it stands in"),
