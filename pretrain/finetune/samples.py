@@ -47,7 +47,7 @@ class QuestionBatch:
     truncated: int
     """Samples of which the end was cut off."""
     unusable: tuple[str, ...] = ()
-    """Of each sample that was left out, where it stands and why."""
+    """The samples that were left out: where each stands, and why."""
 
     @property
     def answers(self) -> int:

@@ -34,6 +34,8 @@ OPERATIONS: dict[str, dict[str, types.ModuleType]] = {
     "ssd": _RECURRENT,
     "conv": _RECURRENT,
 }
+OPTIONAL = (cpu, mamba_ssm, flex, xformers)
+"""Backends that do not work everywhere: each has a `missing()`, which says why it does not work here, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,8 @@ _AUTO: dict[str, Callable[[str], tuple[str, str]]] = {
 
 def missing(operation: str, backend: str) -> str | None:
     """Why a known backend of an operation does not work here; None where it does."""
-    own = getattr(OPERATIONS[operation][backend], "missing", None)
-    return None if own is None else own()
+    module = OPERATIONS[operation][backend]
+    return module.missing() if module in OPTIONAL else None
 
 
 def available(operation: str) -> list[str]:
