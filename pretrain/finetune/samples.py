@@ -47,7 +47,7 @@ class QuestionBatch:
     truncated: int
     """Samples of which the end was cut off."""
     unusable: tuple[str, ...] = ()
-    """The samples that were left out: where each stands, and why."""
+    """Where each sample that was left out stands, and why it was."""
 
     @property
     def answers(self) -> int:
