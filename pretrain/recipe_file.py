@@ -1,4 +1,5 @@
-"""Recipe files: YAML in, `extends` followed, overrides on top; plain data out, of a bounded size and not yet validated."""
+"""Recipe files: YAML in, `extends` followed, overrides on top; plain data out, of a bounded size and not yet
+validated."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
         overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
         over: laid over the file's data, before the overrides.
     Raises:
-        ConfigError: a file that cannot be read or is no YAML, or an override that does not fit.
+        ConfigError: a file that cannot be read or is not YAML, or an override that does not fit.
     """
     return overridden(_merge(_read(Path(path), ()), over or {}), overrides)
 
@@ -181,8 +182,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is laid
-    over each of them."""
+    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is
+    laid over each of them."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -221,7 +222,7 @@ def _override(data: dict[str, Any], text: str) -> None:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(
-                    f"{key}: {part!r} is no entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0"
+                    f"{key}: {part!r} is not an entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0"
                 )
             position: Any = int(part)
         elif isinstance(node, dict):

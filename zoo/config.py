@@ -23,7 +23,7 @@ class ConfigError(UserError):
 
 
 class Config(pydantic.BaseModel):
-    """Base of every config: unknown keys are errors, "4" is no integer, instances are frozen."""
+    """Base of every config: unknown keys are errors, "4" is not an integer, instances are frozen."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     largest: ClassVar[int] = 2**53

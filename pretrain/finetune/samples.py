@@ -33,7 +33,7 @@ class QuestionBatch:
     """B rows, padded to T tokens. The last one is a filler where no sample has an image."""
 
     inputs: dict[str, Tensor]
-    """Of the model's forward: input_ids, attention_mask (B, T), pictures."""
+    """Arguments of the model's forward: input_ids, attention_mask (B, T), pictures."""
     labels: Tensor
     """(B, T), IGNORED where nothing is to be said."""
     filler: bool
@@ -41,13 +41,13 @@ class QuestionBatch:
     first: int
     """Position of the first sample."""
     tokens: tuple[int, ...]
-    """Of each sample, padding apart."""
+    """Tokens of each sample, padding not counted."""
     groups: tuple[tuple[int, ...], ...]
-    """Of each sample: sizes of the groups of its tokens that compete; empty where the model is dense."""
+    """For each sample the sizes of the groups of its tokens that compete; empty where the model is dense."""
     truncated: int
     """Samples of which the end was cut off."""
     unusable: tuple[str, ...] = ()
-    """Of each sample that was left out, where it stands and why."""
+    """Where each sample that was left out stands, and why it was."""
 
     @property
     def answers(self) -> int:
@@ -68,8 +68,8 @@ class QuestionBatch:
 class Batcher:
     """Encodes samples and puts them together.
 
-    Every rank must run every weight in every forward (ZeRO reduces and gathers them in order), so a batch without images
-    gets one more row, a prompt with an image and no labels: its gradients are zeros.
+    Every rank must run every weight in every forward (ZeRO reduces and gathers them in order), so a batch without
+    images gets one more row, a prompt with an image and no labels: its gradients are zeros.
 
     Args:
         processor: of the model.
@@ -98,9 +98,9 @@ class Batcher:
         if not any(bool((self.filler["input_ids"] == token).any()) for token in self.pictures):
             names = " or ".join(map(str, self.pictures))
             raise UserError(
-                f"{filler.source}: has an image, but the image token {names} of the model's config never occurs in what "
-                f"{type(processor).__name__} makes of it; model and processor do not belong together: give the model's own "
-                "processor"
+                f"{filler.source}: has an image, but the image token {names} of the model's config never occurs in what"
+                f" {type(processor).__name__} makes of it; model and processor do not belong together: give the model's"
+                " own processor"
             )
         self.answers = training and adapt is not None and adapt.candidates == "image_and_answer"
 
@@ -142,8 +142,8 @@ class Batcher:
         """A sample with its answers, and whether its end was cut off.
 
         Raises:
-            DataError: an image that does not decode, an image token in the text, what the processor refuses, or what does
-                not fit into `maximum_length`.
+            DataError: an image that does not decode, an image token in the text, what the processor refuses, or what
+                does not fit into `maximum_length`.
         """
         self._check_text(question)
         sample = encode(question, self.processor)
@@ -151,7 +151,8 @@ class Batcher:
         return (self._cut(sample, question) if cut else sample), cut
 
     def prompts(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """What generation of the last answers starts from, padded on the left; a filler is the last row, if there is one."""
+        """What generation of the last answers starts from, padded on the left; a filler is the last row, if there is
+        one."""
         samples = [encode(question, self.processor, answers=False) for question in questions]
         return collate(self._filled(samples), self.padding, side="left")
 
@@ -162,8 +163,8 @@ class Batcher:
             found = next((token for token in self.pictures if token in ids), None)
             if found is not None:
                 raise DataError(
-                    f"{question.source}: its text holds {self.processor.tokenizer.convert_ids_to_tokens(found)!r}, which "
-                    "stands for an image; images are put before the first question without it: leave it out"
+                    f"{question.source}: its text holds {self.processor.tokenizer.convert_ids_to_tokens(found)!r}, "
+                    "which stands for an image; images are put before the first question without it: leave it out"
                 )
 
     def _filled(self, samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -298,12 +299,14 @@ def open_questions(path: str, split: str) -> list[Question]:
         DataError: there are none, or no image is among them.
     """
     if not Path(path).is_dir():
-        raise DataError(f"data.path: {path!r} is no folder; give one with train.jsonl, validation.jsonl and the images")
+        raise DataError(
+            f"data.path: {path!r} is not a folder; give one with train.jsonl, validation.jsonl and the images"
+        )
     questions = read_questions(Path(path), split)
     if not any(question.images for question in questions):
         raise DataError(
-            f"data.path: none of the {len(questions)} lines of {path}/{split}.jsonl has an image; a multimodal model needs "
-            'some: {"image": "a.png", "question": …, "answer": …}'
+            f"data.path: none of the {len(questions)} lines of {path}/{split}.jsonl has an image; a multimodal model"
+            ' needs some: {"image": "a.png", "question": …, "answer": …}'
         )
     return questions
 
@@ -340,8 +343,8 @@ def too_many(limit: int, count: int, needed: int, reasons: Sequence[str]) -> Dat
     """
     lines = [*reasons[:NAMED], *([f"… and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else [])]
     return DataError(
-        f"data.max_broken_samples: {limit}: {count} sample{'s' * (count != 1)} cannot be used; repair what is wrong, or set it "
-        f"to at least {needed}, and give the same command again:\n  " + "\n  ".join(lines)
+        f"data.max_broken_samples: {limit}: {count} sample{'s' * (count != 1)} cannot be used; repair what is wrong, or"
+        f" set it to at least {needed}, and give the same command again:\n  " + "\n  ".join(lines)
     )
 
 

@@ -58,8 +58,8 @@ def work(recipe: FinetuneRecipe) -> None:
     base = open_base(recipe)
     if base.adapt is not None and base.adapt.router.type == "attention":
         raise ConfigError(
-            "adapt.router.type: 'attention' ranks tokens by what the end of a sequence attends to, in training the end of "
-            "its answer; it is judged without training (zoo.adapt.adapt, tools.sweep), or choose linear"
+            "adapt.router.type: 'attention' ranks tokens by what the end of a sequence attends to, in training the end "
+            "of its answer; it is judged without training (zoo.adapt.adapt, tools.sweep), or choose linear"
         )
     config = recipes.deepspeed_for(recipe, world, base.d_model)
     check_values(config)

@@ -37,9 +37,9 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     `timing.batch` times, so that no row is padded.
 
     Returns:
-        `<arm>-<target>` → `prefill`, `decode`, each with `ms`, `dense_ms`, `ratio`, `spread` (smallest and largest ratio of
-        a round), `rounds`, `busy` (other processes disturbed too many rounds); and `prefill.tower_ms`, the part of both
-        prefills that is the vision tower and projector.
+        `<arm>-<target>` → `prefill`, `decode`, each with `ms`, `dense_ms`, `ratio`, `spread` (smallest and largest
+        ratio of a round), `rounds`, `busy` (other processes disturbed too many rounds); and `prefill.tower_ms`, the
+        part of both prefills that is the vision tower and projector.
     """
     times = json.loads(path.read_text()) if path.exists() else {}
     wanted = {f"{p.arm}-{p.setting}": p for p in points if p.seed == config.seeds[0] and p.adapt is not None}
