@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def look(name: str, block: nn.Module, x: Tensor, shown: int) -> None:
     """Time `block` and say what it launches."""
-    context = alternating(*x.shape[:2], "cuda")
+    context = alternating(x.shape[0], x.shape[1], "cuda")
     leaves = [x, *block.parameters()]
 
     def step() -> None:
