@@ -14,7 +14,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from pretrain.data.errors import DataError
 
@@ -80,7 +80,7 @@ class _Bounded(io.RawIOBase):
 
 class _Header(tarfile.TarInfo):
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:  # pyrefly: ignore[bad-override]
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0:  # `tarfile` would read the header again and again, or pass over it
             raise tarfile.ReadError(f"a header claims {info.size} bytes")

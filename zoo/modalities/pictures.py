@@ -88,7 +88,8 @@ def plain(image: Image.Image) -> Image.Image:
     if turn is not None:
         kept = {key: value for key, value in image.info.items() if key == "transparency"}
         image = image.transpose(turn)
-        image.info = kept  # nobody who reads the metadata turns it again
+        image.info.clear()  # nobody who reads the metadata turns it again
+        image.info.update(kept)
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image).astype(np.uint16), 65535, image.info.get("transparency"))
     if image.mode == "I":
