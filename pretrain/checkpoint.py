@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: atomic commit, verified loading, another number of ranks.
 
-A checkpoint is written into `step-N.tmp`; after all ranks agree that their files are on the disk, rank 0 seals it with a
-manifest (`pretrain.manifest`) and renames the folder to `step-N`. `latest` and `best` are small files that name a
+A checkpoint is written into `step-N.tmp`; after all ranks agree that their files are on the disk, rank 0 seals it with
+a manifest (`pretrain.manifest`) and renames the folder to `step-N`. `latest` and `best` are small files that name a
 folder. Nothing here trusts a folder without a manifest that holds. The folder must be one that all ranks see. Files of
 tensors are DeepSpeed's, and are unpickled when loaded: load checkpoints of your own runs only. All else is JSON.
 
@@ -208,7 +208,8 @@ class CheckpointStore:
         return json.loads((source / STATE).read_text(encoding="utf-8"))
 
     def _converted(self, engine: Engine, source: Path, world: int) -> Path:
-        """The universal checkpoint made of `source`, which `world` ranks wrote; made anew unless it is there and whole."""
+        """The universal checkpoint made of `source`, which `world` ranks wrote; made anew unless it is there and
+        whole."""
         from pretrain import universal
 
         if engine.optimizer_type == "muon":

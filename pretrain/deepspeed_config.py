@@ -24,7 +24,7 @@ ROOT = "deepspeed"
 def read(section: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
     """The section as a dictionary of its own; a string is the path of a DeepSpeed JSON file.
 
-    Raises ConfigError where the file is missing, is no JSON, or repeats a key.
+    Raises ConfigError where the file is missing, is not JSON, or repeats a key.
     """
     if section is None:
         return {}

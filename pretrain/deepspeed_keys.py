@@ -1,4 +1,5 @@
-"""The keys of a `deepspeed:` section, as DeepSpeed 0.19.8 reads them: which are known, and which are refused and why."""
+"""The keys of a `deepspeed:` section, as DeepSpeed 0.19.8 reads them: which are known, and which are refused and
+why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a recipe assembles: its model without weights, parameters, FLOPs a token, memory a rank; nothing is allocated."""
+"""What a recipe assembles: its model without weights, parameters, FLOPs a token, memory a rank; nothing is
+allocated."""
 
 from __future__ import annotations
 

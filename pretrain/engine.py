@@ -110,7 +110,7 @@ class Engine:
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
     def train(self) -> None:
-        """Training mode."""
+        """Put the model into training mode."""
         self.module.train()
 
     def eval(self) -> None:

@@ -49,8 +49,8 @@ def count_batches(objective: Objective, modalities: Sequence[str], batches: Sequ
 
 
 def routings(model: nn.Module) -> tuple[str, ...]:
-    """What a model is evaluated under: one without routers that look ahead is causal as it is, another needs its auxiliary
-    routers."""
+    """What a model is evaluated under: one without routers that look ahead is causal as it is, another needs its
+    auxiliary routers."""
     blocks = [m for m in model.modules() if isinstance(m, RoutedBlock) and m.looks_ahead]
     if not blocks:
         return (CAUSAL,)
@@ -79,8 +79,8 @@ def evaluate(
         device: of the weights.
     Returns:
         `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; for sparse models, from the top-k pass,
-        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and `eval/auxiliary/<block>/…` of each,
-        and from the causal pass `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
+        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and `eval/auxiliary/<block>/…` of
+        each, and from the causal pass `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
     """
     rows = min(rows, stream.rows_per_epoch)
     chunk = micro_batch * ranks.world

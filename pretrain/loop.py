@@ -51,8 +51,8 @@ def command(load: Callable[[], SomeRecipe], work: Callable[[SomeRecipe], None]) 
             raise
         where = error.filename or (recipe and recipe.folder)
         print(
-            f"error: {str(where)!r} cannot be written ({error.strerror}); free space and give the same command again, it "
-            "goes on from the newest checkpoint",
+            f"error: {str(where)!r} cannot be written ({error.strerror}); free space and give the same command again, "
+            "it goes on from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -58,7 +58,8 @@ class Manifest:
                 raise DamageError(f"{name} has {size} bytes, its manifest says {entry.bytes}")
 
     def check_contents(self, folder: Path, rank: int = 0, world: int = 1) -> None:
-        """Read every `world`-th file, from the one of number `rank` on; raise DamageError where one is not what it was."""
+        """Read every `world`-th file, from the one of number `rank` on; raise DamageError where one is not what it
+        was."""
         for name in sorted(self.files)[rank::world]:
             try:
                 found = checksum(folder / name)

@@ -40,7 +40,8 @@ class Metrics:
         elif unreadable := cut(self.path, resumed_at):
             numbers = ", ".join(map(str, unreadable[:5])) + (", …" if len(unreadable) > 5 else "")
             log(
-                f"{self.path}: lines that cannot be read ({numbers}; {len(unreadable)} in all) now stand in {UNREADABLE}"
+                f"{self.path}: lines that cannot be read ({numbers}; {len(unreadable)} in all) now stand in "
+                f"{UNREADABLE}"
             )
         self.file = self.path.open("a", encoding="utf-8")
         # readers drop events from this step on, whatever a killed run has left there

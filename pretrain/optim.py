@@ -29,9 +29,9 @@ DECAYED = {
     Role.HEAD,
     Role.ROUTER,
 }
-"""What weight decay acts on. Not on vectors, gains of norms, and the decay and skip of a recurrence; not on routers added
-to a pretrained model, whose few weights it would flatten beside those; not on embeddings, whose rows it would shrink in
-proportion to how rarely a token is seen."""
+"""What weight decay acts on. Not on vectors, gains of norms, and the decay and skip of a recurrence; not on routers
+added to a pretrained model, whose few weights it would flatten beside those; not on embeddings, whose rows it would
+shrink in proportion to how rarely a token is seen."""
 
 
 class OptimizerConfig(Config):
@@ -49,7 +49,7 @@ class OptimizerConfig(Config):
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
     """Share of a matrix that goes at every step, times the learning rate; embeddings, norms and biases keep theirs."""
     momentum: float | None = pydantic.Field(default=None, ge=0, lt=1)
-    """Of Muon's average of the gradient; default 0.95. Under type muon only."""
+    """Momentum of Muon; default 0.95. Under type muon only."""
     muon_lr: float | None = pydantic.Field(default=None, gt=0)
     """Peak learning rate of Muon's matrices; required under type muon, for which 0.02 is usual."""
 
@@ -114,7 +114,8 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def group_of(role: Role, muon: bool = False) -> str:
-    """The group of a parameter: `"auxiliary"`, `"no_decay"` or `"decay"`; under Muon `"muon"` for a single hidden matrix.
+    """The group of a parameter: `"auxiliary"`, `"no_decay"` or `"decay"`; under Muon `"muon"` for a single hidden
+    matrix.
 
     Stacked 3-D weights stay with Adam (DeepSpeed's bf16 optimizer refuses them), as do embeddings, heads and routers.
     """

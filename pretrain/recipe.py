@@ -44,13 +44,13 @@ class LoopConfig(Config):
     """How a run trains, whatever it trains. A row is one packed sequence, or one sample of a fine-tuning."""
 
     steps: int = Field(gt=0)
-    """Optimizer steps."""
+    """Optimizer steps of the whole run."""
     global_batch: int = Field(gt=0)
     """Rows a step, over all ranks."""
     micro_batch: int = Field(gt=0)
     """Rows a forward pass on one rank; global_batch / (micro_batch · ranks) passes are accumulated."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and activations; the optimizer keeps fp32 copies under bf16."""
+    """Precision of weights and activations; under bf16 the optimizer keeps fp32 copies."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": the accelerator where there is one."""
     clip: float = Field(1.0, ge=0)
@@ -104,7 +104,7 @@ class RunRecipe(Config):
     run_dir: str | None = None
     """Folder of the run; default: runs/NAME."""
     seed: int = Field(0, ge=0)
-    """Of first weights, the order of the data, dropout and the routers' noise."""
+    """Seed of first weights, the order of the data, dropout and the routers' noise."""
     if TYPE_CHECKING:  # each kind of recipe declares them where they stand among its own sections
         data: Any
         optimizer: OptimizerConfig

@@ -1,4 +1,5 @@
-"""Recipe files: YAML in, `extends` followed, overrides on top; plain data out, of a bounded size and not yet validated."""
+"""Recipe files: YAML in, `extends` followed, overrides on top; plain data out, of a bounded size and not yet
+validated."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
         overrides: `key.sub=value` with the value as YAML; list entries by number, `model.layers.0.dropout=0`.
         over: laid over the file's data, before the overrides.
     Raises:
-        ConfigError: a file that cannot be read or is no YAML, or an override that does not fit.
+        ConfigError: a file that cannot be read or is not YAML, or an override that does not fit.
     """
     return overridden(_merge(_read(Path(path), ()), over or {}), overrides)
 
@@ -52,10 +53,22 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            problem = f"nested too deeply to be a recipe; values may lie {MAX_DEPTH} deep in one another"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
-        except (yaml.YAMLError, RecursionError):
+        except yaml.YAMLError:
             raise
         except Exception:  # what PyYAML raises for `!!int x` and its like is anything
             what = node.tag.removeprefix("tag:yaml.org,2002:")
@@ -100,8 +113,6 @@ def parse_yaml(text: str, where: str) -> Any:
         code = "recipes are plain data, tags that run code are refused"
         hint = code if "!!python" in text else "correct the file"
         raise ConfigError(f"{where}:{line} {_problem(error)}; {hint}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: is nested too deeply to be a recipe; correct the file") from None
     check_bounds(value, where)
     return value
 
@@ -171,8 +182,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is laid
-    over each of them."""
+    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is
+    laid over each of them."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -202,9 +213,8 @@ def _override(data: dict[str, Any], text: str) -> None:
     where = f"{key.strip()}: {shown(value)}"
     try:
         parsed = yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
-        problem = _problem(error) if isinstance(error, yaml.YAMLError) else "it is nested too deeply"
-        raise ConfigError(f"{where} is not valid YAML; quote it ({problem})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML; quote it ({_problem(error)})") from None
     check_bounds(parsed, where)
     node: Any = data
     for depth, part in enumerate(parts):
@@ -212,7 +222,7 @@ def _override(data: dict[str, Any], text: str) -> None:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(
-                    f"{key}: {part!r} is no entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0"
+                    f"{key}: {part!r} is not an entry of {'.'.join(parts[:depth])}, which has {len(node)}, from 0"
                 )
             position: Any = int(part)
         elif isinstance(node, dict):

@@ -54,7 +54,7 @@ def draw_images(rows: Mapping[str, Sequence[Any]], path: Path, title: str) -> Pa
 
 
 def write_summary(run: Path, summary: Mapping[str, Any]) -> Path:
-    """`report/summary.json`."""
+    """Write the summary of a run to `report/summary.json`."""
     path = folder_of(run) / "summary.json"
     path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""The run folder: who owns it, which recipe it belongs to, and the trained model it leaves behind."""
+"""The run folder: who owns it, which recipe it belongs to, and the trained model it leaves."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def check_recipe(folder: Path, recipe: RunRecipe) -> None:
     lines = recipes.differences(old, recipe.dump())
     if lines:
         raise UserError(
-            f"run_dir: {str(folder)!r} belongs to another recipe; choose another run_dir or name, or remove the folder. "
-            "Different are\n  " + "\n  ".join(lines)
+            f"run_dir: {str(folder)!r} belongs to another recipe; choose another run_dir or name, or remove the folder."
+            " Different are\n  " + "\n  ".join(lines)
         )
 
 
@@ -109,8 +109,8 @@ def save_model(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     except SafetensorError as error:
         raise UserError(
-            f"{str(path)!r} cannot be written ({error}); free space and give the same command again, it goes on from the "
-            "newest checkpoint"
+            f"{str(path)!r} cannot be written ({error}); free space and give the same command again, it goes on from "
+            "the newest checkpoint"
         ) from None
     return path
 

@@ -1,4 +1,5 @@
-"""The second of MoMa's two stages (arXiv 2407.21770 §2.4): a trained run's causal routers learn, everything else frozen."""
+"""The second of MoMa's two stages (arXiv 2407.21770 §2.4): a trained run's causal routers learn, everything else
+frozen."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class Task(abc.ABC, Generic[SomeBatch, SomeCounts, SomeState]):
 
     @abc.abstractmethod
     def export(self, weights: dict[str, Tensor]) -> None:
-        """Leave the trained model behind; called on rank 0 alone, with the whole weights in fp32."""
+        """Write the trained model; called on rank 0 alone, with the whole weights in fp32."""
 
 
 AnyTask = Task[Any, Any, Any]

@@ -41,7 +41,8 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
     Args:
         load: gives the recipe, the same on every rank.
         begin: gives first weights and the position of the data, the same on every rank, or None to start from the
-            seed; called once nothing is wrong with the recipe and rank 0 holds the folder. Default: what the folder has.
+            seed; called once nothing is wrong with the recipe and rank 0 holds the folder. Default: what the folder
+            has.
     Returns:
         The exit code.
     """

@@ -25,7 +25,7 @@ class Begun:
     new: zoo.Model
     """The model that begins, in evaluation."""
     data: Data
-    """Of the new run."""
+    """Data of the new run."""
     row: int
     """Global row at which its data begin: where those of the old run stopped, if they are the same."""
     copied: int
@@ -38,7 +38,8 @@ def begin(old_run: Path, recipe: Recipe) -> Begun:
     """Write the first weights of the run of `recipe`, from those that `old_run` ended with.
 
     Raises:
-        UserError: `old_run` has not ended, the new run has begun, weights have no counterpart, or ids mean something else.
+        UserError: `old_run` has not ended, the new run has begun, weights have no counterpart, or ids mean something
+            else.
     """
     old, old_recipe = run_folder.load_model(old_run)
     new = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
@@ -59,15 +60,15 @@ def check_ids(old_run: Path, old_recipe: Recipe, start: DataPosition, data: Data
     if start.data == data.fingerprint:
         return
     way_out = (
-        f"let the old modalities be saved by python -m tools.train_tokenizer {old_run / run_folder.RECIPE} --out FOLDER, and "
-        "name their files in modalities.text.path and modalities.image.path"
+        f"let the old modalities be saved by python -m tools.train_tokenizer {old_run / run_folder.RECIPE} --out "
+        "FOLDER, and name their files in modalities.text.path and modalities.image.path"
     )
     try:
         old = open_data(old_recipe.data, old_recipe.modalities, old_recipe.seed, log=_silent)
     except UserError as error:
         raise UserError(
-            f"{old_run}: was trained on other data than the recipe's, and whether ids mean the same cannot be told, since "
-            f"its data do not open: {error}"
+            f"{old_run}: was trained on other data than the recipe's, and whether ids mean the same cannot be told, "
+            f"since its data do not open: {error}"
         ) from None
     if old.fingerprint != start.data:
         raise UserError(f"{old_run}: its data have changed since, and with them perhaps what ids mean; restore them")

@@ -1,7 +1,7 @@
 """Model state that no gradient trains: renewed once per optimizer step from sums over its micro-batches and all ranks.
 
-A part of the model (`zoo.slots.Part`) joins in by having a name and an `update(statistics, step)` of its own; it puts sums
-under that name into `Trace.updates` in every training forward.
+A part of the model (`zoo.slots.Part`) joins in by having a name and an `update(statistics, step)` of its own; it puts
+sums under that name into `Trace.updates` in every training forward.
 """
 
 from __future__ import annotations

@@ -136,7 +136,8 @@ def pairs(combination: Combination) -> set[tuple[tuple[int, str], ...]]:
 
 
 def pairwise() -> list[Combination]:
-    """Combinations among which any two values of different factors meet: always the one that adds most, the first of equals."""
+    """Combinations among which any two values of different factors meet: always the one that adds most, the first of
+    equals."""
     everything = {combination: pairs(combination) for combination in product()}
     left, chosen = set().union(*everything.values()), []
     while left:

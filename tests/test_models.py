@@ -1,4 +1,5 @@
-"""Every recipe of recipes/models: parameters and FLOPs by the papers' layers and widths, DeepSpeed sections, the page."""
+"""Every recipe of recipes/models: parameters and FLOPs by the papers' layers and widths, DeepSpeed sections, the
+page."""
 
 from __future__ import annotations
 

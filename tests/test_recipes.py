@@ -1,4 +1,5 @@
-"""The folder recipes/: what can be launched and what cannot lie apart, and the commands in headers are those of the files."""
+"""The folder recipes/: what can be launched and what cannot lie apart, and the commands in headers are those of the
+files."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pretrain.finetune import recipe as finetune_recipe
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes"
 PARTS = {"adapt", "sweeps", "examples/llava", "models/architectures", "models/sizes"}
-"""Folders of files that are no recipes: to be extended, or for other commands."""
+"""Folders of files that are not recipes: to be extended, or for other commands."""
 
 
 def header_commands(path: Path) -> list[list[str]]:

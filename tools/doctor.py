@@ -78,8 +78,8 @@ def compilers() -> list[tuple[str, str, str]]:
 
 
 def kernels() -> list[tuple[str, str, str]]:
-    """What `auto` takes for each operation on the device that training would take, and for every other backend whether it
-    works here or why not."""
+    """What `auto` takes for each operation on the device that training would take, and for every other backend whether
+    it works here or why not."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for operation, backends in zoo.kernels.OPERATIONS.items():

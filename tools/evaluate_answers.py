@@ -3,10 +3,11 @@
     python -m tools.evaluate_answers MODEL DATA [--split test] [--samples N]
     python -m tools.evaluate_answers MODEL DATA --adapt RECIPE.yaml [adapt.key=value ...]
 
-MODEL is a folder of a whole dense model (or its name on the hub; merge LoRA adapters into it first), or one of an adapted
-model, as `zoo.adapt.save_adapted` and `pretrain.finetune` write it. DATA is a folder of JSON lines (`image, question,
-answer`). `--adapt` makes layers of a dense MODEL Mixture-of-Depths layers, untuned, by the `adapt:` section of a recipe.
-`--exchange-images` asks every question about other images: what is still answered right was not read off its own.
+MODEL is a folder of a whole dense model (or its name on the hub; merge LoRA adapters into it first), or one of an
+adapted model, as `zoo.adapt.save_adapted` and `pretrain.finetune` write it. DATA is a folder of JSON lines (`image,
+question, answer`). `--adapt` makes layers of a dense MODEL Mixture-of-Depths layers, untuned, by the `adapt:` section
+of a recipe. `--exchange-images` asks every question about other images: what is still answered right was not read off
+its own.
 
 Prints the loss of the right answers, the share of generated answers that are right, the decoder's FLOPs for a sample
 with its answers as a share of the dense decoder's, and the share of image tokens that each routed layer skips.
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-generate",
         dest="generate",
         action="store_false",
-        help="no generation: an answer is right where each of its tokens is the likeliest behind the right ones",
+        help="no generation: an answer is right where each of its tokens is the likeliest after the right ones",
     )
     parser.add_argument(
         "--exchange-images",

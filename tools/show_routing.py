@@ -2,9 +2,9 @@
 
     python -m tools.show_routing MODEL DATA --out FOLDER [--samples N]
 
-MODEL is a folder that `zoo.adapt.save_adapted` or `pretrain.finetune` wrote. DATA is a folder of JSON lines (`image, question,
-answer`) or of WebDataset shards. FOLDER gets one picture for each image, with a field for each routed layer (skipped
-patches are dark), and skip_ratio.png: the share of image tokens that each layer skips, over all samples.
+MODEL is a folder that `zoo.adapt.save_adapted` or `pretrain.finetune` wrote. DATA is a folder of JSON lines (`image,
+question, answer`) or of WebDataset shards. FOLDER gets one picture for each image, with a field for each routed layer
+(skipped patches are dark), and skip_ratio.png: the share of image tokens that each layer skips, over all samples.
 
 Only families whose image tokens are a square grid in reading order can be drawn.
 """

@@ -14,37 +14,11 @@ import sys
 from pathlib import Path
 
 from pretrain import recipe as recipes
-from pretrain.data.cache import cache_folder
 from pretrain.data.config import DataConfig
-from pretrain.data.fitting import fit, learning
-from pretrain.data.index import list_shard
-from pretrain.data.shards import find_shards
+from pretrain.data.fitting import fit_and_save
 from pretrain.recipe_file import overridden
 from zoo.config import UserError
-from zoo.modalities import Modalities, parse_modalities
-
-
-def train(config: DataConfig, modalities: Modalities, out: Path) -> list[Path]:
-    """Let every modality that learns do so on the training shards.
-
-    Returns:
-        the files written, in the order of the modalities.
-    Raises:
-        UserError: the shards cannot be read, or nothing learns.
-    """
-    folder = Path(config.path)
-    cache = cache_folder(folder, config.cache)
-    listings = [list_shard(shard, cache) for shard in find_shards(folder, config.train, "data.train")]
-    names = list(learning(modalities))
-    if not names:
-        kinds = ", ".join(f"{name} is {modality.type_name!r}" for name, modality in modalities.items())
-        raise UserError(f"modalities: {kinds}: none of them learns anything, there is nothing to do")
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, modality in fit(modalities, listings, names, print).items():
-        files.append(out / f"{name}{learning(modalities)[name].file}")
-        modality.save(files[-1])
-    return files
+from zoo.modalities import parse_modalities
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             recipe = recipes.load(options.words[0], options.words[1:])
             config, modalities = recipe.data, recipe.modalities
-        for file in train(config, modalities, options.out):
+        for file in fit_and_save(config, modalities, options.out, print):
             print(file)
     except UserError as error:
         print(error, file=sys.stderr)

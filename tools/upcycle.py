@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = shlex.join(["python", "-m", "pretrain.train", options.recipe, *options.overrides])
     print(
-        f"{recipe.folder}: {count(begun.copied)} weights from {options.old_run}, {count(begun.fresh)} fresh (routers); data "
-        f"{'go on' if begun.row else 'begin'} at row {begun.row:,}. Start it: {command}"
+        f"{recipe.folder}: {count(begun.copied)} weights from {options.old_run}, {count(begun.fresh)} fresh (routers); "
+        f"data {'go on' if begun.row else 'begin'} at row {begun.row:,}. Start it: {command}"
     )
     rows = recipe.evaluate.rows if options.rows is None else options.rows
     before, after = (losses(model, recipe, begun.data, rows) for model in (begun.old, begun.new))

@@ -59,7 +59,7 @@ class Attention(Mixer, counter_noise=True):
             check_towers(self.towers, place.modalities, f"{path}.towers", None if self.untied else f"{path}.untied")
 
         def width(self, place: Place) -> int:
-            """K."""
+            """Width K of a head."""
             return self.head_dim or place.d_model // self.heads
 
     def __init__(self, config: Config, place: Place) -> None:

@@ -16,6 +16,7 @@ from zoo.context import CAUSAL, TokenContext
 from zoo.layers import wide_linear
 from zoo.registry import Place
 from zoo.roles import ParameterOwner, Role
+from zoo.routing.candidates import RoutedBatch
 from zoo.routing.statistics import RouterHits
 
 
@@ -102,7 +103,7 @@ class AuxiliaryRouter(ParameterOwner):
         return self.w_in.numel() + self.w_out.numel()
 
 
-def train_auxiliary(context: TokenContext, name: str, logits: Tensor, chosen: Tensor) -> None:
+def train_auxiliary(context: RoutedBatch, name: str, logits: Tensor, chosen: Tensor) -> None:
     """Give the trace the auxiliary router's loss and hit statistics.
 
     Args:

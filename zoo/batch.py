@@ -21,8 +21,8 @@ class Batch:
     """(B, T) int64; 0 in padding, and where a position carries no id the one that holds its place."""
     context: TokenContext
     content: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    """What the n positions of each modality that carries no ids carry, in row and time order, as `context.index` has them:
-    vectors (n, width) float32 or channels (n, count) int64."""
+    """What the n positions of each modality that carries no ids carry, in row and time order, as `context.index` has
+    them: vectors (n, width) float32 or channels (n, count) int64."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""

@@ -13,7 +13,7 @@ from zoo.registry import SLOTS, BlockConfig, Place, parse_block
 ELSEWHERE = {
     "depth": "a depth block stands round another; build the layer that has `depth:`",
     "router": "a router block stands inside another; build the block that has `router:`",
-    "modality": "a modality is no part of a model; see zoo.modalities, parse_modalities makes one ready",
+    "modality": "a modality is not part of a model; see zoo.modalities, parse_modalities makes one ready",
 }
 """Slots whose blocks are not built by themselves, and what to do instead."""
 
@@ -23,7 +23,8 @@ def build(slot: Literal["model"], config: Mapping[str, Any] | Config, **options:
 @overload
 def build(slot: str, config: Mapping[str, Any] | Config, **options: Any) -> Any: ...
 def build(slot: str, config: Mapping[str, Any] | Config, **options: Any) -> Any:
-    """`build_model(config, …)` for the slot "model", else `build_block(slot, config, …)`, with the options of that one."""
+    """`build_model(config, …)` for the slot "model", else `build_block(slot, config, …)`, with the options of that
+    one."""
     return build_model(config, **options) if slot == "model" else build_block(slot, config, **options)
 
 

@@ -23,7 +23,7 @@ class ConfigError(UserError):
 
 
 class Config(pydantic.BaseModel):
-    """Base of every config: unknown keys are errors, "4" is no integer, instances are frozen."""
+    """Base of every config: unknown keys are errors, "4" is not an integer, instances are frozen."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     largest: ClassVar[int] = 2**53
@@ -55,7 +55,7 @@ class Config(pydantic.BaseModel):
         try:
             return cls.model_validate(dict(data))
         except pydantic.ValidationError as error:
-            raise ConfigError(explain(error, path, cls)) from None
+            raise ConfigError(first_lines(explain(error, path, cls))) from None
 
 
 def _integers(value: Any) -> Iterator[int]:
@@ -130,6 +130,16 @@ def explain(error: pydantic.ValidationError, path: str, root: type[pydantic.Base
             value = "" if isinstance(item["input"], Mapping) else f"{shown(item['input'])}: "
             lines.append(f"{key}: {value}{prefix}{message}")
     return "\n".join(lines)
+
+
+MOST_LINES = 20
+
+
+def first_lines(text: str) -> str:
+    """The first mistakes of a long list, a line each, and how many there are besides."""
+    lines = text.splitlines()
+    more = [f"… and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
+    return "\n".join([*lines[:MOST_LINES], *more])
 
 
 def _fields_at(root: Any, location: list[str | int]) -> list[str]:

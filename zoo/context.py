@@ -152,7 +152,7 @@ class TokenContext:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, T)."""
+        """(B, T): rows, and tokens of a row."""
         return tuple(self.modality.shape)  # type: ignore[return-value]
 
     @property

@@ -65,7 +65,8 @@ class Passed:
 
     selection: TokenSelection
     context: TokenContext
-    """Of the tokens that pass, without a trace: the trace keeps this decision, and a cycle would outlive the step."""
+    """Context of the tokens that pass, without a trace: the trace keeps this decision, and a cycle would outlive the
+    step."""
 
 
 @register("depth", "mod")
@@ -78,10 +79,12 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         over_layers: OverLayers | None = None
         over_steps: WarmDown | None = None
         scope: Scope = "row"
+        """The tokens that compete: those of each row, or of the whole micro-batch."""
         """How far a pool reaches: over each row by itself, or over the whole micro-batch."""
         auxiliary: bool = True
         """Train a causal router beside the main one. Without it the block has no causal mode."""
         router: RouterSlot = Field(default_factory=LinearScorer.Config)
+        """What scores the tokens; the best of a pool pass through the block."""
 
         def check(self, place: Place, path: str) -> None:
             if isinstance(self.capacity, dict):
@@ -185,7 +188,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             return pools[0]
         context, modalities = pools[0].context, tuple(pool.modality for pool in self.pools)
         index = context.shared(("depth candidates", modalities), lambda: torch.cat([pool.index for pool in pools]))
-        rows = tuple(map(sum, zip(*(pool.row_counts for pool in pools), strict=True)))
+        rows = tuple(sum(counts) for counts in zip(*(pool.row_counts for pool in pools), strict=True))
         scopes = tuple(size for pool in pools for size in pool.scopes)
         return Candidates(context, index, rows, scopes, pools[0].salt)
 
@@ -205,6 +208,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         """
         left = None
         if self.decided_by_auxiliary(context):
+            assert logits is not None
             taken = Threshold().mask(logits.detach(), candidates)[:, 0]
         else:
             parts = zip(self.pools, pools, ranking.split([pool.index.shape[0] for pool in pools]), strict=True)
@@ -232,6 +236,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             return None
         capacities = [Fraction(1)] * self.modalities
         for pool in self.pools:
+            assert pool.modality is not None
             capacities[pool.modality] = self._capacity(pool, context)
         return Kept(tuple(tuple(map(capacity_count, row, capacities)) for row in context.counts))
 

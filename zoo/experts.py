@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -60,6 +60,7 @@ class ExpertConfig(BlockConfig):
     auxiliary: bool = True
     """Train a causal router beside the main one. Without it the block has no causal mode."""
     router: RouterSlot = Field(default_factory=LinearScorer.Config)
+    """What scores the tokens; one that brings a chooser of its own also decides."""
 
     def chooser(self, experts: int) -> ExpertChoice:
         """How the experts of a group of `experts` choose, unless the router has its own way."""
@@ -154,6 +155,7 @@ class ExpertGroup(nn.Module, RoutedBlock):
 
         def choose() -> ExpertSelection:
             if causal:
+                assert logits is not None
                 return Threshold().choose(logits.detach(), candidates)
             return self.chooser.choose(router.ranking(scores).detach(), candidates)
 
@@ -199,7 +201,7 @@ class RoutedExperts(FeedForward):
         """(B, T, D) → Σ over a token's experts of weight · SwiGLU(x), and its shared experts; 0 at padding."""
         flat = x.reshape(-1, x.shape[-1])
         tokens, weights, counts = [], [], []
-        for name, group in self.groups.items():
+        for name, group in self._groups.items():
             candidates = group.candidates(context)
             inner = None if state is None else state.states.get(name)
             routed = group.route(pick(flat, candidates.index), candidates, context, inner)
@@ -209,7 +211,7 @@ class RoutedExperts(FeedForward):
         token = torch.cat(tokens)
         parts = flat.index_select(0, token).split([sum(c) for c in counts])
         y = torch.cat(
-            [group.experts(part, c) for group, part, c in zip(self.groups.values(), parts, counts, strict=True)]
+            [group.experts(part, c) for group, part, c in zip(self._groups.values(), parts, counts, strict=True)]
         )
         group = self.norm_grouping.group_of_token(context)
         if self.norm is not None:
@@ -222,9 +224,13 @@ class RoutedExperts(FeedForward):
                 total = self.norm(total, None if group is None else group.reshape(-1))
         return total.index_add(0, token, y).view_as(x)
 
+    @property
+    def _groups(self) -> Mapping[str, ExpertGroup]:
+        return cast(Mapping[str, ExpertGroup], self.groups)
+
     def init_state(self, rows: int, length: int, like: Tensor) -> GroupStates | None:
         """What routers must remember while decoding; None where no group's does."""
-        states = {name: group.init_state(rows, like) for name, group in self.groups.items()}
+        states = {name: group.init_state(rows, like) for name, group in self._groups.items()}
         kept = {name: state for name, state in states.items() if state is not None}
         return GroupStates(kept) if kept else None
 
@@ -234,7 +240,7 @@ class RoutedExperts(FeedForward):
         norm = 0 if self.norm is None else self.norm.width
         rows = []
         for modality in range(self.modalities):
-            group = next(group for group in self.groups.values() if group.pool.modality in (None, modality))
+            group = next(group for group in self._groups.values() if group.pool.modality in (None, modality))
             capacity = (load or {}).get(group.name, float(group.chooser.capacity or 1))
             used = capacity * (group.experts.w_in.numel() + group.experts.w_out.numel())
             router = group.router.weights
@@ -251,6 +257,7 @@ class Experts(RoutedExperts, counter_noise=True):
 
     class Config(ExpertConfig):
         experts: int = Field(gt=0)
+        """Number of experts E."""
 
         def group_sizes(self) -> dict[str, int]:
             return {"all": self.experts}

@@ -1,15 +1,17 @@
 """Rows brought into another order or picked out, with backward passes that know no row was taken twice.
 
-The gradient of a general gather adds up what came back to each row. For that `embedding` sorts the indices on a GPU, which
-takes ten times as long as the gather itself. The blocks of this library mostly move rows without repeating one: each row's
-gradient is then one row, which is gathered where the inverse of the move is known, and put back where it is not.
+The gradient of a general gather adds up what came back to each row. For that `embedding` sorts the indices on a GPU,
+which takes ten times as long as the gather itself. The blocks of this library mostly move rows without repeating one:
+each row's gradient is then one row, which is gathered where the inverse of the move is known, and put back where it is
+not.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 def exchange(x: Tensor, index: Tensor, inverse: Tensor, *, gaps: bool = False, inverse_gaps: bool = False) -> Tensor:
@@ -24,17 +26,17 @@ def exchange(x: Tensor, index: Tensor, inverse: Tensor, *, gaps: bool = False, i
     Returns:
         (n, W).
     """
-    return _Exchange.apply(x, index, inverse, gaps, inverse_gaps)  # type: ignore[no-any-return]
+    return _Exchange.apply(x, index, inverse, gaps, inverse_gaps)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
     """The rows of x (N, W) at `index` (n,), which repeats none: (n, W). Wrong gradients where it does."""
-    return _Pick.apply(x, index)  # type: ignore[no-any-return]
+    return _Pick.apply(x, index)
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, index: Tensor, inverse: Tensor, gaps: bool, inverse_gaps: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, gaps: bool, inverse_gaps: bool) -> Tensor:
         ctx.save_for_backward(index, inverse)
         ctx.gaps = gaps, inverse_gaps
         if gaps:
@@ -42,7 +44,7 @@ class _Exchange(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyrefly: ignore[bad-override]
         index, inverse = ctx.saved_tensors
         gaps, inverse_gaps = ctx.gaps
         return exchange(dy, inverse, index, gaps=inverse_gaps, inverse_gaps=gaps), None, None, None, None
@@ -50,13 +52,13 @@ class _Exchange(torch.autograd.Function):
 
 class _Pick(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.size = x.shape[0]
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         (index,) = ctx.saved_tensors
         return _Put.apply(dy, index, ctx.size), None
 
@@ -65,13 +67,13 @@ class _Put(torch.autograd.Function):
     """The transpose of `pick`."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, index: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, index: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(index)
         whole = rows.new_zeros(size, *rows.shape[1:])
         # the same values; adding is the faster of the two on a CPU, and takes twice as long on a GPU
         return whole.index_copy_(0, index, rows) if rows.is_cuda else whole.index_add_(0, index, rows)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
         (index,) = ctx.saved_tensors
         return pick(dy, index), None, None

@@ -1,8 +1,8 @@
 """Heads: from the last layer to a prediction of what a position carries, and how far off it is.
 
-All modalities that carry ids share one head, the logits of the vocabulary. One that carries vectors or channels has a head
-of its own. Where a head is read (at the position before, as next-token prediction does, or at the position itself, as
-denoising does) the objective says.
+All modalities that carry ids share one head, the logits of the vocabulary. One that carries vectors or channels has a
+head of its own. Where a head is read (at the position before, as next-token prediction does, or at the position itself,
+as denoising does) the objective says.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from zoo.context import TokenContext
 from zoo.roles import ParameterOwner, Role
@@ -37,13 +39,15 @@ class _ExactLinear(torch.autograd.Function):
     """bf16 operands on a GPU, fp32 result: each product is exact, sums are fp32."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return torch.mm(x, weight.T, out_dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dy = dy.to(x.dtype)
         return (

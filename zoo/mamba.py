@@ -50,12 +50,12 @@ class RecurrentConfig(BlockConfig):
 
 
 class Recurrent(Mixer):
-    """The parts of a Mamba mixer that are no projection: convolution, step sizes, decay, and the order of the tokens.
+    """The parts of a Mamba mixer that are not projections: convolution, step sizes, decay, and the order of the tokens.
 
     A recurrence is causal everywhere, also inside an item in which attention goes in both directions.
 
-    They are shared by all modalities but for the bias of the step sizes: convolution and state mix tokens, so a modality is
-    not defined there. Decay and skip are computed in fp32 from whatever the engine holds the parameter in.
+    They are shared by all modalities but for the bias of the step sizes: convolution and state mix tokens, so a
+    modality is not defined there. Decay and skip are computed in fp32 from whatever the engine holds the parameter in.
     """
 
     roles = {
@@ -122,7 +122,7 @@ class Recurrent(Mixer):
         return kernel.causal_conv1d(values, self.conv_weight.squeeze(1), self.conv_bias, layout, window)
 
     def own_cost(self) -> Cost:
-        """The parts that are no matrix product with a weight: convolution, and A_log, D, dt_bias without one."""
+        """The parts that are not products with a weight matrix: convolution, and A_log, D, dt_bias without one."""
         convolution = 2.0 * self.conv_weight.numel()
         vectors = self.A_log.numel() + self.D.numel() + self.steps + self.conv_weight.numel() + self.conv_bias.numel()
         return Cost.of(flops=convolution, active=vectors)
@@ -130,7 +130,8 @@ class Recurrent(Mixer):
 
 @register("mixer", "mamba")
 class Mamba(Recurrent, counter_noise=True):
-    """Selective state space. Which projections are untied is the ablation grid of Mixture-of-Mamba; all four are its model."""
+    """Selective state space. Which projections are untied is the ablation grid of Mixture-of-Mamba; all four are its
+    model."""
 
     class Config(RecurrentConfig):
         d_state: int = Field(16, gt=0)
@@ -182,12 +183,13 @@ class Mamba(Recurrent, counter_noise=True):
         return self.out_proj(y, sizes)
 
     def init_state(self, rows: int, length: int, like: Tensor) -> MambaState:
-        """State for `rows` rows of any length, with the device of `like`, and its dtype for the convolution's window."""
+        """State for `rows` rows of any length, with the device of `like`, and its dtype for the convolution's
+        window."""
         return MambaState.empty(rows, (self.d_conv - 1, self.inner), (self.inner, self.d_state), like)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        """Projections, convolution, and the recurrence step by step: a channel's state number costs 1 for ΔA, 3 for h and 2
-        for C · h; a channel 1 for Δu and 2 for D u. Exponentials and gates are left out, as activations are."""
+        """Projections, convolution, and the recurrence step by step: a channel's state number costs 1 for ΔA, 3 for h
+        and 2 for C · h; a channel 1 for Δu and 2 for D u. Exponentials and gates are left out, as activations are."""
         parts = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         recurrence = Cost.of(flops=self.inner * (6.0 * self.d_state + 3.0))
         return Cost.total(part.cost() for part in parts) + self.own_cost() + recurrence

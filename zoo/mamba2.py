@@ -89,12 +89,14 @@ class Mamba2(Recurrent, counter_noise=True):
         return self.out_proj(self.norm(y.flatten(1) * F.silu(z), sizes), sizes)
 
     def init_state(self, rows: int, length: int, like: Tensor) -> MambaState:
-        """State for `rows` rows of any length, with the device of `like`, and its dtype for the convolution's window."""
+        """State for `rows` rows of any length, with the device of `like`, and its dtype for the convolution's
+        window."""
         return MambaState.empty(rows, (self.d_conv - 1, self.mixed), (self.heads, self.head_dim, self.d_state), like)
 
     def cost(self, length: float, load: Mapping[str, float] | None = None) -> Cost:
-        """Projections, convolution, and the recurrence step by step whatever form the kernel gives it: a state number costs 3
-        for h and 2 for C · h, an inner number 1 for Δx and 2 for D x. Exponentials, gate and norm are left out."""
+        """Projections, convolution, and the recurrence step by step whatever form the kernel gives it: a state number
+        costs 3 for h and 2 for C · h, an inner number 1 for Δx and 2 for D x. Exponentials, gate and norm are left
+        out."""
         parts = Cost.total(part.cost() for part in (self.in_proj, self.out_proj))
         recurrence = Cost.of(flops=self.inner * (5.0 * self.d_state + 3.0), active=self.inner)
         return parts + self.own_cost() + recurrence  # the norm's gain is active too

@@ -39,7 +39,7 @@ from zoo.routing.selection import ExpertSelection
 
 @register("router", "mixer")
 class MixerGate(Router, counter_noise=True):
-    """scores = W [features, 1]; W, and the centroids behind it, are fp32 kept as bits in integer buffers."""
+    """scores = W [features, 1]; W, and the centroids it is fitted to, are fp32 kept as bits in integer buffers."""
 
     class Config(BlockConfig):
         refit_every: int = Field(100, gt=0)
@@ -50,7 +50,11 @@ class MixerGate(Router, counter_noise=True):
         weight: Literal["one", "probability"] = "one"
         """What multiplies the expert's output: 1, or the softmax of the scores, a constant for the gradient."""
         ridge: float = Field(1e-3, gt=0)
-        """Of the least squares, in units of the features' mean square; the intercept is free."""
+        """Ridge penalty of the least squares, in units of the features' mean square; the intercept is free."""
+
+    gate_bits: Tensor
+    centroid_bits: Tensor
+    refits: Tensor
 
     def __init__(self, config: Config, place: Place, outputs: int) -> None:
         super().__init__()
@@ -175,7 +179,7 @@ class PrefixState:
     total: Tensor
     """(B, D) float64."""
     count: Tensor
-    """(B,) int64."""
+    """(B,) int64, tokens seen so far."""
     document: Tensor
     """(B,) int64; −1 before the first token."""
 

@@ -37,15 +37,15 @@ class ModelConfig(Config):
     """The network: embedding, layers, final norm, output."""
 
     modalities: list[str] = Field(min_length=1)
-    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they follow
-    from its section `modalities`."""
+    """In the order of the vocabulary's ranges; the first is the one begin/end markers belong to. In a recipe they
+    follow from its section `modalities`."""
     d_model: int = Field(gt=0, le=MAX_WIDTH)
     """Width D of the residual stream."""
     vocab_size: int | None = Field(None, gt=0, le=MAX_IDS)
     """Default: what the modalities need."""
     stem: dict[str, StemSlot] = Field(default_factory=dict)
-    """How the positions of a modality enter, by modality. Those that carry ids share the embedding; in a recipe the others
-    have the stem that fits what they carry, unless another is given."""
+    """How the positions of a modality enter, by modality. Those that carry ids share the embedding; in a recipe the
+    others have the stem that fits what they carry, unless another is given."""
     head: dict[str, HeadSlot] = Field(default_factory=dict)
     """What predicts the positions of a modality, by modality; as `stem`."""
     layers: list[LayerConfig] = Field(min_length=1)
@@ -102,8 +102,8 @@ class ModelConfig(Config):
             enters, leaves = (slot[name].carries if name in slot else None for slot in (self.stem, self.head))
             if enters != leaves:
                 raise ConfigError(
-                    f"{path}.head.{name}: predicts {leaves or 'ids'}, but {path}.stem.{name} takes {enters or 'ids'}; make "
-                    "them agree"
+                    f"{path}.head.{name}: predicts {leaves or 'ids'}, but {path}.stem.{name} takes {enters or 'ids'}; "
+                    "make them agree"
                 )
         for index, layer in enumerate(self.layers):
             layer.check(self.place({}), f"{path}.layers[{index}]")
@@ -172,8 +172,8 @@ class Model(nn.Module):
 
         Args:
             states: from `init_state`; the tokens continue what they have seen.
-            content: what the positions of each modality carry that carries no ids, in row and time order (`Batch.content`);
-                may be left out where there are no such positions.
+            content: what the positions of each modality carry that carries no ids, in row and time order
+                (`Batch.content`); may be left out where there are no such positions.
             read: for each modality with a head of its own the flat positions (r,) at which that head is wanted.
         Returns:
             The logits; with `read` also what each head predicts there, {modality: (r, …)}.
@@ -201,7 +201,9 @@ class Model(nn.Module):
             x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
         for name, stem in self.stems.items():
             places = context.index(self.modalities.index(name))
-            rows = content[name] if name in content else nothing(self.carries[name], tokens.device)
+            carried = self.carries[name]
+            assert carried is not None
+            rows = content[name] if name in content else nothing(carried, tokens.device)
             if len(rows) != len(places):
                 raise ValueError(
                     f"content: {len(rows)} rows of {name}, but the context has {len(places)} of its positions"
@@ -221,7 +223,8 @@ class Model(nn.Module):
         """Cost a token at sequence length `length`. Embedding and head count whole as active.
 
         Args:
-            load: share of its tokens that each routed block, by name, took (`RoutingStatistics.shares`); default: nominal.
+            load: share of its tokens that each routed block, by name, took (`RoutingStatistics.shares`); default:
+                nominal.
         """
         norm = Cost.of(active=self.norm.weight.numel())
         whole = self.embedding.cost() + norm + Cost.total(layer.cost(length, load) for layer in self._components)
@@ -267,8 +270,8 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(module, ParameterOwner):
                 raise TypeError(
-                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator); derive it "
-                    "from zoo.roles.ParameterOwner, or use what zoo.layers has"
+                    f"{type(module).__name__} owns {name!r} but has no initialise(name, parameter, generator); derive "
+                    "it from zoo.roles.ParameterOwner, or use what zoo.layers has"
                 )
             digest = hashlib.sha256(f"{seed}:{module_name}.{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from zoo.config import Config, ConfigError, explain, shown, suggestion
+from zoo.config import Config, ConfigError, explain, first_lines, shown, suggestion
 from zoo.routing.scorer import Scorer
 from zoo.slots import Depth, FeedForward, Head, Mixer, Modality, Objective, Stem
 from zoo.untied import TIED, Grouping
@@ -82,8 +82,8 @@ class Place:
 
 
 def register(slot: str, name: str) -> Callable[[type], type]:
-    """Class decorator: `name` in `slot` means this class. The class is a subclass of the slot's base (`zoo.slots`), has a
-    nested `Config(BlockConfig)`, and is built from it and its place.
+    """Class decorator: `name` in `slot` means this class. The class is a subclass of the slot's base (`zoo.slots`), has
+    a nested `Config(BlockConfig)`, and is built from it and its place.
 
     Raises:
         ConfigError: the slot does not exist, the name is taken by another class, or the class lacks base or config.
@@ -135,7 +135,7 @@ def resolve(slot: str, value: Any) -> BlockConfig:
     """
     if isinstance(value, BlockConfig):
         if _tables[slot].get(value.type_name) is not value.block:
-            text = f"{value.type_name!r} is no {slot}; known: {', '.join(known(slot))}"
+            text = f"{value.type_name!r} is not known in slot {slot}; known: {', '.join(known(slot))}"
             raise PydanticCustomError("zoo", "{text}", {"text": text})
         return value
     if not isinstance(value, Mapping):
@@ -177,4 +177,4 @@ def parse_block(slot: str, value: Any, path: str) -> BlockConfig:
     try:
         return pydantic.TypeAdapter(_field(slot)).validate_python(value)
     except pydantic.ValidationError as error:
-        raise ConfigError(explain(error, path, BlockConfig)) from None
+        raise ConfigError(first_lines(explain(error, path, BlockConfig))) from None

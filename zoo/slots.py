@@ -1,9 +1,9 @@
 """What the blocks in the slots of a model promise each other: the base classes of ours and of a user's own.
 
-A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `stem` a `Stem`,
-`head` a `Head`, `objective` an `Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a `Modality`. A base
-declares everything that is asked of the block, with a default where there is one; what has none raises
-`NotImplementedError`.
+A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `stem` a
+`Stem`, `head` a `Head`, `objective` an `Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a
+`Modality`. A base declares everything that is asked of the block, with a default where there is one; what has none
+raises `NotImplementedError`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Part(ParameterOwner):
 
     counter_noise: ClassVar[bool] = False
     """All noise of `forward` is a function of the tokens' keys (`zoo.noise`), so that a recomputation draws the same
-    without help. Otherwise activation checkpointing saves torch's random state and restores it before the recomputation.
-    Every class says so for itself, `class Mine(Mixer, counter_noise=True)`; a subclass does not inherit it."""
+    without help. Otherwise activation checkpointing saves torch's random state and restores it before the
+    recomputation. Every class says so for itself, `class Mine(Mixer, counter_noise=True)`; a subclass does not inherit
+    it."""
 
     name: str = ""
     """Dotted name in the model. A part that tells the trace something, or has an `update`, sets it to its place's."""
@@ -119,8 +120,8 @@ class Stem(Part):
     `cls(config, place)`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """What n positions carry, (n, …) in row and time order → (n, D). Also called with n = 0, so that every rank runs
-        every parameter."""
+        """What n positions carry, (n, …) in row and time order → (n, D). Also called with n = 0, so that every rank
+        runs every parameter."""
         raise NotImplementedError(f"{type(self).__name__} has no forward(x)")
 
     def cost(self) -> Cost:
@@ -144,9 +145,9 @@ class Head(Part):
 class Objective(Part):
     """Base of the slot `objective`: what the model is trained for. Built as `cls(config, place)`.
 
-    A loss has *parts*, each a sum over terms: of a modality's tokens, of images, of a regulariser. How many terms a part
-    has in a whole step, over all micro-batches and ranks, is known before the first forward pass, so the loss does not
-    depend on how a step is cut.
+    A loss has *parts*, each a sum over terms: of a modality's tokens, of images, of a regulariser. How many terms a
+    part has in a whole step, over all micro-batches and ranks, is known before the first forward pass, so the loss does
+    not depend on how a step is cut.
     """
 
     parts: tuple[str, ...]
@@ -159,8 +160,8 @@ class Objective(Part):
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The sum of each part's terms: scalars, at least fp32, joined to the graph where a part has no term.
 
-        The model is called here, with whatever the objective makes of the batch: it may put noise on `batch.content`, and
-        reads the heads where it likes.
+        The model is called here, with whatever the objective makes of the batch: it may put noise on `batch.content`,
+        and reads the heads where it likes.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward(model, batch)")
 

@@ -1,7 +1,7 @@
 """Stems: from what a position carries to the residual stream.
 
-All modalities that carry ids share one stem, the embedding of the vocabulary. One that carries vectors or channels has a
-stem of its own, whose output is added to the embedding of the id that holds its places.
+All modalities that carry ids share one stem, the embedding of the vocabulary. One that carries vectors or channels has
+a stem of its own, whose output is added to the embedding of the id that holds its places.
 """
 
 from __future__ import annotations

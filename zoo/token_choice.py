@@ -33,8 +33,8 @@ class Balance(Config):
 
     type: Literal["none", "loss", "bias"] = "loss"
     weight: float | None = Field(None, ge=0)
-    """Of the loss, added to the training loss; default 0.01. It is taken over a micro-batch, so the split into
-    micro-batches matters."""
+    """Weight of the balancing loss in the training loss; default 0.01. The loss is taken over a micro-batch, so the
+    split into micro-batches matters."""
     rate: float | None = Field(None, gt=0)
     """How far a bias moves in a step; default 0.001. Loads are those of the whole step, all ranks."""
 
@@ -50,7 +50,7 @@ class Balance(Config):
 class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
     """Scores a token by a linear map, takes its top-k experts and weighs each by its score."""
 
-    class Config(BlockConfig):
+    class Config(BlockConfig):  # pyrefly: ignore[bad-override]  # other keys than a linear scorer's
         top_k: int = Field(2, gt=0)
         """Experts of each token, no-op experts included."""
         score: Literal["softmax", "sigmoid"] = "softmax"
@@ -87,6 +87,7 @@ class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
 
     @classmethod
     def check_experts(cls, config: BlockConfig, experts: int, noop: int, path: str) -> None:
+        assert isinstance(config, TokenChoiceRouter.Config)
         if config.top_k > experts + noop:
             raise ConfigError(
                 f"{path}.top_k: {config.top_k} of {experts + noop} experts; a token takes at most as many as there are"
@@ -119,7 +120,7 @@ class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
 def balance_loss(scores: Tensor, selection: ExpertSelection) -> Tensor:
     """E · Σ fᵢ Pᵢ over the n tokens of scores (n, E); 0, joined to the graph, where there are none.
 
-    f is no part of the gradient. Sigmoid scores are divided by their sum over the experts first.
+    f is not part of the gradient. Sigmoid scores are divided by their sum over the experts first.
     """
     tokens, experts = scores.shape
     rows = send(selection.counts, scores.device, scores.dtype)

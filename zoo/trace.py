@@ -15,12 +15,13 @@ from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatisti
 class Trace:
     """Collector for one forward: routing decisions, losses, and what routers report or learn from, by block name.
 
-    Use a fresh one for each forward. Where activation checkpointing recomputes a layer, the layer is given a `replay` of
-    the trace, so that routes cannot flip and nothing counts twice.
+    Use a fresh one for each forward. Where activation checkpointing recomputes a layer, the layer is given a `replay`
+    of the trace, so that routes cannot flip and nothing counts twice.
     """
 
     decisions: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """name → what the block decided. It holds neither this trace nor a context with it: the cycle would outlive the step.
+    """name → what the block decided. It holds neither this trace nor a context with it: the cycle would outlive the
+    step.
     """
     losses: dict[str, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
     """name → (sum over tokens, count)."""

@@ -1,8 +1,8 @@
 """Modality-untied layers: a linear map or a norm whose weights are picked by each token's modality.
 
 The one mechanism behind Mixture-of-Transformers, Mixture-of-Mamba and untied feed-forwards. A block sorts its tokens by
-group once (`split`), runs everything pointwise on the sorted rows, where each group is one contiguous slice, and goes back
-to time order (`merge`) only where tokens meet. Tied weights are the case of one group, in which nothing is sorted.
+group once (`split`), runs everything pointwise on the sorted rows, where each group is one contiguous slice, and goes
+back to time order (`merge`) only where tokens meet. Tied weights are the case of one group, in which nothing is sorted.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def check_towers(towers: Towers | None, modalities: Sequence[str], path: str, un
 class Grouping:
     """Which modalities share weights, and the order of rows sorted by those who do.
 
-    With one group weights are tied: "rows" are then the tokens (B, T, …) as they stand, padding included, and nothing is
-    moved.
+    With one group weights are tied: "rows" are then the tokens (B, T, …) as they stand, padding included, and nothing
+    is moved.
     """
 
     group: tuple[int, ...] = ()
@@ -136,7 +136,8 @@ class Grouping:
         return y
 
     def unsort(self, rows: Tensor, context: TokenContext) -> Tensor:
-        """As `merge`, for rows that nobody reads at padding, or that are 0 there: with one group they are left there."""
+        """As `merge`, for rows that nobody reads at padding, or that are 0 there: with one group they are left
+        there."""
         if self.tied:
             return rows
         order, inverse = self._orders(context)

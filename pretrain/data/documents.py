@@ -27,7 +27,7 @@ class Documents:
     shard_starts: np.ndarray
     """(shards + 1,) int64: first token of each shard in the whole."""
     keys: np.ndarray
-    """(d,) str."""
+    """(d,) str, key of each document."""
     items: Mapping[str, Items] = dataclasses.field(default_factory=dict)
     """The items of each modality whose positions carry no ids or see all of their item."""
 

@@ -11,8 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.index import Listing
+from pretrain.data.cache import cache_folder
+from pretrain.data.config import DataConfig
+from pretrain.data.index import Listing, list_shard
 from pretrain.data.reading import BrokenDocument, read_parts
+from pretrain.data.shards import find_shards
+from zoo.config import UserError
 from zoo.files import atomic_path
 from zoo.modalities import LearnedConfig, LearnedModality, Modalities, Modality, vocabulary
 from zoo.noise import hash32
@@ -58,6 +62,29 @@ def fit(
     log(f"training the {' and the '.join(chosen)} tokenizer on {sum(map(len, listings)):,} documents")
     items = _sample(chosen, listings)
     return {name: config.fit(items[name]) for name, config in chosen.items()}
+
+
+def fit_and_save(config: DataConfig, modalities: Modalities, out: Path, log: Callable[[str], None]) -> list[Path]:
+    """Let every modality that learns do so on the training shards, and save what it learned in the folder `out`.
+
+    Returns:
+        the files written, in the order of the modalities.
+    Raises:
+        UserError: the shards cannot be read, or nothing learns.
+    """
+    folder = Path(config.path)
+    cache = cache_folder(folder, config.cache)
+    listings = [list_shard(shard, cache) for shard in find_shards(folder, config.train, "data.train")]
+    names = list(learning(modalities))
+    if not names:
+        kinds = ", ".join(f"{name} is {modality.type_name!r}" for name, modality in modalities.items())
+        raise UserError(f"modalities: {kinds}: none of them learns anything, there is nothing to do")
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, modality in fit(modalities, listings, names, log).items():
+        files.append(out / f"{name}{learning(modalities)[name].file}")
+        modality.save(files[-1])
+    return files
 
 
 def fingerprint(modalities: Mapping[str, Modality]) -> str:

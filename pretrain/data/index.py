@@ -2,9 +2,9 @@
 
 Two records, both made once. The *listing* (`NAME-PLACE.listing.npz`) is what the tar file says: checksum,
 keys, offsets. It is made again when the size or the modification time of the shard changes. The *tokens*
-(`CHECKSUM-MODALITIES.npy` with `….npz` beside it, and `…-NAME.bin` for each modality whose positions carry no ids) depend
-on the content of the shard and on the modalities, so they carry both in their name; they are mapped into memory, never
-read whole.
+(`CHECKSUM-MODALITIES.npy` with `….npz` beside it, and `…-NAME.bin` for each modality whose positions carry no ids)
+depend on the content of the shard and on the modalities, so they carry both in their name; they are mapped into memory,
+never read whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Listing:
     shard: Path
     checksum: str
     keys: np.ndarray
-    """(d,) str."""
+    """(d,) str, key of each document."""
     members: np.ndarray
     """(d,) members of each document."""
     extensions: np.ndarray

@@ -1,10 +1,10 @@
-"""The items of a modality in the token stream, and what their positions carry where that is no id.
+"""The items of a modality in the token stream, and what their positions carry where that is not an id.
 
 The stream holds a token for every position, also where a position carries a vector or channels: the id that holds the
 place. What it carries lies in an array beside the tokens, one row a position, in the order of the stream. It is written
-when a shard is tokenised and mapped into memory afterwards, like the tokens, so that a row of the stream costs one look-up
-and gives the same numbers on every rank, after every restart. It costs 4 bytes a number of disk for vectors, 1 or 2 for
-channels.
+when a shard is tokenised and mapped into memory afterwards, like the tokens, so that a row of the stream costs one
+look-up and gives the same numbers on every rank, after every restart. It costs 4 bytes a number of disk for vectors, 1
+or 2 for channels.
 """
 
 from __future__ import annotations

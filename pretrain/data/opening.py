@@ -90,7 +90,7 @@ class Data:
 
 
 def _variance(content: Sequence[np.ndarray]) -> float:
-    """Of vectors (n, width) in several arrays, a mean over their numbers; 0 without any."""
+    """Variance of vectors (n, width) in several arrays, a mean over their numbers; 0 without any."""
     count, total, squares = 0, np.zeros(()), np.zeros(())
     for array in content:
         for start in range(0, len(array), CHUNK):

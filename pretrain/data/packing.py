@@ -31,7 +31,7 @@ class Row:
     """One row of T tokens. Padding is at the end: token 0, modality and document -1, position 0."""
 
     tokens: np.ndarray
-    """(T,) int32."""
+    """(T,) int32, ids of the tokens."""
     modality: np.ndarray
     """(T,) int8, in the order of the vocabulary's modalities."""
     position: np.ndarray
@@ -39,7 +39,8 @@ class Row:
     document: np.ndarray
     """(T,) int32, number of the piece in the row, from 0."""
     item: np.ndarray
-    """(T,) int32, number in the row of the item with bidirectional attention that a position belongs to, -1 elsewhere."""
+    """(T,) int32, number in the row of the item with bidirectional attention that a position belongs to, -1
+    elsewhere."""
     content: dict[str, np.ndarray]
     """(n, …) what the row's positions carry of each modality that carries no ids, in their order."""
 

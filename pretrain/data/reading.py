@@ -1,7 +1,7 @@
 """One document: from the bytes of its members to parts, and from parts to tokens.
 
-A document is `<key>.json` with `{"parts": [{"type": "text", "text": …}, {"type": "image", "file": "0.jpg"}, …]}` and the
-files it names beside it. Its tokens are `<bos>`, the tokens of each part, `<eos>`; a part that is not text stands
+A document is `<key>.json` with `{"parts": [{"type": "text", "text": …}, {"type": "image", "file": "0.jpg"}, …]}` and
+the files it names beside it. Its tokens are `<bos>`, the tokens of each part, `<eos>`; a part that is not text stands
 between its begin and end token.
 """
 
@@ -83,8 +83,8 @@ def tokenize(
         shard: the open shard.
         grammars: of the modalities.
     Raises:
-        BrokenDocument: see `read_parts`; also a part that no modality reads, an item of more positions than its modality
-            allows, or one whose numbers are not finite.
+        BrokenDocument: see `read_parts`; also a part that no modality reads, an item of more positions than its
+            modality allows, or one whose numbers are not finite.
     """
     document = Tokens(np.zeros(0), [], [])
     runs: list[np.ndarray] = [np.array([Vocabulary.bos])]
@@ -133,7 +133,7 @@ def _parts(shard: BinaryIO, entry: Entry) -> list:
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenDocument(f'its JSON is not {{"parts": […]}} ({type(error).__name__}: {error})') from None
     if not isinstance(parts, list) or not parts:
-        raise BrokenDocument('its "parts" is no list with an entry')
+        raise BrokenDocument('its "parts" is not a list with an entry')
     return parts
 
 
@@ -142,8 +142,8 @@ def _text(text: Any, number: int) -> bytes:
         raise BrokenDocument(f'text part {number} has no string "text"')
     try:
         return text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell lone surrogates, which are no text
-        raise BrokenDocument(f"text part {number} is no valid Unicode ({error.reason})") from None
+    except UnicodeEncodeError as error:  # JSON can spell lone surrogates, which are not text
+        raise BrokenDocument(f"text part {number} is not valid Unicode ({error.reason})") from None
 
 
 def _file(shard: BinaryIO, entry: Entry, kind: str, file: Any) -> bytes:

@@ -28,7 +28,7 @@ class Member:
     offset: int
     """First byte of the content inside the shard."""
     size: int
-    """Bytes."""
+    """Length in bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
         DataError: the folder is missing, or nothing matches; `key` names the entry of the recipe to correct.
     """
     if not folder.is_dir():
-        raise DataError(f"data.path: {str(folder)!r} is no folder (looked for from {Path.cwd()}); correct data.path")
+        raise DataError(f"data.path: {str(folder)!r} is not a folder (looked for from {Path.cwd()}); correct data.path")
     shards = sorted(path for path in folder.glob(pattern) if path.is_file())
     if not shards:
         present = sorted(path.name for path in folder.glob("*.tar"))
@@ -66,7 +66,7 @@ def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
 def scan_shard(path: Path) -> list[Entry]:
     """The documents of a shard, in the order in which they begin.
 
-    Members that are no plain files or whose names have no extension belong to no document.
+    Members that are not plain files or whose names have no extension belong to no document.
 
     Raises:
         DataError: the shard is empty, truncated, damaged or no tar file; names the file and the byte.

@@ -12,19 +12,19 @@ import tqdm
 
 import zoo.adapt as za
 from pretrain import recipe as recipes
+from pretrain.finetune.batcher import Batcher
 from pretrain.finetune.evaluate import evaluate
 from pretrain.finetune.generation import kinds_of
 from pretrain.finetune.model import quiet
 from pretrain.finetune.model_folder import open_model
 from pretrain.finetune.questions import Question, about_other_images, read_questions
-from pretrain.finetune.samples import Batcher
 from zoo.adapt import AdaptConfig
 from zoo.adapt.family import parts, picture_ids
 from zoo.config import UserError
 
 UNTRAINED = "note: these routers are untrained: they rank tokens, and weigh what layers do to them, by chance"
 NO_LOSS = (
-    "note: an attention router ranks by the last token it is given, behind the right answer one of that answer; only "
+    "note: an attention router ranks by the last token it is given, after the right answer one of that answer; only "
     "generated answers are judged"
 )
 
@@ -57,8 +57,8 @@ def evaluated(request: Request) -> dict[str, Any]:
     """Evaluate what is requested.
 
     Returns:
-        What was asked for, `answers`, how many there are of each kind, `adapt`, how the model is adapted, and `values`, as
-        `pretrain.finetune.evaluate.evaluate` has them, without what would not be right.
+        What was asked for, `answers`, how many there are of each kind, `adapt`, how the model is adapted, and `values`,
+        as `pretrain.finetune.evaluate.evaluate` has them, without what would not be right.
     Raises:
         UserError: the model, the recipe or the data cannot be used, or do not fit each other.
     """
@@ -72,8 +72,8 @@ def evaluated(request: Request) -> dict[str, Any]:
     looks_back = config is not None and config.router.type == "attention"
     if looks_back and not request.generate:
         raise UserError(
-            "--no-generate: an attention router ranks by the last token it is given, behind the right answer one of that "
-            "answer, so that its one pass cannot be judged; leave --no-generate out"
+            "--no-generate: an attention router ranks by the last token it is given, after the right answer one of that"
+            " answer, so that its one pass cannot be judged; leave --no-generate out"
         )
     top = found.top.config
     batcher = Batcher(processor, filler, top, picture_ids(top, request.model), config, training=False)
@@ -112,8 +112,8 @@ def _adapt(model: Any, config: AdaptConfig, request: Request) -> None:
     """Adapt a dense model without tuning; what its routers are worth is printed."""
     if za.adaptation(model) is not None:
         raise UserError(
-            f"--adapt {request.adapt}: {request.model} is adapted already; leave --adapt out, or give the dense model it "
-            "was made of"
+            f"--adapt {request.adapt}: {request.model} is adapted already; leave --adapt out, or give the dense model "
+            "it was made of"
         )
     try:
         za.adapt(model, config)
@@ -147,7 +147,7 @@ def asked(data: Path, split: str, samples: int | None, exchange: bool) -> tuple[
         UserError: there are none, or none with an image.
     """
     if not data.is_dir():
-        raise UserError(f"{data}: is no folder; give one with {split}.jsonl and the images")
+        raise UserError(f"{data}: is not a folder; give one with {split}.jsonl and the images")
     questions = read_questions(data, split)
     pictured = [question for question in questions if question.images]
     if not pictured:

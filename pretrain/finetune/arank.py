@@ -1,5 +1,5 @@
-"""ARank of the layers of a multimodal LLM over questions about images: measured, kept in a file, drawn, and which layers
-it proposes."""
+"""ARank of the layers of a multimodal LLM over questions about images: measured, kept in a file, drawn, and which
+layers it proposes."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--measured {path}: cannot be read ({error})") from None
     if not whole:
-        raise UserError(f"--measured {path}: is no file written by tools.arank")
+        raise UserError(f"--measured {path}: is not a file written by tools.arank")
     return result
 
 

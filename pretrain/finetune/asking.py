@@ -1,4 +1,5 @@
-"""How a model is asked: it says its own answers, or is told the right ones and says how likely each of their tokens was."""
+"""How a model is asked: it says its own answers, or is told the right ones and says how likely each of their tokens
+was."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo.adapt as za
+from pretrain.finetune.batcher import moved
 from pretrain.finetune.generation import generate, is_right, longest_answer, texts
 from pretrain.finetune.prompt_batches import Batch, Prompts
 from pretrain.finetune.prompts import IGNORED, padding_id
-from pretrain.finetune.samples import moved
 
 
 class Asking(Protocol):
@@ -50,7 +51,7 @@ class PromptsOnly:
         return za.cache_report(made.past_key_values)
 
     def values(self) -> dict[str, Any]:
-        """Nothing."""
+        """Nothing: prompts have no answers to judge."""
         return {}
 
 
@@ -92,8 +93,8 @@ class Generated:
 
 
 class Forced:
-    """The right answers' tokens, fed on the cache of their prompts, as generation feeds what it has said: routers choose
-    among the prompt's tokens before any of the answer is known, and an answer's tokens go through every layer.
+    """The right answers' tokens, fed on the cache of their prompts, as generation feeds what it has said: routers
+    choose among the prompt's tokens before any of the answer is known, and an answer's tokens go through every layer.
 
     Args:
         model: in evaluation.
@@ -119,7 +120,8 @@ class Forced:
         return report
 
     def values(self) -> dict[str, Any]:
-        """`loss`, nats a token over all answers; `losses`, nats of each answer, and `tokens`, how many it has, in order."""
+        """`loss`, nats a token over all answers; `losses`, nats of each answer, and `tokens`, how many it has, in
+        order."""
         return {"loss": sum(self.losses) / sum(self.tokens), "losses": self.losses, "tokens": self.tokens}
 
     def _logits(self, prefill: Any, positions: Tensor, batch: Batch, right: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ class Forced:
 
 
 ASKING: dict[str, type[Generated] | type[Forced]] = {"accuracy": Generated, "perplexity": Forced}
-"""By metric."""
+"""How a model answers, by metric."""
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import zoo.adapt as za
 from pretrain.finetune import generation
+from pretrain.finetune.batcher import Batcher, QuestionBatch, moved
 from pretrain.finetune.generation import kinds_of
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
 from pretrain.finetune.routing import routing_sums, routing_values
-from pretrain.finetune.samples import Batcher, QuestionBatch, moved
 from pretrain.process_group import Ranks
 from zoo.routing.statistics import RoutingStatistics
 
@@ -27,7 +27,8 @@ SLACK = 4
 
 
 def predict(forward: nn.Module, batch: QuestionBatch, trace: za.Trace | None) -> tuple[Tensor, Tensor]:
-    """Logits (B, P, V) in fp32 for the P columns after which any row has a label, and their labels (B, P), else IGNORED.
+    """Logits (B, P, V) in fp32 for the P columns after which any row has a label, and their labels (B, P), else
+    IGNORED.
 
     Args:
         trace: of an adapted model; None for a dense one.
@@ -53,14 +54,14 @@ class AnswerSums:
     """Those that the model generates."""
     routing: RoutingStatistics
     loss: Tensor | float = 0.0
-    """Of all answer tokens, in nats."""
+    """Loss of all answer tokens, in nats."""
     tokens: float = 0.0
-    """Of the answers."""
+    """Tokens of the answers."""
     samples: float = 0.0
     flops: float = 0.0
-    """Of the decoder, as measured."""
+    """FLOPs of the decoder, as measured."""
     dense_flops: float = 0.0
-    """Without skipping."""
+    """FLOPs of the decoder if nothing were skipped."""
 
     @classmethod
     def empty(cls, kinds: Sequence[str], layers: Sequence[str]) -> AnswerSums:
@@ -101,8 +102,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and answers of a model in evaluation; collective over ranks.
 
-    Every answer of a conversation counts, given the right ones before it. A question's `kind` key (one, or one an answer)
-    splits accuracies.
+    Every answer of a conversation counts, given the right ones before it. A question's `kind` key (one, or one an
+    answer) splits accuracies.
 
     Args:
         forward: what is called as the model (an engine's wrapper, or the model itself).
@@ -115,14 +116,15 @@ def evaluate(
         ranks: over which the questions are dealt out, equally many batches to each; default: this process alone.
         together: whether the ranks must call the model equally often while they generate, as ZeRO-3 has it.
         device, dtype: of the model's weights.
-        progress: is called with the size of each batch of this rank: first of questions, then, under `generate`, of answers.
+        progress: is called with the size of each batch of this rank: first of questions, then, under `generate`, of
+            answers.
     Returns:
-        `eval/loss`, nats a token of the answers. `eval/accuracy[/<kind>]`, share of generated answers that are the right
-        text exactly, spaces at the ends apart; absent without `generate`. `eval/forced_accuracy[/<kind>]`, share of answers
-        of which every token is the likeliest after the right ones before it, in one pass: the same for a model that
-        generates greedily and has one way to write an answer. Of an adapted model `eval/skip…` and `eval/auxiliary/…`,
-        as `routing_values` has them. `eval/decoder_flops` of a sample with its answers, as measured,
-        `eval/dense_decoder_flops`, without skipping, and `eval/flops_ratio` of the two.
+        `eval/loss`, nats a token of the answers. `eval/accuracy[/<kind>]`, share of generated answers that are the
+        right text exactly, spaces at the ends apart; absent without `generate`. `eval/forced_accuracy[/<kind>]`, share
+        of answers of which every token is the likeliest after the right ones before it, in one pass: the same for a
+        model that generates greedily and has one way to write an answer. Of an adapted model `eval/skip…` and
+        `eval/auxiliary/…`, as `routing_values` has them. `eval/decoder_flops` of a sample with its answers, as
+        measured, `eval/dense_decoder_flops`, without skipping, and `eval/flops_ratio` of the two.
     """
     layers = [layer.routing.name for layer in za.routed_layers(blueprint)]
     sums = AnswerSums.empty(sorted({kind for question in questions for kind in kinds_of(question)}), layers)

@@ -13,8 +13,8 @@ from pretrain.finetune.questions import Question
 
 
 def kinds_of(question: Question) -> list[str]:
-    """The kind of each answer, as the key `kind` of the question's line says it (one, or one an answer); "" where there is
-    no such key."""
+    """The kind of each answer, as the key `kind` of the question's line says it (one, or one an answer); "" where there
+    is no such key."""
     kind = question.extra.get("kind", "")
     count = len(question.turns)
     return [str(each) for each in kind] if isinstance(kind, list) and len(kind) == count else [str(kind)] * count
@@ -43,8 +43,8 @@ def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], tokens: i
         tokens: the most that it may say.
         together: whether all ranks must call the model equally often (ZeRO-3).
     Returns:
-        What Transformers' `generate` returns as a record: `sequences` (B, T + n), `past_key_values` and, where `tokens` is
-        1, `logits`, a tuple of one tensor (B, V).
+        What Transformers' `generate` returns as a record: `sequences` (B, T + n), `past_key_values` and, where `tokens`
+        is 1, `logits`, a tuple of one tensor (B, V).
     """
     return model.generate(
         **inputs,

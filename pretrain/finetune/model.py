@@ -1,4 +1,5 @@
-"""The models that `pretrain.finetune` trains: opened from a folder, adapted, with adapters or frozen parts, written back."""
+"""The models that `pretrain.finetune` trains: opened from a folder, adapted, with adapters or frozen parts, written
+back."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Base:
 
     name: str
     config: Any
-    """Of the model, Transformers' own."""
+    """The model's config, as Transformers has it."""
     processor: Any
     adapt: za.AdaptConfig | None
     """How the model that is trained is adapted: as the recipe says, or as the base was before."""
@@ -91,8 +92,8 @@ def open_base(recipe: FinetuneRecipe) -> Base:
     before = za.AdaptConfig.parse(json.loads(about.read_text())["adapt"], str(about)) if about.is_file() else None
     if before is not None and recipe.adapt not in (None, before):
         raise ConfigError(
-            f"adapt: the base {name!r} is adapted already, in another way; leave adapt out to go on with its routers, or "
-            "start from the model it was made of"
+            f"adapt: the base {name!r} is adapted already, in another way; leave adapt out to go on with its routers, "
+            "or start from the model it was made of"
         )
     adapt = recipe.adapt or before
     if adapt is not None:
@@ -119,7 +120,8 @@ def skeleton(recipe: FinetuneRecipe, base: Base) -> nn.Module:
 
 
 def whole(recipe: FinetuneRecipe, base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model with its first weights, on the CPU: the base's own; those of routers and adapters follow from the seed."""
+    """The model with its first weights, on the CPU: the base's own; those of routers and adapters follow from the
+    seed."""
     if base.adapted:
         model = za.load_adapted(base.name, dtype=dtype)
     else:
@@ -161,8 +163,8 @@ def initialise(model: nn.Module, recipe: FinetuneRecipe, base: Base, gather: Gat
 def save(recipe: FinetuneRecipe, base: Base, weights: Mapping[str, Tensor], folder: Path) -> Path:
     """Write the trained model to `folder`, in the precision it was trained in; atomic.
 
-    An adapted one is what `zoo.adapt.load_adapted` opens; a dense one what `from_pretrained` opens. Under LoRA both hold
-    the adapters without the base. The processor's files stand beside it.
+    An adapted one is what `zoo.adapt.load_adapted` opens; a dense one what `from_pretrained` opens. Under LoRA both
+    hold the adapters without the base. The processor's files stand beside it.
 
     Args:
         weights: whole, by name, as `Engine.full_state_dict` gives them.

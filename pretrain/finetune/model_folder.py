@@ -1,5 +1,5 @@
-"""Folders of multimodal models of Transformers, dense or adapted: their config, processor and weights, and what to say of
-those that do not open."""
+"""Folders of multimodal models of Transformers, dense or adapted: their config, processor and weights, and what to say
+of those that do not open."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_folder(name: str) -> tuple[Any, Any]:
     folder = Path(name)
     local = folder.is_dir()
     if not local and (folder.is_absolute() or name.count("/") != 1):  # no name on the hub
-        raise UserError(f"{name!r} is no folder; give one with a model of Transformers and its processor")
+        raise UserError(f"{name!r} is not a folder; give one with a model of Transformers and its processor")
     if local and not (folder / "config.json").is_file():
         adapters = (folder / "adapter_config.json").is_file()
         what = "only adapters, not the model they belong to" if adapters else "no config.json"
@@ -41,8 +41,8 @@ def open_folder(name: str) -> tuple[Any, Any]:
         raise cannot_open(name, error) from None
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UserError(
-            f"{name!r} holds a {type(processor).__name__}, no processor of images and text; save the model's own beside "
-            "it: processor.save_pretrained(folder)"
+            f"{name!r} holds a {type(processor).__name__}, no processor of images and text; save the model's own beside"
+            " it: processor.save_pretrained(folder)"
         )
     return config, processor
 

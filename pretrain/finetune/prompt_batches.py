@@ -22,14 +22,14 @@ Shapes = Counter[tuple[int, tuple[int, ...]]]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B questions."""
+    """B questions as a model takes them."""
 
     inputs: dict[str, Tensor]
-    """Of the prompts, padded on the left."""
+    """The prompts, padded on the left."""
     asked: list[Question]
-    """Of each the last answer is asked for."""
+    """The questions, of each of which the last answer is asked for."""
     answers: Tensor | None
-    """(B, A) int64: the right answers with what ends them, IGNORED behind; None where nobody reads them."""
+    """(B, A) int64: the right answers with what ends them, IGNORED after that; None where nobody reads them."""
 
     @property
     def lengths(self) -> list[int]:
@@ -56,7 +56,7 @@ class Prompts:
         return cls([_batch(chunk, processor, answers) for chunk in chunks], processor)
 
     def shapes(self, config: AdaptConfig, model_config: Any) -> Shapes:
-        """See `Shapes`."""
+        """How many prompts there are of each shape; see `Shapes`."""
         pictures = picture_ids(model_config, type(model_config).__name__)
         found: Shapes = Counter()
         for batch in self.batches:

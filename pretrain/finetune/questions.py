@@ -4,8 +4,8 @@ A folder holds `train.jsonl`, `validation.jsonl`, `test.jsonl`. A line is a ques
 
     {"image": "images/0.png", "question": "How many sevens?", "answer": "two"}
 
-or a conversation: `"images": ["a.png", "b.png"]` for `image`, `"turns": [{"question": …, "answer": …}, …]` for the pair.
-A line without an image is a text-only question. Other keys are kept beside it.
+or a conversation: `"images": ["a.png", "b.png"]` for `image`, `"turns": [{"question": …, "answer": …}, …]` for the
+pair. A line without an image is a text-only question. Other keys are kept beside it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Question:
         """The images in RGB, upright, transparent parts on white.
 
         Raises:
-            DataError: a file is no picture.
+            DataError: a file is not a picture.
         """
         opened = []
         for image in self.images:
@@ -59,7 +59,7 @@ def read_questions(folder: Path, split: str = "train") -> list[Question]:
     """All questions of `<folder>/<split>.jsonl`, in order. Images are only checked for being there.
 
     Raises:
-        DataError: no such file, no line in it, or a line that is no question; names file, line and what is wrong.
+        DataError: no such file, no line in it, or a line that is not a question; names file, line and what is wrong.
     """
     path = folder / f"{split}.jsonl"
     if not path.is_file():
@@ -73,15 +73,16 @@ def read_questions(folder: Path, split: str = "train") -> list[Question]:
                 if line.strip():
                     questions.append(_question(line, folder, f"{path}:{number}", known))
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is no UTF-8 text ({error})") from None
+            raise DataError(f"{path}: is not UTF-8 text ({error})") from None
     if not questions:
         raise DataError(f"{path}: is empty; write one JSON object a line")
     return questions
 
 
 def sample_questions(data: Path, split: str, count: int, seed: int = 0) -> list[Question]:
-    """`count` questions with images, or all there are, drawn at random: from JSON lines (a folder of them, or one file),
-    or from the documents of a folder of WebDataset shards, each of whose texts becomes a question without an answer.
+    """`count` questions with images, or all there are, drawn at random: from JSON lines (a folder of them, or one
+    file), or from the documents of a folder of WebDataset shards, each of whose texts becomes a question without an
+    answer.
 
     Args:
         data: the folder, or a .jsonl file.
@@ -121,8 +122,8 @@ def one_an_image(questions: Sequence[Question], count: int) -> list[Question]:
 
 
 def about_other_images(questions: Sequence[Question], count: int | None = None) -> list[Question]:
-    """The first `count` questions (None: all), each with the images of the next question, after the last the first, that
-    has as many and others: what is still answered right was not read off its own images.
+    """The first `count` questions (None: all), each with the images of the next question, after the last the first,
+    that has as many and others: what is still answered right was not read off its own images.
 
     Args:
         questions: each has images.
@@ -144,7 +145,7 @@ def _question(line: str, folder: Path, source: str, known: set[Path]) -> Questio
     try:
         item = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{source}: is no JSON ({error})") from None
+        raise DataError(f"{source}: is not JSON ({error})") from None
     if not isinstance(item, dict):
         raise DataError(f"{source}: is {type(item).__name__}, not an object")
     if "image" in item and "images" in item:

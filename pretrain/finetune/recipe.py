@@ -37,8 +37,8 @@ class QuestionsConfig(Config):
     path: str
     """Folder with train.jsonl, validation.jsonl, test.jsonl and the images."""
     maximum_length: int | None = Field(None, gt=1)
-    """Tokens of a sample, those of its images included. The text of a longer one is cut off at the end; one whose images
-    or first answer do not fit is unusable."""
+    """Tokens of a sample, those of its images included. The text of a longer one is cut off at the end; one whose
+    images or first answer do not fit is unusable."""
     workers: int = Field(0, ge=0)
     """Processes of each rank that read images ahead; 0: they are read between two steps."""
     max_broken_samples: int = Field(0, ge=0)

@@ -20,8 +20,9 @@ def routing_sums(trace: za.Trace | None, layers: Sequence[str]) -> RoutingStatis
 
 
 def routing_values(routing: RoutingStatistics, each: bool = False) -> dict[str, float]:
-    """Reports from `routing_sums` added up: `skip/<layer>`, the share of the tokens that could be skipped and were, `skip`
-    of all layers together; `auxiliary/{accuracy,precision,recall,always_skip}`, how well routers foresee who is kept.
+    """Reports from `routing_sums` added up: `skip/<layer>`, the share of the tokens that could be skipped and were,
+    `skip` of all layers together; `auxiliary/{accuracy,precision,recall,always_skip}`, how well routers foresee who is
+    kept.
 
     Args:
         each: also `auxiliary/<layer>/…`.

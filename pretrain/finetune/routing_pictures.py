@@ -62,8 +62,8 @@ def check_family(model: Any, name: str) -> None:
     kind = parts(model).top.config.model_type
     if kind not in SQUARE:
         raise UserError(
-            f"{name}: image tokens of {kind} are not one square grid for each image, and where a token lies is not known "
-            f"here; families that can be drawn: {', '.join(SQUARE)}"
+            f"{name}: image tokens of {kind} are not one square grid for each image, and where a token lies is not "
+            f"known here; families that can be drawn: {', '.join(SQUARE)}"
         )
 
 
@@ -124,8 +124,8 @@ def grid_side(tokens: int, pixels: tuple[int, ...], family: str, source: str) ->
     side = math.isqrt(tokens // pixels[0]) if len(pixels) == 4 else 0
     if side == 0 or side * side * pixels[0] != tokens:
         raise UserError(
-            f"{source}: {tokens} image tokens of {family} for pixel values of shape {pixels} are not one square grid for "
-            "each image; only such images can be drawn"
+            f"{source}: {tokens} image tokens of {family} for pixel values of shape {pixels} are not one square grid "
+            "for each image; only such images can be drawn"
         )
     return side
 

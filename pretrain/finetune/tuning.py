@@ -1,4 +1,5 @@
-"""What of a model is trained, as a recipe says: all of it, adapters and whole modules beside them, never its frozen parts."""
+"""What of a model is trained, as a recipe says: all of it, adapters and whole modules beside them, never its frozen
+parts."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def lora_config(model: nn.Module, lora: LoraConfig, frozen: Sequence[str] = ()) 
         for name, _ in model.named_parameters():
             if _holds(wanted, name) and any(name.startswith(f"{module}.") for module in modules):
                 raise ConfigError(
-                    f"freeze: {wanted!r} holds {name}, which lora.modules_to_save: {lora.modules_to_save} has trained in "
-                    "full; name it under one of the two (with lora all that is not to be trained is frozen anyway)"
+                    f"freeze: {wanted!r} holds {name}, which lora.modules_to_save: {lora.modules_to_save} has trained "
+                    "in full; name it under one of the two (with lora all that is not to be trained is frozen anyway)"
                 )
     return peft.LoraConfig(
         r=lora.r,
@@ -101,7 +102,7 @@ def _targets(model: nn.Module, lora: LoraConfig) -> str:
     missing = [name for name in wanted if name not in known]
     if missing:
         raise ConfigError(
-            f"lora.targets: {missing[0]!r} is no linear map of a decoder layer; known: {', '.join(known)}"
+            f"lora.targets: {missing[0]!r} is not a linear map of a decoder layer; known: {', '.join(known)}"
         )
     prefix = next(name for name, module in model.named_modules() if module is found.layers)
     return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\.(.*\.)?({'|'.join(wanted)})"
@@ -128,4 +129,4 @@ def _modules(model: nn.Module, wanted: str, targets: str) -> list[str]:
 
 def _no_part(key: str, wanted: str, model: nn.Module) -> ConfigError:
     kinds = dict.fromkeys(".".join(name.split(".")[:-1][:2]) for name, _ in model.named_parameters())
-    return ConfigError(f"{key}: {wanted!r} is no part of the model; among its parts are {', '.join(kinds)}")
+    return ConfigError(f"{key}: {wanted!r} is not part of the model; among its parts are {', '.join(kinds)}")

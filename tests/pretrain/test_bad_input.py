@@ -111,7 +111,10 @@ WRONG = {
     "modalities.image.type=patch": ("modalities.image.type: 'patch' is not known; known: ", "did you mean 'patches'?"),
     "modalities={image: {type: patches}}": ("modalities: has image, but no text",),
     "modalities.image={type: continuous_patches, image_size: 8, mask: bidirectional}": (
-        "objective.type: 'autoregressive' predicts every position from those before it, but a position of modalities.image",
+        (
+            "objective.type: 'autoregressive' predicts every position from those before it, but a position of "
+            "modalities.image"
+        ),
         "make its mask causal, or choose another objective",
     ),
     "model.stem={image: {type: vectors, width: 3}}": ("model.stem.image: is for Vectors(width=3), but a position of",),
@@ -150,9 +153,9 @@ WRONG = {
     "train.step": ("'train.step': an override is key.sub=value, for example",),
     "=3": ("'=3': an override is key.sub=value",),
     "name=[1": ("name: '[1' is not valid YAML; quote it",),
-    "model.layers.7.dropout=0": ("'7' is no entry of model.layers, which has 2, from 0",),
+    "model.layers.7.dropout=0": ("'7' is not an entry of model.layers, which has 2, from 0",),
     "model.d_model.size=3": ("model.d_model.size: model.d_model is 32, a single value without keys",),
-    "data.path=nowhere": ("data.path: 'nowhere' is no folder (looked for from ", "correct data.path"),
+    "data.path=nowhere": ("data.path: 'nowhere' is not a folder (looked for from ", "correct data.path"),
     "data.train=z*": ("data.train: no shard in ", "it holds digits-train-000.tar, digits-val-000.tar"),
 }
 
@@ -224,7 +227,7 @@ FILES = {
     "twice": (b"name: a\nname: b\n", "line 2 the key 'name' stands twice"),
     "twice inside": (b"train: {steps: 1, steps: 2}\n", "line 1 the key 'steps' stands twice"),
     "template": (b"name: {{ name }}\n", "line 1 a key must be a word; text with braces or brackets needs quotes"),
-    "deep": (b"a: " + b"[" * 3000, "is nested too deeply to be a recipe"),
+    "deep": (b"a: " + b"[" * 3000, "nested too deeply to be a recipe"),
     "no such alias": (b"a: *b", "line 1 found undefined alias 'b'"),
     "extends a number": (b"extends: [3]", "extends: [3] is not the path of a recipe file"),
     "extends nothing": (b"extends: no.yaml", "no.yaml' does not exist; the path is relative to the file it stands in"),

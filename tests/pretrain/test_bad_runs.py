@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run: losses that are no numbers, a full disk, a checkpoint of another model."""
+"""What goes wrong in the middle of a run: losses that are not numbers, a full disk, a checkpoint of another model."""
 
 from __future__ import annotations
 

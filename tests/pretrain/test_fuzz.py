@@ -1,4 +1,5 @@
-"""Whatever a recipe holds, checking it says what is wrong in a few words, in little time, and never with a traceback."""
+"""Whatever a recipe holds, checking it says what is wrong in a few words, in little time, and never with a
+traceback."""
 
 from __future__ import annotations
 

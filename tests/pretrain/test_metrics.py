@@ -99,7 +99,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     text = (tmp_path / "metrics.jsonl").read_text()
 
     def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     strict = json.loads(text, parse_constant=refuse)
     assert strict == {"step": 1, "loss": "NaN", "grad_norm": "Infinity", "low": "-Infinity", "tokens": 3}

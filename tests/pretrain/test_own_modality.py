@@ -1,4 +1,5 @@
-"""A modality of one's own, of vectors: registered by a module, named in a recipe, trained by the command, beside text."""
+"""A modality of one's own, of vectors: registered by a module, named in a recipe, trained by the command, beside
+text."""
 
 from __future__ import annotations
 
@@ -178,7 +179,10 @@ def test_errors(documents: Path, change: dict[str, Any], message: str) -> None:
 def test_a_stem_that_does_not_fit(documents: Path) -> None:
     wrong = recipe(documents, Path("run"))
     wrong["model"] |= {"stem": {"strokes": {"type": "vectors", "width": 4}}}
-    message = r"^model.stem.strokes: is for Vectors\(width=4\), but a position of modalities.strokes carries Vectors\(width=3\)"
+    message = (
+        r"^model.stem.strokes: is for Vectors\(width=4\), but a position of modalities.strokes carries"
+        r" Vectors\(width=3\)"
+    )
     with pytest.raises(ConfigError, match=message):
         recipes.resolve(wrong)
 

@@ -179,7 +179,7 @@ BEYOND = {
     "a kind that is a list": ("modalities.image.type=[1]", r"modalities.image.type: \[1\] is not known"),
     "open brackets": ("name=[[[", r"name: '\[\[\[' is not valid YAML; quote it"),
     "many open brackets": ("name=" + "[" * 5000, "nested too deeply"),
-    "brackets": ("name=" + "[" * 60 + "]" * 60, "is nested too deeply to be a recipe; values may lie 50 deep"),
+    "brackets": ("name=" + "[" * 60 + "]" * 60, "nested too deeply to be a recipe; values may lie 50 deep"),
     "a module that exits": ("imports=[tests.pretrain.exits]", "cannot be imported .SystemExit: 3, .*exits.py line 5"),
 }
 
@@ -189,6 +189,13 @@ def test_beyond_all_bounds(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         recipes.load(file, [override])
     assert len(str(refused.value)) < 1000
+
+
+def test_many_mistakes_are_counted(file: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        recipes.load(file, over={"model": {"layers": [1] * 5000}})
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 21 and lines[-1] == "… and 4,980 more"
 
 
 def test_a_date_is_a_text(file: Path) -> None:

@@ -232,7 +232,8 @@ def test_offloaded_optimizer(digit_shards: Path, tmp_path: Path) -> None:
             processes = start([path, f"train.steps={count}"], tmp_path / "printed")
             assert processes.wait(400) == [0], processes.printed()
     losses = [[i["loss"] for i in steady(tmp_path / run) if "loss" in i] for run in ("whole", "resumed")]
-    # Not bit for bit: DeepSpeed's host optimizer multiplies β^t up step by step, and takes a power when it has been loaded.
+    # Not bit for bit: DeepSpeed's host optimizer multiplies β^t up step by step, and takes a power when it has been
+    # loaded.
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert losses[0][-1] < 0.7 * losses[0][0]
     assert torch.isfinite(torch.tensor(losses[0])).all()

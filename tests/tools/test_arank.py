@@ -128,7 +128,7 @@ def test_bad_input(model: Path, data: Path, out: Path, tmp_path: Path, capsys: p
         ((model, data, "--rtol", 0), "rtol: 0.0 must be between 0 and 1"),
         ((model, data, "--device", "tpu7"), "--device tpu7: is not to be had"),
         ((model,), "MODEL and DATA are needed"),
-        (("--measured", out), "is no file written by tools.arank"),
+        (("--measured", out), "is not a file written by tools.arank"),
         (("--measured", out, "--rtol", 0.1), "--rtol is of a new measurement"),
     ]:
         assert call(*arguments, "--out", tmp_path / "never.json") == 2, message

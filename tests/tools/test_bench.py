@@ -196,7 +196,7 @@ def test_json_page_and_profile(
 
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     assert bench.main(["--read", str(file), "--page", str(page)]) == 2
-    assert "rows of --quick are no figures for a page" in capsys.readouterr().err
+    assert "rows of --quick are not figures for a page" in capsys.readouterr().err
     file.write_text(json.dumps({**facts, "quick": False, "skipped": {"mot.official": "why"}}))
     assert bench.main(["--read", str(file), "--page", str(page)]) == 0
     text = page.read_text()
@@ -214,7 +214,10 @@ def test_json_page_and_profile(
         (["moma.51"], None),
         (["mot.official", *QUICK], "nothing was measured"),
         (["--peer", "mixture_of_mambas=x"], "(did you mean 'mixture_of_mamba'?)"),
-        (["--peer", "mixture_of_mamba=/nowhere"], "/nowhere is no folder; give a checkout of github.com/Weixin-Liang"),
+        (
+            ["--peer", "mixture_of_mamba=/nowhere"],
+            "/nowhere is not a folder; give a checkout of github.com/Weixin-Liang",
+        ),
         (["--read", "/nowhere.json"], "/nowhere.json: No such file or directory"),
     ],
 )

@@ -1,4 +1,5 @@
-"""`python -m tools.evaluate_answers`: figures of a tiny LLaVA that has learned to tell dark pictures from white ones."""
+"""`python -m tools.evaluate_answers`: figures of a tiny LLaVA that has learned to tell dark pictures from white
+ones."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ LIES = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base` has learned the 12 pictures of `data` by heart; `data/test.jsonl` has the last of them wrong, and a text."""
+    """`base` has learned the 12 pictures of `data` by heart; `data/test.jsonl` has the last of them wrong, and a
+    text."""
     folder = tmp_path_factory.mktemp("answers")
     data = write_data(folder / "data", train=2, validation=12)
     lines = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
@@ -168,7 +170,7 @@ def test_attention_sees_the_prompt_alone(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_the_recipe_keeps_one_token(folder: Path) -> None:
-    """Of 16 here, of 256 in the grids of digits."""
+    """One token of 16 here, of 256 in the grids of digits."""
     values = call(folder, "--adapt", ONE_TOKEN, "adapt.layers=[2, 3]")["values"]
     assert values["eval/skip/layers.2"] == values["eval/skip/layers.3"] == 15 / 16
     adapt = za.AdaptConfig.parse(yaml.safe_load(ONE_TOKEN.read_text())["adapt"])
@@ -190,10 +192,10 @@ def test_progress_ends_at_its_total(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 BAD: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
-    "model": ({"model": "nowhere"}, (), "is no folder; give one with a model of Transformers"),
+    "model": ({"model": "nowhere"}, (), "is not a folder; give one with a model of Transformers"),
     "weights": ({"model": "partly"}, (), "partly' has no weights model.language_model.norm.weight (1 are missing)"),
     "broken": ({"model": "broken"}, (), "broken: cannot be opened as an adapted model"),
-    "data": ({"data": "nowhere"}, (), "nowhere: is no folder; give one with test.jsonl"),
+    "data": ({"data": "nowhere"}, (), "nowhere: is not a folder; give one with test.jsonl"),
     "images": ({"data": "texts"}, (), "texts/test.jsonl: none of its 1 lines has an image"),
     "split": ({}, ("--split", "tset"), "tset.jsonl: does not exist"),
     "samples": ({}, ("--samples", 0), "--samples 0: must be at least 1"),

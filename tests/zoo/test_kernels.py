@@ -143,7 +143,7 @@ WIDE: dict[str, Callable] = CASES["attention", "packed_attention"] | {  # heads 
         ("padding and grouped heads", ("tti|tt..", "...tt|ti", "........", "ttiit..."), 4, 2, 64),
         ("several blocks of odd length", tuple(random_rows(3, 389)), 4, 1, 64),
         ("documents longer than a block", ("t" * 200 + "|" + "i" * 130, "i" * 129 + "|" + "t" * 77), 2, 2, 128),
-        ("a width that is no power of two", ("tti|t|itt", "t" * 9), 2, 1, 24),
+        ("a width that is not a power of two", ("tti|t|itt", "t" * 9), 2, 1, 24),
         ("items longer than a block", ("t" * 99 + "[" + "i" * 150 + "]|t[ii]", "[" + "i" * 140 + "]tt|[i]t"), 4, 2, 64),
         ("one document and an item", ("t" * 60 + "[" + "i" * 77 + "]", "[" + "i" * 137 + "]"), 2, 2, 32),
     )

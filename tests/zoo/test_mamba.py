@@ -201,7 +201,7 @@ def test_a_row_without_a_token_keeps_its_state():
         assert name == "document" or not torch.equal(ours[0], theirs[0])
 
 
-# ---------------------------------------------------------------------------------------------- Mixture-of-Depths around
+# --------------------------------------------------------------------------------------------- Mixture-of-Depths around
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -222,7 +222,7 @@ def test_mod_around_mamba_is_a_recurrence_over_the_kept_tokens(name):
         torch.testing.assert_close(added[b, kept], weight * branch, rtol=0, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------- first values, costs, config
+# ------------------------------------------------------------------------------------------ first values, costs, config
 
 
 def test_step_sizes_start_in_their_range_and_by_group_independently():
@@ -333,7 +333,7 @@ def test_a_kernel_that_is_not_here_is_refused_when_the_block_is_built():
         build_block("mixer", {"type": "mamba"}, kernels={"scan": "mamba"})
 
 
-# ------------------------------------------------------------------------------------------------- independent references
+# ----------------------------------------------------------------------------------------------- independent references
 
 
 @torch.no_grad()

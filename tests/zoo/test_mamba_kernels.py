@@ -1,4 +1,5 @@
-"""Every backend of scan, state-space dual and causal convolution against the reference, and the reference against a loop.
+"""Every backend of scan, state-space dual and causal convolution against the reference, and the reference against a
+loop.
 
 The table `CASES` and `zoo.kernels.OPERATIONS` make the tests: a new backend is tested by being registered.
 """
@@ -24,7 +25,7 @@ from zoo.kernels.layout import Layout
 from zoo.untied import Grouping
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Of the largest entry, or of 1: a gradient that is 0 by cancellation is 0 up to rounding."""
+"""Relative to the largest entry, or to 1: a gradient that is 0 by cancellation is 0 up to rounding."""
 needs_compiler = pytest.mark.skipif(cpu.missing() is not None, reason=f"no compiled kernels: {cpu.missing()}")
 
 
@@ -46,7 +47,8 @@ def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 
 
 def layout_of(*rows: str, grouped: bool = False, continued: bool = False) -> Layout:
-    """Layout of rows drawn as in `stream`; `grouped`: rows are sorted by modality; `continued`: document 0 has begun."""
+    """Layout of rows drawn as in `stream`; `grouped`: rows are sorted by modality; `continued`: document 0 has
+    begun."""
     context = stream(*rows)
     before = torch.zeros(context.shape[0], dtype=torch.int64) if continued else None
     return Layout.of(context, Grouping.of(context.modalities, untied=grouped), before)
@@ -323,7 +325,8 @@ def test_gradients_are_finite_differences(backend, function, make, sizes):
 def test_documents_do_not_leak(operation, function, dtype):
     """Another first document changes nothing in the second: not a bit of its output or gradients.
 
-    But for the form of the state-space dual in matrix products, whose sums of exponents run over all documents of a chunk.
+    But for the form of the state-space dual in matrix products, whose sums of exponents run over all documents of a
+    chunk.
     """
     layout, inputs = {
         "scan": case(scan_inputs, "ttitt|itti"),
@@ -510,7 +513,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     assert compiled.load.__wrapped__("conv.c", TAPS=3).conv_forward
 
 
-# ------------------------------------------------------------------------------------------------- independent references
+# ----------------------------------------------------------------------------------------------- independent references
 
 
 def package_function(file: str, *names: str) -> list[Callable]:

@@ -1,4 +1,5 @@
-"""Decoding with states is the full forward: every mixer, token by token, in chunks, padded, packed, under MoD and MoMa."""
+"""Decoding with states is the full forward: every mixer, token by token, in chunks, padded, packed, under MoD and
+MoMa."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def test_without_own_stems_a_model_is_what_it_was(read):
 
 
 def test_losses_by_hand():
-    """Mean squared error over a vector, mean cross-entropy over channels; of positions that follow in their document."""
+    """Mean squared error over a vector, mean cross-entropy over channels; of positions that follow in their
+    document."""
     model, given = build(), batch()
     sums, counts = objective()(model, given), objective().counts(given)
     assert counts == {"text": 9 - 3, "image": 5 - 1, "speech": 5 - 1}  # first tokens of documents have no predecessor

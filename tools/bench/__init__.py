@@ -1,1 +1,2 @@
-"""Speed side by side: this project's blocks against each other, against other packages, against what their FLOPs allow."""
+"""Speed side by side: this project's blocks against each other, against other packages, against what their FLOPs
+allow."""

@@ -94,7 +94,7 @@ def _peer(text: str) -> tuple[str, Path]:
         close = suggestion(kind, repositories.KINDS)
         raise UserError(f"--peer {text}: write KIND=FOLDER; kinds: {', '.join(repositories.KINDS)}{close}")
     if not Path(folder).is_dir():
-        raise UserError(f"--peer {text}: {folder} is no folder; give a checkout of {repositories.KINDS[kind]}")
+        raise UserError(f"--peer {text}: {folder} is not a folder; give a checkout of {repositories.KINDS[kind]}")
     return kind, Path(folder)
 
 

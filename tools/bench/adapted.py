@@ -20,8 +20,8 @@ METHODS = {
     "γ-MoD": ("gamma_mod", ["adapt.layers={first: 1, leave_last: 1}", "adapt.inference={rule: topk}"], "keep"),
     "p-MoD": ("p_mod", [], "centre"),
 }
-"""Name → recipe, what is changed in it (all layers but the first and last, and the share of training), and the key of its
-capacity that says how much is kept."""
+"""Name → recipe, what is changed in it (all layers but the first and last, and the share of training), and the key of
+its capacity that says how much is kept."""
 SHARES = (0.5, 0.2)
 TEXT, VOCABULARY, LAYERS, IMAGE_ID = 32, 1024, 8, 1
 DENSE = "dense"
@@ -30,8 +30,8 @@ DENSE = "dense"
 @benchmark("adapt.prefill", images=1024, width=512, hidden=1344)
 @benchmark("cuda.adapt.prefill", "cuda", images=4096, width=2048, hidden=5632)
 def prefill(settings: Settings, images: int, width: int, hidden: int) -> Group:
-    """Prefill of an adapted LLaVA over the dense one's, relative to their FLOPs, one image: 1,024 tokens D=512 F=1344 L=8
-    in fp32; on a GPU 4,096 tokens D=2048 F=5632 in bf16."""
+    """Prefill of an adapted LLaVA over the dense one's, relative to their FLOPs, one image: 1,024 tokens D=512 F=1344
+    L=8 in fp32; on a GPU 4,096 tokens D=2048 F=5632 in bf16."""
     models, inputs = build(settings, images, width, hidden)
     za, tokens = _adapt_library(), inputs["input_ids"].shape[1]
     candidates = tokens - TEXT
@@ -83,7 +83,7 @@ def build(settings: Settings, images: int, width: int, hidden: int) -> tuple[dic
 
 
 def llava(side: int, width: int, hidden: int) -> nn.Module:
-    """Of random weights: a pixel a patch, side² image tokens, a tower too thin to matter, a Llama decoder."""
+    """A LLaVA of random weights: a pixel a patch, side² image tokens, a tower too thin to matter, a Llama decoder."""
     import transformers
 
     tower = transformers.CLIPVisionConfig(

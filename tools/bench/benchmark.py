@@ -36,7 +36,8 @@ NONE = Goal()
 class Comparison:
     """A pair of variants, read in one direction.
 
-    `lower`: the row's ratio is the time of ours over the other's. `higher`: the time of the other over ours, a speed-up.
+    `lower`: the row's ratio is the time of ours over the other's. `higher`: the time of the other over ours, a
+    speed-up.
     """
 
     ours: str
@@ -44,10 +45,10 @@ class Comparison:
     """None: ours alone, against `floor_ms`."""
     better: str = LOWER
     goals: Mapping[str, Goal] = dataclasses.field(default_factory=dict)
-    """By mode."""
+    """Goals by mode."""
     expected: float | None = None
-    """Time of ours over the other's that the count of operations predicts: the ratio is then relative to it (`lower`), or
-    the share of that speed-up which is reached (`higher`)."""
+    """Time of ours over the other's that the count of operations predicts: the ratio is then relative to it (`lower`),
+    or the share of that speed-up which is reached (`higher`)."""
     floor_ms: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """By mode: the least ms that ours could take, where `other` is None."""
     note: str = ""
@@ -128,7 +129,7 @@ class Group:
     """{mode: {variant: task}}"""
     comparisons: Sequence[Comparison] = ()
     figures: Sequence[Row] = ()
-    """Rows that are no times, such as errors; the benchmark's name is put before theirs."""
+    """Rows that are not times, such as errors; the benchmark's name is put before theirs."""
 
     def named_figures(self, benchmark: str) -> list[Row]:
         return [dataclasses.replace(row, name=f"{benchmark}: {row.name}") for row in self.figures]
@@ -203,8 +204,8 @@ _benchmarks: dict[str, Benchmark] = {}
 
 
 def benchmark(name: str, device: str = "cpu", **options: object) -> Callable[[Callable], Callable]:
-    """Decorator: the function, given `Settings` and these options, builds the benchmark `name`. Its docstring's first line
-    is what `--list` says."""
+    """Decorator: the function, given `Settings` and these options, builds the benchmark `name`. Its docstring's first
+    line is what `--list` says."""
 
     def add(function: Callable[..., Group]) -> Callable[..., Group]:
         about = (function.__doc__ or "").strip().split("\n")[0]
@@ -230,7 +231,8 @@ def select(names: Sequence[str], device: str) -> list[Benchmark]:
         if not any(found.name.startswith(name) for found in available):
             everywhere = [found.name for found in available]
             raise UserError(
-                f"{name}: no benchmark on {device} begins so{suggestion(name, everywhere)}; known: {', '.join(everywhere)}"
+                f"{name}: no benchmark on {device} begins so{suggestion(name, everywhere)}; known: "
+                f"{', '.join(everywhere)}"
             )
     return [found for found in available if not names or any(found.name.startswith(name) for name in names)]
 

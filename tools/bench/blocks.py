@@ -1,4 +1,5 @@
-"""Blocks of the zoo as a benchmark runs them: on random values, alternating runs of text and image, one context a batch."""
+"""Blocks of the zoo as a benchmark runs them: on random values, alternating runs of text and image, one context a
+batch."""
 
 from __future__ import annotations
 

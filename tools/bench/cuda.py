@@ -1,4 +1,5 @@
-"""On a GPU, in bf16: untied Mamba against mamba-ssm's block, MoMa and MoD against dense, MFU of the recipes near 1.4B."""
+"""On a GPU, in bf16: untied Mamba against mamba-ssm's block, MoMa and MoD against dense, MFU of the recipes near
+1.4B."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def depth(settings: Settings) -> Group:
 @benchmark("cuda.mfu.mot", "cuda", file="mot_1.5b")
 @benchmark("cuda.mfu.mixture_of_mamba", "cuda", file="mixture_of_mamba_1.5b")
 def utilisation(settings: Settings, file: str) -> Group:
-    """Model FLOPs utilisation of a recipe's loss and gradients on one GPU, at its row length, one row, recomputing layers."""
+    """Model FLOPs utilisation of a recipe's loss and gradients on one GPU, at its row length, one row, recomputing
+    layers."""
     path = RECIPES / f"{file}.yaml"
     if not path.is_file():
         raise Unavailable(f"there is no {path}")
@@ -107,7 +109,8 @@ def utilisation(settings: Settings, file: str) -> Group:
 
 
 def fitting(recipe: recipes.Recipe) -> tuple[zoo.Model, str]:
-    """The recipe's model on the GPU, with fewer layers where its weights and gradients would not fit; and a note of that."""
+    """The recipe's model on the GPU, with fewer layers where its weights and gradients would not fit; and a note of
+    that."""
     with torch.device("meta"):
         whole = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
     needed = 2 * DTYPE.itemsize * sum(parameter.numel() for parameter in whole.parameters())

@@ -24,7 +24,8 @@ def moma(hidden: int, auxiliary: bool = False) -> dict:
 @benchmark("moma.512", width=512, hidden=1536, goal=Goal(1.10, 1.05))
 @benchmark("moma.1024", width=1024, hidden=2816, goal=Goal(1.20, 1.05))
 def moma_over_dense(settings: Settings, width: int, hidden: int, goal: Goal) -> Group:
-    """Routed SwiGLU experts over the dense SwiGLU of equal FLOPs, 4,096 tokens; auxiliary routers in a row of their own."""
+    """Routed SwiGLU experts over the dense SwiGLU of equal FLOPs, 4,096 tokens; auxiliary routers in a row of their
+    own."""
     width, hidden = settings.size(width), settings.size(hidden)
     configs = {
         "dense": {"type": "dense", "d_ff": hidden},
@@ -42,7 +43,8 @@ def moma_over_dense(settings: Settings, width: int, hidden: int, goal: Goal) -> 
 
 @benchmark("moma.mixtral")
 def moma_against_mixtral(settings: Settings) -> Group:
-    """Transformers' Mixtral block, eager, 8 experts, top-1, against MoMa and against our experts under the same routing."""
+    """Transformers' Mixtral block, eager, 8 experts, top-1, against MoMa and against our experts under the same
+    routing."""
     width, hidden, length = settings.size(512), settings.size(1536), settings.size(LENGTH)
     theirs = packages.mixtral_block(width, hidden, experts=8)
     x, context = leaf(ROWS, length, width), alternating(ROWS, length)

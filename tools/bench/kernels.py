@@ -1,4 +1,5 @@
-"""Kernels: selective scan, state-space dual and packed attention against other packages' forms and against the exact one."""
+"""Kernels: selective scan, state-space dual and packed attention against other packages' forms and against the exact
+one."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ def scan_reference(settings: Settings) -> Group:
 
 @benchmark("scan.fallback")
 def scan_fallback(settings: Settings) -> Group:
-    """Selective scan, (2, 1024, 1024), N = 16: without a compiler against with one, and the latter against its exponentials."""
+    """Selective scan, (2, 1024, 1024), N = 16: without a compiler against with one, and the latter against its
+    exponentials."""
     rows, length, width = 2, settings.size(1024), settings.size(1024)
     layout, inputs = one_document(rows, length), scan_inputs(rows * length, width)
     kernel, leaves = compiled(), list(inputs.values())
@@ -113,7 +115,10 @@ def scan_fallback(settings: Settings) -> Group:
     once = exponentials(rows * length * width * STATES)
     tasks[FORWARD]["its exponentials"] = once
     tasks[BOTH]["its exponentials"] = lambda: (once(), once())
-    note = "least time: torch.exp of as many numbers in cache, once forward, once more backward where states are recomputed"
+    note = (
+        "least time: torch.exp of as many numbers in cache, once forward, once more backward where states are "
+        "recomputed"
+    )
     pairs = [
         Comparison(PLAIN, OURS, goals=goals(both=Goal(target=5.0))),
         Comparison(OURS, "its exponentials", note=note, expected=1.0),
@@ -178,7 +183,8 @@ def _results(
 @benchmark("ssd.minimal", peer="ssd_minimal_discrete", goal=Goal(1.3, 1.5))
 @benchmark("ssd.transformers", peer="Transformers' chunk scan", goal=Goal())
 def ssd(settings: Settings, peer: str, goal: Goal) -> Group:
-    """Mamba-2's state-space dual, B=2 T=1024 H=16 K=64 N=64, chunks of 64, against another package's form in PyTorch."""
+    """Mamba-2's state-space dual, B=2 T=1024 H=16 K=64 N=64, chunks of 64, against another package's form in
+    PyTorch."""
     rows, length, heads, width, states = 2, settings.size(1024), settings.size(16), 64, 64
     layout = one_document(rows, length)
     x, dt = leaf(rows * length, heads, width), leaf(rows * length, heads)

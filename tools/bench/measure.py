@@ -1,8 +1,9 @@
 """Timing of several computations in turn, in one process, and the statistics of their ratios.
 
-A ratio of two times means something only where both were taken under the same conditions. So the variants of a benchmark
-run in rounds, one sample of each a round, in turning order; a round during which other processes used the machine does not
-count if enough rounds are quiet; and the process's own CPU time, which others disturb less, gives a second reading.
+A ratio of two times means something only where both were taken under the same conditions. So the variants of a
+benchmark run in rounds, one sample of each a round, in turning order; a round during which other processes used the
+machine does not count if enough rounds are quiet; and the process's own CPU time, which others disturb less, gives a
+second reading.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Variant:
             self.run()
 
     def forward_backward(self) -> Task:
-        """The task that computes the gradients of all leaves, from ones at every result; they are accumulated nowhere."""
+        """The task that computes the gradients of all leaves, from ones at every result; they are accumulated
+        nowhere."""
         ones: list[Tensor] = []
 
         def task() -> None:

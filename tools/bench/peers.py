@@ -32,7 +32,8 @@ def mamba_ssm(file: str, *names: str) -> list[Callable[..., Any]]:
     folder = os.environ.get("MAMBA_SSM_SOURCE") or fetched or installed
     if folder is None:
         raise UserError(
-            "mamba-ssm's source is not here; `bash tools/setup.sh` fetches it, or set MAMBA_SSM_SOURCE to its folder mamba_ssm"
+            "mamba-ssm's source is not here; `bash tools/setup.sh` fetches it, or set MAMBA_SSM_SOURCE to its folder "
+            "mamba_ssm"
         )
     try:
         import einops

@@ -159,7 +159,7 @@ def write_page(file: Path, facts: Mapping[str, Any], rows: Sequence[Row], skippe
         UserError: the page is missing or has no markers; or the rows are those of shrunken shapes.
     """
     if facts["quick"]:
-        raise UserError(f"{file}: rows of --quick are no figures for a page; measure without it")
+        raise UserError(f"{file}: rows of --quick are not figures for a page; measure without it")
     try:
         text = file.read_text()
     except OSError as error:

@@ -1,7 +1,7 @@
 """Methods whose authors published a repository and no package: measured from a checkout, `--peer KIND=FOLDER`.
 
-Their files are loaded as they are. What they import and what is not here is replaced while they load: a GPU's scan by this
-project's C kernel, so that both sides run the same one.
+Their files are loaded as they are. What they import and what is not here is replaced while they load: a GPU's scan by
+this project's C kernel, so that both sides run the same one.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def agreement(ours: Variant, theirs: Variant) -> Row:
 @benchmark("mamba.official", rows=2, length=1024, width=512)
 @benchmark("mamba.official.256", rows=4, length=2048, width=256)
 def mixture_of_mamba(settings: Settings, rows: int, length: int, width: int) -> Group:
-    """The authors' Mixture-of-Mamba module with this project's scan in it, against ours; alternating runs of 128 tokens."""
+    """The authors' Mixture-of-Mamba module with this project's scan in it, against ours; alternating runs of 128
+    tokens."""
     rows, length, width = rows, settings.size(length), settings.size(width)
     kernel = compiled()
     layout = Layout.of(TokenContext.from_modality(torch.zeros(rows, length, dtype=torch.int64)))

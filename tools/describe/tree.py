@@ -45,8 +45,8 @@ def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
         + (" (offloaded to the host)" if held["optimizer_offloaded"] else "")
     )
     console.print(
-        "left out of FLOPs: norms, activations, rotary embedding, softmax, top-k, gathers; active: weights a token meets on "
-        "average, MoD layers by their capacity, embedding and head whole"
+        "left out of FLOPs: norms, activations, rotary embedding, softmax, top-k, gathers; active: weights a token "
+        "meets on average, MoD layers by their capacity, embedding and head whole"
     )
 
 

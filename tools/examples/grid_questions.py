@@ -26,8 +26,8 @@ def draw_cells(rng: np.random.Generator, axes: tuple[tuple[str, int], ...], leas
     """Digits 0..9, or `BLANK`, of a grid whose sides are the lengths of `axes`.
 
     Args:
-        least: fill `least` cells (or all that may be) to 80 % of them, log-uniform, which teaches what a digit's place is
-            before grids are crowded; None: a quarter to 80 %, uniform.
+        least: fill `least` cells (or all that may be) to 80 % of them, log-uniform, which teaches what a digit's place
+            is before grids are crowded; None: a quarter to 80 %, uniform.
     """
     shape = [length for _, length in axes]
     size = int(np.prod(shape))
@@ -41,7 +41,7 @@ def draw_cells(rng: np.random.Generator, axes: tuple[tuple[str, int], ...], leas
 
 
 def ask_cell(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
-    """Of every cell."""
+    """Questions about every cell."""
     for index in rng.permutation(cells.size):
         at = np.unravel_index(index, cells.shape)
         address = ", ".join(f"{name} {place + 1}" for name, place in zip(names, at, strict=True))
@@ -49,7 +49,7 @@ def ask_cell(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> I
 
 
 def ask_count(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
-    """Of every digit that is there, and one time in five of one that is not."""
+    """Questions about every digit that is there, and one time in five about one that is not."""
     counts = (cells[..., None] == np.arange(len(NAMES))).reshape(-1, len(NAMES)).sum(0)
     there, absent = np.flatnonzero(counts), np.flatnonzero(counts == 0)
     extra = int(len(there) * ABSENT / (1 - ABSENT) + rng.random())
@@ -70,8 +70,8 @@ def ask_which(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> 
 
 
 def ask_beside(rng: np.random.Generator, cells: np.ndarray, names: list[str]) -> Iterator[Turn]:
-    """Along each axis, of every digit that is there exactly once, where its place of the axis holds one other digit: two
-    steps, from the digit to its place, from there to the other. A row or column is that of all frames."""
+    """Along each axis, of every digit that is there exactly once, where its place of the axis holds one other digit:
+    two steps, from the digit to its place, from there to the other. A row or column is that of all frames."""
     asked = []
     for axis, name in enumerate(names):
         for part in np.moveaxis(cells, axis, 0):

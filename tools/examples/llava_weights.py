@@ -1,5 +1,5 @@
-"""First weights of a small LLaVA, with which it learns in minutes what pretrained ones know already: where a patch is, and
-that near patches belong together."""
+"""First weights of a small LLaVA, with which it learns in minutes what pretrained ones know already: where a patch is,
+and that near patches belong together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TowerConfig(Config):
 
 
 class DecoderConfig(Config):
-    """Llama's decoder."""
+    """Sizes of Llama's decoder."""
 
     d_model: int = Field(gt=0)
     """Width of the residual stream."""
@@ -48,11 +48,12 @@ class DecoderConfig(Config):
 
 @torch.no_grad()
 def initialise(model: Any, vision: TowerConfig, decoder: DecoderConfig, side: int) -> None:
-    """Set the weights of a LlavaForConditionalGeneration with a CLIP tower of `side` × `side` patches and a Llama decoder.
-    Draws from torch's generator.
+    """Set the weights of a LlavaForConditionalGeneration with a CLIP tower of `side` × `side` patches and a Llama
+    decoder. Draws from torch's generator.
 
     * Decoder, projector and head: N(0, decoder.initial²).
-    * The tower's position embedding: sines and cosines of row and column (as arXiv 2111.06377); its queries and keys read
+    * The tower's position embedding: sines and cosines of row and column (as arXiv 2111.06377); its queries and keys
+    read
       them alike, so that near patches see each other (the mimetic initialisation of arXiv 2305.09828).
     """
     language, projector = model.model.language_model, model.model.multi_modal_projector
@@ -69,8 +70,8 @@ def initialise(model: Any, vision: TowerConfig, decoder: DecoderConfig, side: in
 
 
 def sines(side: int, width: int, fastest: float = 2.0, span: float = 20.0) -> Tensor:
-    """Position code (side·side, width) of patches in raster order: sin and cos of the row at width/4 frequencies, then of
-    the column.
+    """Position code (side·side, width) of patches in raster order: sin and cos of the row at width/4 frequencies, then
+    of the column.
 
     Args:
         fastest: highest frequency, radians a patch.

@@ -8,8 +8,8 @@ unchanged, in a folder for each. A line is
 
     {"image": "train/000000.0.jpg", "question": "Describe the picture.", "answer": "A dog on a beach."}
 
-with `images`, a list, where a document has several. The answer is the document's text on one line: runs of whitespace are
-one space. Documents that are broken, or have no picture or no text, are passed over and counted.
+with `images`, a list, where a document has several. The answer is the document's text on one line: runs of whitespace
+are one space. Documents that are broken, or have no picture or no text, are passed over and counted.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def write(
             there are too few captions.
     """
     if not shards.is_dir():
-        raise DataError(f"{shards}: does not exist, or is no folder; give a folder of .tar shards")
+        raise DataError(f"{shards}: does not exist, or is not a folder; give a folder of .tar shards")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give another folder")
     if there := sorted(each.name for each in out.glob("*.jsonl")):
@@ -109,8 +109,9 @@ def write(
             total = len(side.captions) + side.incomplete + len(side.broken)
             why = f", such as {side.broken[0]}" if side.broken else ""
             raise DataError(
-                f"{option}: {len(side.captions)} of the {total} documents in its shards of {shards} have a picture and a text, "
-                f"at least {least} must; {side.incomplete} lack one of them, {len(side.broken)} are broken{why}"
+                f"{option}: {len(side.captions)} of the {total} documents in its shards of {shards} have a picture and "
+                f"a text, at least {least} must; {side.incomplete} lack one of them, {len(side.broken)} are "
+                f"broken{why}"
             )
     half = len(held.captions) // 2
     splits = {"train": training.captions, "validation": held.captions[:half], "test": held.captions[half:]}

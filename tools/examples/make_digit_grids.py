@@ -4,20 +4,21 @@ without a download.
     python -m tools.examples.make_digit_grids FOLDER [--train 8000] [--frames 4] [--rows 2 --columns 2] ...
 
 FOLDER gets `train.jsonl`, `validation.jsonl`, `test.jsonl` and the pictures they name (paths relative to FOLDER). A
-training line is one picture with several turns, `{"image": …, "turns": [{"question", "answer", "kind"}, …], "cells"}`; a
-held-out line is one question, `{"image", "question", "answer", "kind", "cells"}`. `cells` are the digits of the grid, -1
-where blank. With `--frames F` a line has `images`, the F frames in order, in place of `image`.
+training line is one picture with several turns, `{"image": …, "turns": [{"question", "answer", "kind"}, …], "cells"}`;
+a held-out line is one question, `{"image", "question", "answer", "kind", "cells"}`. `cells` are the digits of the grid,
+-1 where blank. With `--frames F` a line has `images`, the F frames in order, in place of `image`.
 
 Kinds: `cell` "What is at row 2, column 3?", `count` "How many sevens?", `which` "Which row has a nine?" (or column, or
 frame; asked where exactly one has). With frames a cell's address begins with its frame, and counts are of all of them.
-With `--beside N` also `beside` "What shares a row with the nine?" (the one other digit there), N times as often as cells:
-it takes two steps, from the digit to its row and from the row to the other digit. `--least 3` makes such rows common.
-Training grids hold few digits more often than many: what "which row" asks is hardly learnt from crowded ones alone.
+With `--beside N` also `beside` "What shares a row with the nine?" (the one other digit there), N times as often as
+cells: it takes two steps, from the digit to its row and from the row to the other digit. `--least 3` makes such rows
+common. Training grids hold few digits more often than many: what "which row" asks is hardly learnt from crowded ones
+alone.
 
-No digit of a training grid is in a held-out one. Test grids take the 297 digits held out by `tools.examples.make_digits`;
-its 1,500 training digits are divided again, stratified by class, in 1,200 for training and 300 for validation. The
-split is by digit, not by writer: the collection does not say who wrote what. Only training digits are shifted. The
-same arguments give the same bytes, and line i does not depend on the number of lines.
+No digit of a training grid is in a held-out one. Test grids take the 297 digits held out by
+`tools.examples.make_digits`; its 1,500 training digits are divided again, stratified by class, in 1,200 for training
+and 300 for validation. The split is by digit, not by writer: the collection does not say who wrote what. Only training
+digits are shifted. The same arguments give the same bytes, and line i does not depend on the number of lines.
 """
 
 from __future__ import annotations

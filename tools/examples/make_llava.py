@@ -3,10 +3,12 @@
     python -m tools.examples.make_llava CONFIG.yaml DATA OUT [key.sub=value ...]
 
 OUT holds a LlavaForConditionalGeneration (CLIP tower, two-layer projector, Llama decoder) and a LlavaProcessor, both
-opened by plain `from_pretrained`; `pretrain.finetune` trains it. The tokenizer knows DATA's training questions and answers:
+opened by plain `from_pretrained`; `pretrain.finetune` trains it. The tokenizer knows DATA's training questions and
+answers:
 
 * without `vocabulary` by their words, in lower case and without punctuation; a place named by `units`, such as "row 2,
-  column 3", is one word, as location tokens are in other models: an address in two words takes many times as long to learn;
+  column 3", is one word, as location tokens are in other models: an address in two words takes many times as long to
+  learn;
 * with `vocabulary: N` by byte-level byte-pair encoding, N tokens in all: any text, as it is written.
 """
 
@@ -45,8 +47,8 @@ TEMPLATE = (
     "{% if frames > 1 %}frame {{ seen.frames }} {% endif %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% if message['role'] == 'assistant' %}</s>{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
-"""`<image>question⏎answer</s>question⏎answer</s>…`, ⏎ a line break; of several images each is announced: `frame 1 <image>frame
-2 <image>…`"""
+"""`<image>question⏎answer</s>question⏎answer</s>…`, ⏎ a line break; of several images each is announced: `frame 1
+<image>frame 2 <image>…`"""
 
 
 class LlavaFolderConfig(Config):
@@ -128,7 +130,8 @@ def _bytes(texts: Iterable[str], size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            # no token spans a line break: a prompt, which ends in one, has the tokens that the same text has before an answer
+            # no token spans a line break: a prompt, which ends in one, has the tokens that the same text has before an
+            # answer
             pre_tokenizers.Split("\n", "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
@@ -173,7 +176,8 @@ def make_processor(config: LlavaFolderConfig, texts: Iterable[str]) -> Any:
 
 
 def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
-    """The LlavaForConditionalGeneration with its first weights, a function of the seed. See `tools.examples.llava_weights`.
+    """The LlavaForConditionalGeneration with its first weights, a function of the seed. See
+    `tools.examples.llava_weights`.
 
     Args:
         vocabulary: number of tokens.

@@ -1,10 +1,12 @@
-"""Pretrain the vision tower of an untrained LLaVA folder on what its patches show, as LLaVA's own tower comes pretrained.
+"""Pretrain the vision tower of an untrained LLaVA folder on what its patches show, as LLaVA's own tower comes
+pretrained.
 
     python -m tools.examples.pretrain_tower FOLDER DATA [--steps 700] [--batch 8] [--lr 2e-3]
 
 FOLDER is one of `tools.examples.make_llava`, DATA one of `tools.examples.make_digit_grids`. Linear heads read from each
-patch's output which digit the patch is of, if any, and the row and column of its cell; the heads are thrown away, the tower
-is written back into FOLDER. Learnt through a decoder alone, from some answers an image, the same takes many times as long.
+patch's output which digit the patch is of, if any, and the row and column of its cell; the heads are thrown away, the
+tower is written back into FOLDER. Learnt through a decoder alone, from some answers an image, the same takes many times
+as long.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pretrain.finetune.questions import Question, read_questions
 from zoo.config import UserError
 
 PLACE_WEIGHT = 0.3
-"""Of the loss of row and column: the position code does most of it, and must not be forgotten."""
+"""Weight of the loss of row and column: the position code does most of it, and must not be forgotten."""
 WARMUP, CLIP, WEIGHT_DECAY, BETAS = 30, 1.0, 0.05, (0.9, 0.98)
 
 
@@ -63,7 +65,8 @@ def targets(cells: np.ndarray, side: int) -> dict[str, Tensor]:
 def pretrain(
     model: Any, processor: Any, data: Path, steps: int = 700, batch: int = 8, lr: float = 2e-3, seed: int = 0
 ) -> float:
-    """Train `model`'s vision tower in place, with AdamW, a constant learning rate and a linear fall over the second half.
+    """Train `model`'s vision tower in place, with AdamW, a constant learning rate and a linear fall over the second
+    half.
 
     Args:
         model, processor: of Transformers' LLaVA with a CLIP tower.
@@ -113,8 +116,8 @@ def read_pictures(questions: list[Question], side: int) -> list[tuple[Any, np.nd
         rows, columns = cells.shape[-2:]
         if side % rows or side % columns:
             raise UserError(
-                f"{question.source}: {rows} rows and {columns} columns do not divide the {side} patches along an image; "
-                "make grids or images of other sizes"
+                f"{question.source}: {rows} rows and {columns} columns do not divide the {side} patches along an image;"
+                " make grids or images of other sizes"
             )
         found |= dict(zip(question.images, cells.reshape(-1, rows, columns), strict=True))
     return list(found.items())

@@ -4,8 +4,8 @@
 
 Each part is a process of its own with a limit; its output goes to FOLDER/<part>.log. A part that has finished is not
 repeated: the same command goes on where an earlier one stopped. FOLDER/gpu_check.md is the result, with hardware and
-versions. `--wheels` names the folder that `tools/gpu_wheels.sh` made: mamba-ssm and causal-conv1d are then built for this
-device while other parts run.
+versions. `--wheels` names the folder that `tools/gpu_wheels.sh` made: mamba-ssm and causal-conv1d are then built for
+this device while other parts run.
 """
 
 from __future__ import annotations

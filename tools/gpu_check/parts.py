@@ -14,14 +14,14 @@ PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--timeou
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One process."""
+    """One process of the check."""
 
     name: str
     about: str
     arguments: tuple[str, ...]
     """For the Python interpreter."""
     limit: float
-    """Seconds."""
+    """Time that it may take, in seconds."""
     extensions: bool = False
     """Whether it waits for mamba-ssm and causal-conv1d to be built."""
 

@@ -1,7 +1,7 @@
 """Run every tiny recipe's step on a GPU with synchronisation made an error: python -m tools.gpu_check.synchronisation
 
-A copy to the host, or a blocking copy from it, makes the device wait for the host and the host for the device. Prints a line
-for each recipe with the place of its first one; exits 1 where a recipe that needs none has one.
+A copy to the host, or a blocking copy from it, makes the device wait for the host and the host for the device. Prints a
+line for each recipe with the place of its first one; exits 1 where a recipe that needs none has one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ DATA_DEPENDENT = (
     "mode_staged",
     "hybrid_mod_moma",
 )
-"""Recipes of which a block must learn a count that depends on the data: tokens that chose an expert, or of each modality
-among those that a modality-blind depth router kept."""
+"""Recipes of which a block must learn a count that depends on the data: tokens that chose an expert, or of each
+modality among those that a modality-blind depth router kept."""
 
 
 def main() -> int:

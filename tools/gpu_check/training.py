@@ -1,7 +1,7 @@
 """Train a 90M recipe for some steps on a GPU by its documented entry point: python -m tools.gpu_check.training FOLDER
 
-Its data are real handwritten digits, made larger: what is looked at is that the whole path runs under DeepSpeed in bf16,
-that the loss falls, and how many tokens a second pass.
+Its data are real handwritten digits, made larger: what is looked at is that the whole path runs under DeepSpeed in
+bf16, that the loss falls, and how many tokens a second pass.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 The same command goes on where it stopped; finished runs are never repeated, a failed one is tried once more. The key
 `type` of the file says of which kind the sweep is:
 
-    adapt   Adapt one dense multimodal LLM in many ways of equal decoder FLOPs, tune all alike, and compare how well they
+    adapt   Adapt one dense multimodal LLM in many ways of equal decoder FLOPs, tune all alike, and compare how well
+    they
             answer. OUT gets `arank.json`, `runs/<arm>-<target>-<seed>/result.json`, `timing.json`, `results.md`,
             `accuracy.png` or, where that is the metric, `perplexity.png`, and `skip.png`.
 """

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from scipy.stats import t as student
 
 LEVEL = 0.95
-"""Of confidence intervals."""
+"""Level of the confidence intervals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Difference:
 def compare(pairs: Mapping[int, Sequence[tuple[Scores, Scores]]]) -> Difference:
     """The difference of two arms.
 
-    Over items it is a ratio R of sums, of d, the difference of an item's scores (mean over the pairs), and its weight w.
-    The interval is that of the mean of R + (d − R w) / mean(w), as ratio estimates are linearised; where all weights are
-    1 these are the differences themselves.
+    Over items it is a ratio R of sums, of d, the difference of an item's scores (mean over the pairs), and its weight
+    w. The interval is that of the mean of R + (d − R w) / mean(w), as ratio estimates are linearised; where all weights
+    are 1 these are the differences themselves.
 
     Args:
         pairs: seed → scores of both, one pair a setting; what one seed gives is one observation.

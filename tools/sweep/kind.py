@@ -11,7 +11,8 @@ Result = dict[str, Any]
 
 
 class Point(Protocol):
-    """One run of a sweep, as planned. Must be a frozen dataclass whose fields become JSON; the plan is kept in a file."""
+    """One run of a sweep, as planned. Must be a frozen dataclass whose fields become JSON; the plan is kept in a
+    file."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -36,7 +37,8 @@ class Point(Protocol):
 
     @property
     def same_as(self) -> str:
-        """The name of an earlier point that is the very same run, whose result counts for both; "" where there is none."""
+        """The name of an earlier point that is the very same run, whose result counts for both; "" where there is
+        none."""
 
 
 SomePoint = TypeVar("SomePoint", bound=Point)
@@ -99,7 +101,8 @@ class Sweep(Protocol[SomePoint]):
         """Do a run, or go on with it, in a process of its own.
 
         Args:
-            folder: where the run may write. What it trains in is `folder / "run"`, which is removed once it is finished.
+            folder: where the run may write. What it trains in is `folder / "run"`, which is removed once it is
+                finished.
         Raises:
             UserError: it failed.
         """

@@ -26,5 +26,5 @@ def open_sweep(path: Path, overrides: Iterable[str]) -> Sweep[Any]:
     data = recipes.read(path, overrides)
     kind = data.pop("type", None)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError(f"type: {kind!r} is no kind of sweep; write type: KIND, one of {', '.join(sorted(KINDS))}")
+        raise ConfigError(f"type: {kind!r} is not a kind of sweep; write type: KIND, one of {', '.join(sorted(KINDS))}")
     return KINDS[kind].load(data, path.parent)

@@ -2,7 +2,8 @@
 
     python -m tools.sweep.run TYPE FOLDER
 
-FOLDER holds `point.json`, written by the sweep of that type; it gets `result.json`. Its folder `run` is gone afterwards.
+FOLDER holds `point.json`, written by the sweep of that type; it gets `result.json`. Its folder `run` is gone
+afterwards.
 """
 
 from __future__ import annotations

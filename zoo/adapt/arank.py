@@ -66,20 +66,20 @@ def reduce(maps: Tensor, tokens: Tensor, queries: Tensor | None = None, rtol: fl
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Of n samples, L layers and H heads."""
+    """What was measured on n samples in L layers of H heads."""
 
     values: Tensor
     """(n, L, H, 3) float64, in the order of STATISTICS."""
     tokens: tuple[int, ...]
     """Tokens of each sample, padding not counted."""
     image_tokens: tuple[int, ...]
-    """Of them, placeholders of images and videos."""
+    """How many of them are placeholders of images and videos."""
     weights: tuple[int, ...]
-    """Of each layer, those of matrices: what a token is multiplied with (all experts of a mixture counted)."""
+    """Weights in the matrices of each layer: what a token is multiplied with (all experts of a mixture counted)."""
     width: int
     """Heads · head dim."""
     dtype: str
-    """Of the attention weights as the layers give them; their softmax is float32 in all models tried."""
+    """Type of the attention weights as the layers give them; their softmax is float32 in all models tried."""
 
     def layers(self) -> list[dict[str, Any]]:
         """Each layer in plain numbers: means over heads and samples; `stderr` is that of rank_over_length over samples,
@@ -233,7 +233,7 @@ class _Reducer:
 
 
 def _columns(inputs: Mapping[str, Tensor], pictures: Tensor, first: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each row, the columns of its tokens and those of its image tokens; `first` numbers the rows in errors."""
+    """The columns of each row's tokens, and those of its image tokens; `first` numbers the rows in errors."""
     ids = inputs["input_ids"].cpu()
     mask = inputs.get("attention_mask")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
@@ -255,6 +255,6 @@ def _moved(inputs: Mapping[str, Tensor], base: PreTrainedModel, device: torch.de
 
 def _unavailable(where: str, why: str) -> UserError:
     return UserError(
-        f"{where}: attention weights are not available, {why}; ARank cannot be measured on this model, so choose layers by a "
-        "rule, such as {first: 1, leave_last: 1, every: 2}"
+        f"{where}: attention weights are not available, {why}; ARank cannot be measured on this model, so choose layers"
+        " by a rule, such as {first: 1, leave_last: 1, every: 2}"
     )

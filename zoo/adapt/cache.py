@@ -181,7 +181,7 @@ class CacheReport:
     bytes: int
     dense_bytes: int
     slots: tuple[int, ...]
-    """Of each layer: tokens a row, unused slots included."""
+    """Tokens a row that each layer holds, unused slots included."""
     dense_slots: tuple[int, ...]
 
     @property

@@ -62,21 +62,25 @@ class PerLayer(Config):
 
     type: Literal["list"]
     keep: list[Capacity]
+    """Share of each group that is kept, a number a layer."""
 
 
 class RouterConfig(Config):
+    """What decides which tokens go through a routed layer."""
+
     type: Literal["linear", "attention", "random"] = "linear"
     """What scores the candidates. "linear": a learned router. Without weights, as baselines that need no training:
     "attention": what the last token of the prompt attends to, mean over heads, in the layer before the first routed
     one (FastV, arXiv 2403.06764, which routes every layer from there on, by one decision); "random": a draw of each
     layer, by the token's place and, in training, by the sample's ids."""
     seed: int = 0
-    """Of random draws."""
+    """Seed of random draws."""
     shared: bool = False
     """One router for all layers (γ-MoD); else one each."""
     input: Literal["norm", "residual"] = "residual"
     """What it reads: the layer's normed input (γ-MoD) or the residual stream as it is (p-MoD)."""
     bias: bool = False
+    """Whether its linear map has a bias."""
     initial_scale: float = Field(0.1, ge=0)
     """Standard deviation of the first weights in units of 1/√D; 0 starts at zero, where all tokens tie and the earlier
     ones of a group are kept (p-MoD)."""
@@ -120,10 +124,13 @@ class GateConfig(Config):
 
 
 class AuxiliaryConfig(Config):
+    """A loss that teaches the router besides the language loss."""
+
     type: Literal["membership", "none"] = "none"
     """"membership": cross-entropy between the router's probability and having been chosen, over the candidates, mean in
     each layer, summed over layers (γ-MoD)."""
     weight: float = Field(0.01, gt=0)
+    """Weight of that loss beside the language loss."""
 
 
 class InferenceConfig(Config):
@@ -132,6 +139,7 @@ class InferenceConfig(Config):
     rule: Literal["topk", "threshold"] = "topk"
     """For image tokens: the top-k of their group as in training, or a keep-probability σ(logit) above `threshold`."""
     threshold: float | None = Field(None, gt=0, lt=1)
+    """The least keep-probability; required where one of the rules uses it, absent where none does."""
     text: Literal["keep", "threshold"] = "keep"
     """For all other tokens, of prompt and answer, in prefill and generation alike."""
 
@@ -166,6 +174,7 @@ class AdaptConfig(Config):
     """Tokens that compete: those of one image (or video), of one frame (or image), or all of a sample. Answer tokens
     compete with images under "sample", otherwise with the sample's other answer tokens."""
     capacity: Annotated[Constant | Progressive | PerLayer, Field(discriminator="type")]
+    """How much of its candidates each routed layer keeps."""
     router: RouterConfig = RouterConfig()
     gate: GateConfig = GateConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -225,8 +234,8 @@ class AdaptConfig(Config):
             numbers = self.layers
             if numbers[-1] >= depth:
                 raise ConfigError(
-                    f"layers: {numbers[-1]} is out of range; the decoder has layers 0 to {depth - 1}; leave it out, or give a "
-                    "rule that fits any depth: {first: 1, leave_last: 1}"
+                    f"layers: {numbers[-1]} is out of range; the decoder has layers 0 to {depth - 1}; leave it out, or "
+                    "give a rule that fits any depth: {first: 1, leave_last: 1}"
                 )
         else:
             numbers = list(range(self.layers.first, depth - self.layers.leave_last, self.layers.every))

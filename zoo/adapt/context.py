@@ -29,7 +29,7 @@ class AdaptContext:
     """B rows of T tokens; indices are flat, into B·T."""
 
     shape: tuple[int, int]
-    """(B, T)."""
+    """(B, T): rows, and tokens of a row."""
     competing: Tensor
     """(n,) tokens that compete, pool after pool; each group of the config is a pool."""
     pools: tuple[int, ...]
@@ -100,7 +100,8 @@ class AdaptContext:
     def text(cls, like: Tensor) -> AdaptContext:
         """Context of rows (B, T, …) in which nothing may be skipped."""
         none = torch.empty(0, dtype=torch.int64, device=like.device)
-        return cls(tuple(like.shape[:2]), none, (), (), none, None, (like.shape[1],) * like.shape[0])
+        rows, columns = like.shape[:2]
+        return cls((rows, columns), none, (), (), none, None, (columns,) * rows)
 
     @classmethod
     def build(
@@ -187,6 +188,7 @@ def _placeholders(
         if tokens is not None:
             found = tokens == token
         else:
+            assert values is not None and embed is not None
             found = (values == embed(torch.tensor(token, device=values.device))).all(-1)
         kind = kind.masked_fill(found, what)
     return kind

@@ -82,12 +82,12 @@ def parts(model: nn.Module) -> Parts:
     Args:
         model: of Transformers, or PEFT's wrapper of one.
     Raises:
-        UserError: it is no multimodal decoder.
+        UserError: it is not a multimodal decoder.
     """
     top = unwrapped(model)
     name = type(top).__name__
     if not hasattr(top, "config") or not hasattr(top, "get_decoder"):
-        raise UserError(f"{name} is no model of Transformers; give one loaded by AutoModelForImageTextToText")
+        raise UserError(f"{name} is not a model of Transformers; give one loaded by AutoModelForImageTextToText")
     picture_ids(top.config, name)
     decoder = top.get_decoder()
     if decoder is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
@@ -108,8 +108,8 @@ def picture_ids(config: Any, name: str) -> dict[int, int]:
     ids = {token: kind for token, kind in ((image, IMAGE), (video, VIDEO)) if token is not None}
     if not ids:
         raise UserError(
-            f"{name} has no image token (config.image_token_id): it is a text-only model, and there is nothing to skip; "
-            "give a multimodal one, such as LLaVA"
+            f"{name} has no image token (config.image_token_id): it is a text-only model, and there is nothing to skip;"
+            " give a multimodal one, such as LLaVA"
         )
     return ids
 
@@ -125,7 +125,7 @@ def gated(layer: nn.Module) -> str:
 
 
 def may_follow(kind: int, frames: bool, inputs: Mapping[str, Any], config: Any) -> bool:
-    """Whether a group of tokens of this kind may begin right behind a forward that ended in one: where nothing stands
+    """Whether a group of tokens of this kind may begin right after a forward that ended in one: where nothing stands
     between groups, and the forward brings whole pictures (`generate`'s prefill_chunk_size cuts anywhere)."""
     if inputs.get("mm_encoder_outputs"):
         return False
@@ -192,7 +192,7 @@ def _cut(run: int, size: int) -> list[int]:
 
 
 def _frames_on_grid(index: np.ndarray, starts: np.ndarray, inputs: Mapping[str, Any], config: Any) -> list[int]:
-    """Of videos whose frames stand side by side: from their grids, or from the tokens' places (row, column), which go
+    """Frames of videos that stand side by side: from their grids, or from the tokens' places (row, column), which go
     up within a frame."""
     positions, grid = inputs.get("position_ids"), inputs.get("video_grid_thw")
     if positions is not None and positions.dim() == 3 and positions.shape[0] >= 3:

@@ -23,11 +23,11 @@ from zoo.trace import Trace
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Of the decoder's layers."""
+    """FLOPs of the decoder's layers."""
 
     prefill: float
     decode: float
-    """Of all generated tokens."""
+    """FLOPs of all generated tokens."""
     router: float
     """Not in the others."""
 
@@ -40,7 +40,7 @@ class Flops:
 
 
 def layer_flops(weights: int, width: int, tokens: float) -> float:
-    """Of one decoder layer over a prompt.
+    """FLOPs of one decoder layer over a prompt.
 
     Args:
         weights: of its linear maps.
@@ -57,7 +57,7 @@ def attention_width(config: Any) -> int:
 
 
 def decoder_flops(model: nn.Module, tokens: int, groups: Sequence[int] = (), generated: int = 0) -> Flops:
-    """Of one sample, with the nominal share of each group kept.
+    """FLOPs of one sample, with the nominal share of each group kept.
 
     Args:
         model: dense or adapted.
@@ -80,7 +80,7 @@ def decoder_flops(model: nn.Module, tokens: int, groups: Sequence[int] = (), gen
 
 
 def traced_flops(model: nn.Module, trace: Trace, tokens: Sequence[int]) -> Flops:
-    """Of one traced forward without a cache behind it, summed over its rows.
+    """FLOPs of one traced forward that continues no cache, summed over its rows.
 
     Args:
         trace: what it was called with.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,20 @@ class Decision:
         return self.selection.kept
 
 
-class RoutedDecoderLayer:
+if TYPE_CHECKING:
+
+    class DecoderLayer(nn.Module):
+        """What a decoder layer of Transformers has that routing needs."""
+
+        input_layernorm: nn.Module
+        _gradient_checkpointing_func: Callable[..., Any]
+
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any: ...
+else:
+    DecoderLayer = object
+
+
+class RoutedDecoderLayer(DecoderLayer):
     """Mixin. The class it precedes is a decoder layer of Transformers: `layer(hidden, **kwargs)`, hidden (B, T, D)."""
 
     routing: Routing
@@ -106,12 +119,13 @@ class RoutedDecoderLayer:
         if self.routing.unlearned is not None:
             candidates = context.candidates(salt(self.routing.name, 0))
             return self.routing.unlearned(flat, candidates) if context.routes else None, None
-        candidates = context.everyone() if config.gate.tokens == "all" else context.candidates()
+        candidates, router = context.everyone() if config.gate.tokens == "all" else context.candidates(), self.router
+        assert router is not None
         read = F.embedding(candidates.index, flat)
-        scores = self.router(self.input_layernorm(read) if config.router.input == "norm" else read, candidates)
+        scores = router(self.input_layernorm(read) if config.router.input == "norm" else read, candidates)
         if config.gate.activation == "none" or not candidates.index.shape[0]:
             return scores, None
-        gate = scores.new_ones(flat.shape[0]).index_copy(0, candidates.index, self.router.gates(scores)[:, 0])
+        gate = scores.new_ones(flat.shape[0]).index_copy(0, candidates.index, router.gates(scores)[:, 0])
         return scores, gate.view(context.shape)
 
     def _choose(self, scores: Tensor | None, context: AdaptContext, slots: RoutedLayer | None) -> TokenSelection:
@@ -119,6 +133,7 @@ class RoutedDecoderLayer:
         if slots is not None and context.competing.shape[0]:
             _check_parts(config, context, slots)
             slots.routed = True
+        assert scorer is not None and scores is not None
         ranking = scorer.ranking(scores[: context.candidates().index.shape[0]])
         chosen = select(context, ranking, self.routing.capacity, config.inference.threshold)
         if context.trace is not None:
@@ -127,11 +142,12 @@ class RoutedDecoderLayer:
 
     def _report(self, context: AdaptContext, ranking: Tensor, chosen: TokenSelection) -> None:
         """Tell the trace what was decided, how well the router foresaw it, and its auxiliary loss."""
-        name, index = self.routing.name, context.candidates().index
-        context.trace.decisions[name] = Decision(chosen, index, ranking[:, 0].detach())
+        name, index, trace = self.routing.name, context.candidates().index, context.trace
+        assert trace is not None
+        trace.decisions[name] = Decision(chosen, index, ranking[:, 0].detach())
         learns = self.routing.config.auxiliary.type == "membership"
         train_auxiliary(context, name, ranking if learns else ranking.detach(), chosen.taken[:, None])
-        context.trace.add_load(name, sum(chosen.counts) - sum(context.dense_counts), index.shape[0])
+        trace.add_load(name, sum(chosen.counts) - sum(context.dense_counts), index.shape[0])
 
     def _packed(
         self,
@@ -144,12 +160,12 @@ class RoutedDecoderLayer:
     ) -> Any:
         """The layer on the kept tokens of x (B, T, D), gated, among the others as they are; as the layer returns it."""
         (rows, tokens, width), start = x.shape, 0 if slots is None else slots.length
-        everything = chosen is None or (chosen.valid is None and chosen.index.shape[1] == tokens)
-        index, valid = (None, None) if everything else (chosen.index, chosen.valid)
+        if chosen is not None and chosen.valid is None and chosen.index.shape[1] == tokens:
+            chosen = None  # every token goes
         time = torch.arange(start, start + tokens, device=x.device).expand(rows, -1)
-        packed, columns, weight = x, time, gate
-        if not everything:
-            flat_index = chosen.flat_index
+        packed, columns, weight, valid = x, time, gate, None
+        if chosen is not None:
+            index, valid, flat_index = chosen.index, chosen.valid, chosen.flat_index
             packed = F.embedding(flat_index, x.reshape(-1, width)).view(rows, -1, width)
             columns = index + start if valid is None else (index + start).masked_fill(~valid, -1)
             weight = None if gate is None else gate.gather(1, index)
@@ -164,7 +180,7 @@ class RoutedDecoderLayer:
         y, rest = _split(self._gradient_checkpointing_func(run, packed, inner) if checkpoint else run(packed, inner))
         if weight is not None and not self.routing.gated:
             y = packed + weight.unsqueeze(-1).to(y.dtype) * (y - packed)
-        if everything:
+        if chosen is None:
             return _join(y, rest)
         others = x
         if self.routing.config.gate.symmetric and gate is not None:
@@ -172,8 +188,8 @@ class RoutedDecoderLayer:
             others = x * torch.where(skipped, gate, 1.0).to(x.dtype).unsqueeze(-1)
         others = others.reshape(-1, width)
         if valid is not None:  # the places past a row's count hold tokens that are skipped
-            y = torch.where(valid.unsqueeze(-1), y, F.embedding(flat_index, others).view_as(y))
-        return _join(others.index_copy(0, flat_index, y.reshape(-1, width)).view_as(x), rest)
+            y = torch.where(valid.unsqueeze(-1), y, F.embedding(chosen.flat_index, others).view_as(y))
+        return _join(others.index_copy(0, chosen.flat_index, y.reshape(-1, width)).view_as(x), rest)
 
     def _run(self, kwargs: dict[str, Any], x: Tensor, gate: Tensor | None) -> Any:
         """The family's own layer, its MLP branch times the gate (B, K), if there is one."""
@@ -191,6 +207,7 @@ def _check_parts(config: AdaptConfig, context: AdaptContext, slots: RoutedLayer)
             f"{what} ranks all image tokens of a sample together, and some of this one were chosen in an earlier "
             "forward; give all its images in one forward, or choose group: image or frame and another router"
         )
+    assert context.kind is not None
     first = context.kind[:, 0]
     if slots.last_kind is None or slots.last_kind.shape != first.shape or config.inference.rule == "threshold":
         return
@@ -198,7 +215,7 @@ def _check_parts(config: AdaptConfig, context: AdaptContext, slots: RoutedLayer)
         ((slots.last_kind == first) & torch.isin(first, torch.tensor(context.indivisible))).nonzero()[:, 0].tolist()
     ):
         raise UserError(
-            f"row {row}: the prompt is given in parts, and one begins with image tokens right behind those of the "
+            f"row {row}: the prompt is given in parts, and one begins with image tokens right after those of the "
             f"part before; group: {config.group} ranks an image's (or video's) tokens together, so end a part between "
             "two of them, or leave prefill_chunk_size out"
         )
@@ -245,6 +262,6 @@ def _taken(kwargs: dict[str, Any], index: Tensor) -> dict[str, Any]:
 @functools.cache
 def routed_class(cls: type) -> type:
     """The class of a routed layer whose own class is `cls`: the same name and module, for whoever matches by them."""
-    routed = type(cls.__name__, (RoutedDecoderLayer, cls), {"__module__": cls.__module__})
+    routed: Any = type(cls.__name__, (RoutedDecoderLayer, cls), {"__module__": cls.__module__})
     routed.forward = RoutedDecoderLayer.forward  # not the checkpointing wrapper: that is called round the layer alone
     return routed

@@ -15,7 +15,7 @@ from zoo.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Of one layer."""
+    """What is proposed for one layer, and why."""
 
     chosen: bool
     reason: str

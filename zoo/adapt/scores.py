@@ -22,7 +22,7 @@ from zoo.routing.candidates import Candidates
 from zoo.routing.scorer import Scorer
 
 NAME = "zoo_received"
-"""Of the attention function that also says what the last token attends to."""
+"""Name of the attention function that also says what the last token attends to."""
 
 
 class Unlearned(Scorer):
@@ -33,6 +33,7 @@ class RandomScorer(Unlearned, counter_noise=True):
     """Uniform draws, of each layer its own."""
 
     def forward(self, x: Tensor, candidates: Candidates | None = None) -> Tensor:
+        assert candidates is not None
         return uniform(candidates.key, candidates.salt, 1)
 
 
@@ -40,6 +41,7 @@ class AttentionScorer(Unlearned, counter_noise=True):
     """The attention that `attend` saw tokens receive."""
 
     def forward(self, x: Tensor, candidates: Candidates | None = None) -> Tensor:
+        assert candidates is not None
         return candidates.context.shared("received", _missing)[candidates.index, None]
 
 
@@ -48,7 +50,8 @@ UNLEARNED: dict[str, type[Unlearned]] = {"attention": AttentionScorer, "random":
 
 
 class Watched:
-    """An attention module's config, under which it calls `attend`. What is set on the model's own config still counts."""
+    """An attention module's config, under which it calls `attend`. What is set on the model's own config still
+    counts."""
 
     def __init__(self, config: Any) -> None:
         self.dense = config
@@ -107,6 +110,7 @@ def received(context: AdaptContext, query: Tensor, key: Tensor, mask: Tensor | N
     """
     rows, heads, tokens, width = query.shape
     columns = torch.arange(tokens)
+    assert context.kind is not None
     last = torch.where(context.kind != PADDING, columns, 0).amax(1).to(query.device)  # (B,)
     wide = torch.promote_types(query.dtype, torch.float32)
     last_query = query.gather(2, last[:, None, None, None].expand(rows, heads, 1, width)).to(wide)

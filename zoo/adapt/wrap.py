@@ -36,7 +36,7 @@ class Adaptation:
 
     config: AdaptConfig
     handles: list[Any]
-    """Of the hooks."""
+    """Handles that take the hooks away again."""
 
 
 def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int = 0) -> nn.Module:
@@ -232,14 +232,14 @@ def _check_layers(found: Parts, plan: Mapping[int, Any], config: AdaptConfig) ->
     if windows:
         routable = ", ".join(map(str, plain[plain[:1] == [0] :])) or "none of its layers"
         raise UserError(
-            f"layers: {', '.join(map(str, windows))} have a sliding window or no cache of their own, and a window would "
-            f"count kept tokens instead of tokens; leave them out (list layers; this model can route {routable})"
+            f"layers: {', '.join(map(str, windows))} have a sliding window or no cache of their own, and a window would"
+            f" count kept tokens instead of tokens; leave them out (list layers; this model can route {routable})"
         )
     before = min(plan) - 1
     if config.router.type == "attention" and before not in plain:
         raise UserError(
-            f"router.type: attention: layer {before}, before the first routed one, has a sliding window, outside which no "
-            "image token receives attention; begin behind a layer without one"
+            f"router.type: attention: layer {before}, before the first routed one, has a sliding window, outside which "
+            "no image token receives attention; begin after a layer without one"
         )
     for number in plan:
         layer = found.layers[number]

@@ -1,7 +1,7 @@
 """The choice of backend: a name asked for and missing is an error, `auto` takes the fastest that is here and says why.
 
-`reference.py` defines the operations; a backend is a file with the same function names. Attention, scan, state-space dual
-(`ssd`) and causal convolution have a backend for each device: a block asks again where its values are.
+`reference.py` defines the operations; a backend is a file with the same function names. Attention, scan, state-space
+dual (`ssd`) and causal convolution have a backend for each device: a block asks again where its values are.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def causal_conv1d(
 
 
 class _Recurrence(torch.autograd.Function):
-    """h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t and y_t = C_t · h_t over time-first values; channels last, they are many."""
+    """h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t and y_t = C_t · h_t over time-first values; channels last, they are
+    many."""
 
     @staticmethod
     def forward(

@@ -1,8 +1,9 @@
-"""Compile a C source of `csrc/` at first use and load it: no headers of PyTorch, about a second, kept for later processes.
+"""Compile a C source of `csrc/` at first use and load it: no headers of PyTorch, about a second, kept for later
+processes.
 
 The library's name is a hash of everything that decides its code: sources, flags, compiler and the processor's features
-(a home folder is often shared by unlike machines). It is written under another name and renamed, so that processes which
-start at the same moment never load half a file.
+(a home folder is often shared by unlike machines). It is written under another name and renamed, so that processes
+which start at the same moment never load half a file.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def load(source: str, **sizes: int) -> ctypes.CDLL:
 
 
 def _workshop() -> tempfile.TemporaryDirectory:
-    """A new folder inside the cache, so that a finished library can be renamed; elsewhere where that cannot be written."""
+    """A new folder inside the cache, so that a finished library can be renamed; elsewhere where that cannot be
+    written."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=cache_folder())
@@ -76,7 +78,7 @@ def _workshop() -> tempfile.TemporaryDirectory:
 
 
 def _compile(cc: str, flags: list[str], source: pathlib.Path, library: pathlib.Path) -> pathlib.Path:
-    """Build `library`."""
+    """Compile `source` into `library`."""
     code = library.with_suffix(".o")
     for command in ([cc, *flags, "-c", str(source), "-o", str(code)], [cc, "-shared", str(code), "-o", str(library)]):
         run = subprocess.run(command, capture_output=True, text=True, check=False)

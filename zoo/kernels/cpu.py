@@ -1,4 +1,5 @@
-"""Scan, state-space dual and causal convolution on a CPU: C kernels compiled at first use, forward and backward in fp32.
+"""Scan, state-space dual and causal convolution on a CPU: C kernels compiled at first use, forward and backward in
+fp32.
 
 They step through rows by index, so that values sorted by modality need no gather. bf16 comes in and goes out and is
 computed in fp32. float64, and any other device, takes `chunked`.
@@ -63,7 +64,8 @@ class Arguments:
         }
 
     def call(self, function: Any, fields: Sequence[str]) -> int:
-        """Call `function`, of a library loaded by ctypes, with a pointer to the structure of these 8-byte fields, in order."""
+        """Call `function`, of a library loaded by ctypes, with a pointer to the structure of these 8-byte fields, in
+        order."""
         words = (ctypes.c_int64 * len(fields))()
         for i, name in enumerate(fields):
             value = self.values.get(name)
@@ -79,8 +81,8 @@ def _succeed(status: int) -> None:
 
 CONV_FIELDS = ("threads batch steps channels row first count x x_stride weight bias y dy dx dweight dbias").split()
 SCAN_FIELDS = (
-    "threads batch steps channels rows groups row first count group u dt z u_stride dt_stride z_stride B C B_stride C_stride "
-    "bias A D initial y final saved dy dfinal du ddt dz dB dC dA dD dbias dinitial"
+    "threads batch steps channels rows groups row first count group u dt z u_stride dt_stride z_stride B C B_stride "
+    "C_stride bias A D initial y final saved dy dfinal du ddt dz dB dC dA dD dbias dinitial"
 ).split()
 
 
@@ -221,8 +223,8 @@ def selective_scan(
 
 
 SSD_FIELDS = (
-    "threads batch steps heads width sets rows groups row first count group x dt B C x_stride dt_stride B_stride C_stride "
-    "bias A D initial y final saved dy dfinal dx ddt dB dC dA dD dbias dinitial"
+    "threads batch steps heads width sets rows groups row first count group x dt B C x_stride dt_stride B_stride "
+    "C_stride bias A D initial y final saved dy dfinal dx ddt dB dC dA dD dbias dinitial"
 ).split()
 SSD_CHUNK, SSD_HEADS = 32, 4
 """As in csrc/ssd.c."""

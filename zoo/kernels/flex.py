@@ -1,7 +1,7 @@
 """Attention through PyTorch's flex_attention on CUDA: one compiled kernel that passes over blocks of other documents.
 
-It is imported and compiled when a function runs, never before. Unlike `xformers` it needs the documents on the device only,
-so that it also serves a sub-sequence a router selected, and its backward is deterministic.
+It is imported and compiled when a function runs, never before. Unlike `xformers` it needs the documents on the device
+only, so that it also serves a sub-sequence a router selected, and its backward is deterministic.
 """
 
 from __future__ import annotations

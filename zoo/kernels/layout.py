@@ -1,7 +1,7 @@
 """Layout: which row of a block's values holds the token of each step, so that recurrences need no values in time order.
 
-A Mamba block sorts its tokens by modality once. Everything pointwise runs on the sorted rows; convolution and scan, where
-tokens meet, step through the rows by index instead of bringing them back into time order.
+A Mamba block sorts its tokens by modality once. Everything pointwise runs on the sorted rows; convolution and scan,
+where tokens meet, step through the rows by index instead of bringing them back into time order.
 
 Letters: B sequences, T steps, R rows, W width.
 """
@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """R."""
+        """R, rows without padding."""
         return self.group.shape[0]
 
     @functools.cached_property
@@ -82,8 +82,8 @@ class Layout:
 
     @functools.cached_property
     def apart(self) -> tuple[Tensor, int]:
-        """(B, T) column of each step when an empty one stands before every document but a sequence's first, and the number
-        of columns that makes, for which the host waits once."""
+        """(B, T) column of each step when an empty one stands before every document but a sequence's first, and the
+        number of columns that makes, for which the host waits once."""
         place = torch.arange(self.row.shape[1], device=self.row.device) + self.document - self.document[:, :1]
         return place, int(place.max()) + 1
 

@@ -17,8 +17,8 @@ from zoo.kernels import chunked
 from zoo.kernels.layout import Layout, causal_window
 
 FORGET = 1e30
-"""Δ at a separator between documents: exp(Δ A) is 0 for any |A| above 1e-28, and its input is 0, so the state becomes 0.
-A large Δ at a document's first token instead would also scale that token's input."""
+"""Δ at a separator between documents: exp(Δ A) is 0 for any |A| above 1e-28, and its input is 0, so the state becomes
+0. A large Δ at a document's first token instead would also scale that token's input."""
 NEVER = -1e4
 """dt where there is no token: softplus gives Δ = 0, the state stays."""
 
@@ -69,8 +69,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`, but the final state has no gradient.
 
-    The kernel takes no initial state: decoding goes by `chunked`. It has one bias vector, added in fp32: rows with biases of
-    several groups have theirs added before, and all is computed in fp32.
+    The kernel takes no initial state: decoding goes by `chunked`. It has one bias vector, added in fp32: rows with
+    biases of several groups have theirs added before, and all is computed in fp32.
     """
     if state is not None:
         return chunked.selective_scan(u, dt, bias, A, B, C, D, z, layout, state)

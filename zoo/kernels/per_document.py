@@ -17,7 +17,8 @@ from zoo.kernels import sdpa
 from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is one row a document already
 
 SHORT = 256
-"""Tokens a row up to which a sub-sequence costs less under one mask than a table of its documents and a call a length."""
+"""Tokens a row up to which a sub-sequence costs less under one mask than a table of its documents and a call a
+length."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,5 @@
-"""Attention of the package xformers on CUDA: a batch is one row of tokens, and its documents are blocks on the diagonal.
+"""Attention of the package xformers on CUDA: a batch is one row of tokens, and its documents are blocks on the
+diagonal.
 
 The package is imported when a function runs, never before. The documents' bounds come from the host.
 """
@@ -35,8 +36,8 @@ def missing() -> str | None:
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenContext) -> Tensor:
     """As `reference.packed_attention`.
 
-    Rows of a single document, fp64, and head widths that are no multiple of 8 go by `sdpa`. Contexts with items go by
-    `per_document`: the package's blocks on the diagonal are causal and know nothing of items.
+    Rows of a single document, fp64, and head widths that are not a multiple of 8 go by `sdpa`. Contexts with items go
+    by `per_document`: the package's blocks on the diagonal are causal and know nothing of items.
     """
     if (context.single_document and context.item is None) or not takes(query):
         return sdpa.packed_attention(query, key, value, context)

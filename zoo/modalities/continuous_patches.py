@@ -20,8 +20,8 @@ class ContinuousPatches(Picture):
         """Patches of `patch`² pixels, each a vector of `patch`² × `channels` numbers."""
 
         mask: Literal["causal", "bidirectional"] = "causal"
-        """What a patch sees of its own image: the patches before it, or all of them, as an objective needs that denoises a
-        whole image at once. What it sees of the rest of its document stands before it in any case."""
+        """What a patch sees of its own image: the patches before it, or all of them, as an objective needs that
+        denoises a whole image at once. What it sees of the rest of its document stands before it in any case."""
 
         @property
         def carries(self) -> Vectors:
@@ -38,7 +38,8 @@ class ContinuousPatches(Picture):
         return self.config.patches(item).astype(np.float32) / np.float32(127.5) - np.float32(1)
 
     def decode(self, content: np.ndarray) -> np.ndarray:
-        """(image_size, image_size, channels) uint8 of the vectors of all positions; what lies outside [−1, 1] is clipped.
+        """(image_size, image_size, channels) uint8 of the vectors of all positions; what lies outside [−1, 1] is
+        clipped.
 
         Raises:
             ValueError: an array of another shape.

@@ -2,8 +2,8 @@
 
 A kind of modality is one class in one file. Its nested `Config` knows everything that can be known before any data is
 seen (what a position carries, how many positions an item takes, what the model may see of it), so that a recipe is
-checked and a model is built from it alone. The class itself is ready for use: it encodes and decodes. A kind that learns
-something from data (`LearnedConfig`) is made by `fit` or `load`, any other from its config.
+checked and a model is built from it alone. The class itself is ready for use: it encodes and decodes. A kind that
+learns something from data (`LearnedConfig`) is made by `fit` or `load`, any other from its config.
 
     @register("modality", "my_kind")
     class MyKind(Modality):

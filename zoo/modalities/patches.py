@@ -54,7 +54,8 @@ class Patches(Picture, LearnedModality):
             patches = [self.patches(image) for image in items]
             if not patches:
                 raise UserError(
-                    "there is no image to learn an image codebook from; leave the image modality out, or give its `path`"
+                    "there is no image to learn an image codebook from; leave the image modality out, or give its "
+                    "`path`"
                 )
             return Patches(self, _codebook(np.concatenate(patches), self.codes))
 
@@ -62,7 +63,7 @@ class Patches(Picture, LearnedModality):
             """Read a codebook.
 
             Raises:
-                UserError: the file is missing, is no codebook, or was made for another geometry.
+                UserError: the file is missing, is not a codebook, or was made for another geometry.
             """
             if not Path(path).is_file():
                 raise UserError(f"image codebook {path} does not exist; correct `path`, or set it to null to train one")
@@ -70,7 +71,7 @@ class Patches(Picture, LearnedModality):
                 with safetensors.safe_open(str(path), framework="numpy") as file:
                     codebook, made_for = file.get_tensor("codebook"), file.metadata() or {}
             except safetensors.SafetensorError as error:
-                raise UserError(f"{path} is no image codebook: {error}") from None
+                raise UserError(f"{path} is not an image codebook: {error}") from None
             for key, value in self.geometry().items():
                 if made_for.get(key) != value:
                     raise UserError(
@@ -118,7 +119,7 @@ class Patches(Picture, LearnedModality):
         """(image_size, image_size, channels) uint8 of the ids of all positions.
 
         Raises:
-            ValueError: another number of ids, or an id that is no code.
+            ValueError: another number of ids, or an id that is not a code.
         """
         ids, count, codes = np.asarray(content), self.config.positions.most, self.config.codes
         if ids.shape != (count,) or ids.min() < 0 or ids.max() >= codes:

@@ -117,7 +117,7 @@ class Picture(Modality):
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))):
         raise ValueError(
-            f"an array of shape {array.shape} and type {array.dtype} is no image; "
+            f"an array of shape {array.shape} and type {array.dtype} is not an image; "
             "it needs (H, W), (H, W, 1) or (H, W, 3) and uint8"
         )
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)

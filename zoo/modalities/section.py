@@ -21,11 +21,11 @@ def _check(modalities: dict[str, BlockConfig]) -> dict[str, BlockConfig]:
     names = list(modalities)
     for name in names:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise _wrong(f"{name!r} is no name of a modality; use lower-case letters, digits and '_'")
+            raise _wrong(f"{name!r} is not a name of a modality; use lower-case letters, digits and '_'")
     if TEXT not in names or _part(modalities[TEXT]) != TEXT:
         raise _wrong(
-            f"has {', '.join(names) or 'none'}, but no text that is a kind of text, and the markers between parts are of "
-            "it; write `text: {type: bytes}` first"
+            f"has {', '.join(names) or 'none'}, but no text that is a kind of text, and the markers between parts are "
+            "of it; write `text: {type: bytes}` first"
         )
     reader: dict[str, str] = {}
     for name, config in modalities.items():

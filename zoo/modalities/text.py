@@ -86,7 +86,7 @@ class BPE(Text, LearnedModality):
             return Ids(self.vocab_size)
 
         def extent(self, item: str) -> int:
-            """Its characters."""
+            """Characters of the text."""
             return len(item)
 
         def fit(self, items: Iterable[str]) -> BPE:
@@ -112,7 +112,7 @@ class BPE(Text, LearnedModality):
             try:
                 inner = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-                raise UserError(f"{path} is no tokenizer.json of the tokenizers library: {error}") from None
+                raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
             highest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
             if highest >= self.vocab_size:
                 raise UserError(
@@ -140,5 +140,5 @@ class BPE(Text, LearnedModality):
         return self.inner.decode([int(i) for i in content], skip_special_tokens=False)
 
     def save(self, path: str | Path) -> None:
-        """Write `tokenizer.json`."""
+        """Write the tokenizer to `tokenizer.json`."""
         self.inner.save(str(path))

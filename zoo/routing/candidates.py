@@ -31,7 +31,7 @@ class Candidates:
     """n tokens that may be chosen."""
 
     context: RoutedBatch
-    """Of the whole batch."""
+    """Context of the whole batch."""
     index: Tensor
     """(n,) flat indices into B·T; the tokens of a pool stand together, in row and time order."""
     row_counts: tuple[int, ...]
@@ -39,7 +39,7 @@ class Candidates:
     scopes: tuple[int, ...]
     """How many candidates compete with each other, on the host: the first so many, the next so many, and so on."""
     salt: int = 0
-    """Of this layer's noise at this step (`zoo.noise`)."""
+    """Salt of this layer's noise at this step (`zoo.noise`)."""
 
     @property
     def key(self) -> Tensor:

@@ -46,7 +46,7 @@ class Chooser:
 class ExpertChoice(Chooser):
     """Each expert takes its top-k of every scope, k = ⌈candidates · capacity⌉ in exact arithmetic."""
 
-    capacity: Fraction
+    capacity: Fraction  # pyrefly: ignore[bad-override]  # a field, not a variable that anybody sets
     looks_ahead: ClassVar[bool] = True
 
     def mask(self, scores: Tensor, candidates: Candidates) -> Tensor:
@@ -84,7 +84,7 @@ class TokenChoice(Chooser):
     """Divide a token's weights by their sum over the experts it chose."""
 
     @property
-    def capacity(self) -> Fraction:
+    def capacity(self) -> Fraction:  # pyrefly: ignore[bad-override]
         return Fraction(self.top_k, self.experts)
 
     def columns(self, scores: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Threshold(Chooser):
     """Whatever scores above a threshold is taken: how auxiliary routers decide in causal use."""
 
     above: float = 0.0
-    capacity: ClassVar[None] = None
+    capacity: ClassVar[None] = None  # pyrefly: ignore[bad-override]
 
     def mask(self, scores: Tensor, candidates: Candidates) -> Tensor:
         return scores > self.above

@@ -73,7 +73,8 @@ class LinearScorer(Scorer, counter_noise=True):
     def check_depth(cls, config: BlockConfig, path: str) -> None:
         if isinstance(config, LinearScorer.Config) and config.activation == "softmax":
             raise ConfigError(
-                f"{path}.activation: softmax over a single output is always 1 and learns nothing; use sigmoid, raw or tanh"
+                f"{path}.activation: softmax over a single output is always 1 and learns nothing; use sigmoid, raw or "
+                "tanh"
             )
 
     def forward(self, x: Tensor, candidates: Candidates | None = None) -> Tensor:

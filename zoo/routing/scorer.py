@@ -55,7 +55,8 @@ class Scorer(Part):
         return scores
 
     def gates(self, scores: Tensor) -> Tensor:
-        """(n, outputs) what multiplies the output for a token that is taken: its score. The scorer learns through it."""
+        """(n, outputs) what multiplies the output for a token that is taken: its score. The scorer learns through
+        it."""
         return scores
 
 

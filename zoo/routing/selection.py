@@ -1,4 +1,5 @@
-"""Selection: who was taken. Of candidates by experts, as pairs; or of the tokens of rows, by a layer that others skip."""
+"""Selection: who was taken. Of candidates by experts, as pairs; or of the tokens of rows, by a layer that others
+skip."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class ExpertSelection:
     token: Tensor
     """(R,) index into the n candidates."""
     expert: Tensor
-    """(R,)."""
+    """(R,) expert of each pair."""
     counts: tuple[int, ...]
     """Pairs of each expert, on the host."""
 

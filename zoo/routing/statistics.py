@@ -38,7 +38,7 @@ class RouterHits(_Counts):
     """An auxiliary router's predictions beside the choice itself, over pairs of a token and an expert (or a layer)."""
 
     total: Number
-    """All pairs."""
+    """How many pairs there are."""
     chosen: Number
     predicted: Number
     """Pairs of which the auxiliary router said that they would be chosen."""

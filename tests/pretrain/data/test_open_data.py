@@ -50,7 +50,8 @@ def test_config_errors_name_key_value_and_way_out(changes, message):
 
 def test_an_item_must_fit_into_a_row(config):
     message = (
-        r"^data.sequence_length: 7: is too short for one image: 4 positions, .* need 8 tokens; set data.sequence_length "
+        r"^data.sequence_length: 7: is too short for one image: 4 positions, .* need 8 tokens; set"
+        r" data.sequence_length "
         r"to at least 8, or in modalities.image make patch larger or image_size smaller"
     )
     with pytest.raises(ConfigError, match=message):
@@ -136,10 +137,10 @@ def with_parts(key: str, parts: str, **files: bytes) -> dict[str, bytes]:
 BROKEN = [
     (with_parts("json", "[{"), "its JSON is not"),
     ({"__key__": "list", "json": b"[1]"}, "its JSON is not"),
-    (with_parts("empty", "[]"), "no list with an entry"),
+    (with_parts("empty", "[]"), "is not a list with an entry"),
     (with_parts("kind", '[{"type": "film"}]'), "part 0 has type 'film'; known: text, image, audio, video"),
     (with_parts("text", '[{"type": "text"}]'), 'text part 0 has no string "text"'),
-    (with_parts("surrogate", r'[{"type": "text", "text": "\ud800"}]'), "no valid Unicode"),
+    (with_parts("surrogate", r'[{"type": "text", "text": "\ud800"}]'), "is not valid Unicode"),
     (with_parts("nameless", '[{"type": "image"}]'), 'names no "file"'),
     (with_parts("missing", '[{"type": "image", "file": "7.png"}]'), "missing.7.png is missing"),
     (sample("picture", b"no picture"), "0.png does not decode"),

@@ -58,7 +58,7 @@ def test_shards_are_sorted_and_missing_ones_named(tmp_path, shard):
         DataError, match=r"^data.train: no shard in '.*' matches 'z\*'; it holds a-train.tar, x-train.tar"
     ):
         find_shards(tmp_path, "z*", "data.train")
-    with pytest.raises(DataError, match="^data.path: .* is no folder"):
+    with pytest.raises(DataError, match="^data.path: .* is not a folder"):
         find_shards(tmp_path / "nowhere", "*", "data.train")
 
 

@@ -70,7 +70,8 @@ def llava_processor(chat_template: str | None = None) -> Any:
 
 
 def other_processors(tokens: int = 4) -> dict[str, Any]:
-    """One of each family that has its own way with text or images; `tokens` an image where the number is free, and 4 a tile."""
+    """One of each family that has its own way with text or images; `tokens` an image where the number is free, and 4 a
+    tile."""
     import transformers as hf
 
     sides = {"height": 8, "width": 8}

@@ -1,4 +1,5 @@
-"""Fine-tuning: every mistake a user can make ends with exit code 2, one clear message, and nothing written to the run folder."""
+"""Fine-tuning: every mistake a user can make ends with exit code 2, one clear message, and nothing written to the run
+folder."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ import pretrain.finetune.train
 import zoo.adapt as za
 from pretrain.data import DataError
 from pretrain.finetune import recipe as finetune_recipe
+from pretrain.finetune.batcher import Batcher
 from pretrain.finetune.evaluate import predict
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question, read_questions
-from pretrain.finetune.samples import Batcher, Batches, Samples, usable
+from pretrain.finetune.samples import Batches, Samples, usable
 from pretrain.finetune.task import FineTuning
 from pretrain.process_group import Ranks
 from pretrain.sums import Sums
@@ -99,7 +101,7 @@ WRONG = {
     "data.maximum_length=0": ("data.maximum_length: 0: must be greater than 1",),
     "deepspeed.zero_optimisation={}": ("deepspeed.zero_optimisation: unknown key", "did you mean 'zero_optimization'?"),
     "deepspeed.zero_optimization.stage=4": ("deepspeed.zero_optimization.stage: 4 must be 0, 1, 2 or 3",),
-    "base=nowhere": ("base: 'nowhere' is no folder; give one with a model of Transformers and its processor",),
+    "base=nowhere": ("base: 'nowhere' is not a folder; give one with a model of Transformers and its processor",),
     "base=empty": ("base: 'empty' holds no config.json; give a folder that `save_pretrained` wrote",),
     "base=adapters": ("base: 'adapters' holds only adapters, not the model they belong to",),
     "base=text only": (
@@ -117,20 +119,20 @@ WRONG = {
     "adapt.layers=[1, 3]": ("adapt: layers: 3 is the last layer", "set last_layer: true"),
     "adapt.capacity.keep=0": ("adapt.capacity.constant.keep: 0: must be above 0 and at most 1",),
     "adapt.capacity.kept=1": ("kept: unknown key",),
-    "freeze=[vision]": ("freeze: 'vision' is no part of the model; among its parts are model.vision_tower",),
+    "freeze=[vision]": ("freeze: 'vision' is not part of the model; among its parts are model.vision_tower",),
     "freeze=[model, lm_head]": ("freeze: ['model', 'lm_head'] leaves nothing to train",),
     "lora={r: 2, alpha: 4, targets: [q_proj, query]}": (
-        "lora.targets: 'query' is no linear map of a decoder layer; known: q_proj, k_proj",
+        "lora.targets: 'query' is not a linear map of a decoder layer; known: q_proj, k_proj",
     ),
     "lora={r: 2, alpha: 4, modules_to_save: [projector]}": (
-        "lora.modules_to_save: 'projector' is no part of the model; among its parts are model.vision_tower",
+        "lora.modules_to_save: 'projector' is not part of the model; among its parts are model.vision_tower",
     ),
     "lora={r: 2, alpha: 4, modules_to_save: [layers.0.mlp]}": (
         "lora.modules_to_save: 'layers.0.mlp' holds model.language_model.layers.0.mlp.gate_proj, which",
         "name smaller modules, or leave its maps out of lora.targets",
     ),
     "lora={r: 2, alpha: 4, modules_to_save: [mod_router]}": ("holds model.language_model.layers.1.mod_router, which",),
-    "data.path=nowhere": ("data.path: 'nowhere' is no folder; give one with train.jsonl",),
+    "data.path=nowhere": ("data.path: 'nowhere' is not a folder; give one with train.jsonl",),
     "data.path=no images": (
         'data.path: none of the 1 lines of no images/train.jsonl has an image; a multimodal model needs some: {"image"',
     ),

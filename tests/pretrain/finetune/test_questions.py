@@ -35,7 +35,7 @@ def test_lines_become_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[1]", "is list, not an object"),
         ('{"image": "gone.png", "question": "a", "answer": "b"}', "gone.png' does not exist"),
         ({"question": "a", "answer": 3}, "'answer' must be a text that is not empty, got 3"),
@@ -64,7 +64,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         read_questions(folder)
     (folder / "train.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="is no UTF-8"):
+    with pytest.raises(DataError, match="is not UTF-8"):
         read_questions(folder)
     (folder / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"validation.jsonl:1: .*a.png does not decode"):

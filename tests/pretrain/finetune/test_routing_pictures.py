@@ -1,4 +1,5 @@
-"""Pictures of kept patches: those that a model of each family decided to keep, where they are, in the colours it saw."""
+"""Pictures of kept patches: those that a model of each family decided to keep, where they are, in the colours it
+saw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Fine-tuning on real processes: whatever the ranks, stages and stops, one and the same run, and what it leaves behind."""
+"""Fine-tuning on real processes: whatever the ranks, stages and stops, one and the same run, and what it leaves
+behind."""
 
 from __future__ import annotations
 
@@ -127,7 +128,7 @@ def one(folder: Path) -> Path:
 
 
 def digests(run: Path) -> dict[str, str]:
-    """Of the files of tensors in a run's model."""
+    """Checksums of the files of tensors in a run's model, by name."""
     files = sorted((run / "model").glob("*.safetensors"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -208,9 +209,9 @@ def test_the_model_left_behind(two: Path) -> None:
     """It opens as the adapted model, which evaluates to what the run said, and as a dense one."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    from pretrain.finetune.batcher import Batcher
     from pretrain.finetune.evaluate import evaluate
     from pretrain.finetune.questions import read_questions
-    from pretrain.finetune.samples import Batcher
     from zoo.adapt.family import picture_ids
 
     model = za.load_adapted(two / "whole" / "model", dtype=torch.float32)
@@ -231,8 +232,8 @@ def test_the_model_left_behind(two: Path) -> None:
 
 
 def test_adapters(two: Path) -> None:
-    """Of a LoRA run: adapters, routers and the hash of the base, without the base; routers have learned, and so has what was
-    to be trained in full."""
+    """A LoRA run leaves adapters, routers and the hash of the base, not the base; routers have learned, and so has what
+    was to be trained in full."""
     left = two / "lora" / "model"
     names = {file.name for file in left.iterdir()}
     assert {"adapter_model.safetensors", "mod_routers.safetensors"} <= names and "model.safetensors" not in names

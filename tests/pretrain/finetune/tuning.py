@@ -1,4 +1,5 @@
-"""A tiny multimodal model with its processor, questions about tiny pictures, and a recipe that tunes the one on the other."""
+"""A tiny multimodal model with its processor, questions about tiny pictures, and a recipe that tunes the one on the
+other."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def write_base(folder: Path, **text: Any) -> Path:
 
 
 def write_data(folder: Path, train: int = 22, validation: int = 6, texts: int = 0) -> Path:
-    """Pictures of one grey and the question which; with `texts` every so many-th line is a question without a picture."""
+    """Pictures of one grey and the question which; with `texts` every so many-th line is a question without a
+    picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("validation", validation)):
         lines = []

@@ -1,4 +1,5 @@
-"""`python -m tools.examples.make_digit_grids`: what the questions say is what the pictures show, and splits share no digit."""
+"""`python -m tools.examples.make_digit_grids`: what the questions say is what the pictures show, and splits share no
+digit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`python -m tools.examples.pretrain_tower`: the tower learns digits, in place, and the rest of the model stays as it is."""
+"""`python -m tools.examples.pretrain_tower`: the tower learns digits, in place, and the rest of the model stays as it
+is."""
 
 from __future__ import annotations
 

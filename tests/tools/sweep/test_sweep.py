@@ -170,5 +170,5 @@ def test_settings_that_change_before_a_run_is_finished(tmp_path: Path) -> None:
 def test_the_kind_must_be_known(tmp_path: Path, said: str) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(said + "numbers: [1]\n")
-    with pytest.raises(ConfigError, match="type: .* is no kind of sweep; write type: KIND, one of adapt"):
+    with pytest.raises(ConfigError, match="type: .* is not a kind of sweep; write type: KIND, one of adapt"):
         open_sweep(path, [])

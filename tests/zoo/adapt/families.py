@@ -82,7 +82,8 @@ def llava_next(**text: Any) -> nn.Module:
 
 
 def llava_onevision(**text: Any) -> nn.Module:
-    """Images as LLaVA-NeXT's, of 16 tokens and 4 rows of 9; a video frame is pooled to 4 tokens, one newline ends it."""
+    """Images as LLaVA-NeXT's, of 16 tokens and 4 rows of 9; a video frame is pooled to 4 tokens, one newline ends
+    it."""
     vision = transformers.SiglipVisionConfig(**small_vision(), vision_use_head=False)
     config = transformers.LlavaOnevisionConfig(
         vision_config=vision,
@@ -106,7 +107,7 @@ def video_llava(**text: Any) -> nn.Module:
 
 
 def qwen_vl(kind: str, vision: dict[str, Any], **changes: Any) -> Callable[..., nn.Module]:
-    """Of Qwen2-VL and after, 4 × 4 tokens an image."""
+    """A model as Qwen2-VL and later ones, 4 × 4 tokens an image."""
     common = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
     rotary = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 

@@ -24,7 +24,7 @@ class Picture:
     features: Callable[[torch.Generator], dict[str, Tensor]]
     """What the model is given for it, fp32, made to be joined with others' along dimension 0."""
     frames: tuple[int, ...] = ()
-    """Of a video: tokens of each frame."""
+    """Tokens of each frame of a video."""
     frame: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None
     """frame(features, i) → those of frame i, where frames may come one by one."""
 

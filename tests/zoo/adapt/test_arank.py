@@ -230,7 +230,10 @@ def test_what_cannot_be_measured(llava: nn.Module, monkeypatch: pytest.MonkeyPat
             arank.measure(llava, [batch])
     with monkeypatch.context() as patch:
         patch.setattr(type(llava), "set_attn_implementation", lambda self, which: None)
-        said = "^Llava.*: attention weights are not available, it has no eager attention; ARank cannot .* choose layers by a rule"
+        said = (
+            "^Llava.*: attention weights are not available, it has no eager attention; ARank cannot .* choose layers by"
+            " a rule"
+        )
         with pytest.raises(UserError, match=said):
             arank.measure(llava, [batch])
     with torch.no_grad():

@@ -91,7 +91,10 @@ def test_other_caches_are_refused() -> None:
     from transformers import LlamaConfig
 
     config = LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=8)
-    said = "^past_key_values: layer 1 of the StaticCache is a StaticLayer; .* only DynamicCache allows .*without cache_impl"
+    said = (
+        "^past_key_values: layer 1 of the StaticCache is a StaticLayer; .* only DynamicCache allows .*without "
+        "cache_impl"
+    )
     with pytest.raises(UserError, match=said):
         routed_layer(StaticCache(config=config, max_cache_len=8), 1)
     sliding = DynamicCache()

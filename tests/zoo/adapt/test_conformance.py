@@ -81,7 +81,8 @@ def generate(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> 
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    """Up to rounding, relative to the largest entry; logits that a family forbids are about the least number there is."""
+    """Up to rounding, relative to the largest entry; logits that a family forbids are about the least number there
+    is."""
     forbidden = theirs < -1e30
     assert torch.equal(ours < -1e30, forbidden)
     ours, theirs = ours.masked_fill(forbidden, 0.0), theirs.masked_fill(forbidden, 0.0)
@@ -255,7 +256,7 @@ def test_frames_come_one_by_one(case: tuple[Family, nn.Module]) -> None:
     routed = adapt(model, config(family, group="image"))
     cache = transformers.DynamicCache(config=routed.config)
     routed(**parts[0], past_key_values=cache, use_cache=True)
-    with pytest.raises(UserError, match="row 0: .* right behind"):
+    with pytest.raises(UserError, match="row 0: .* right after"):
         routed(**parts[1], past_key_values=cache, use_cache=True)
 
 
@@ -289,7 +290,7 @@ def test_beam_search(case: tuple[Family, nn.Module]) -> None:
 def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(case: tuple[Family, nn.Module]) -> None:
     family, model = case
     if not family.chunks:
-        pytest.skip("a word behind its prompt changes all of it")
+        pytest.skip("a word after its prompt changes all of it")
     adapt(model, config(family))
     inputs = family.inputs(model, [family.rows[1]])
     cache = transformers.DynamicCache(config=model.config)

@@ -88,7 +88,7 @@ def test_answers_compete_in_training() -> None:
 
 
 def test_whether_a_part_may_begin_with_image_tokens() -> None:
-    """Right behind those of the part before: where nothing stands between images or frames anyway."""
+    """Right after those of the part before: where nothing stands between images or frames anyway."""
     for model_type, group, whole in [
         ("other", "image", (IMAGE, VIDEO)),
         ("llava", "image", (VIDEO,)),
@@ -103,7 +103,7 @@ def test_whether_a_part_may_begin_with_image_tokens() -> None:
 
 
 def test_keys_of_random_draws_count_tokens_not_columns() -> None:
-    """Of places in a row, padding apart; an image that comes later has the place it has in one forward."""
+    """A key counts places in a row, padding apart; an image that comes later has the place it has in one forward."""
     router = {"router": {"type": "random"}, "gate": {"activation": "none"}}
     one = context(["tiiit", "..tii"], **router).key.view(2, 5)
     assert torch.equal(one[1, 2:], one[0, :3]) and len(set(one[0].tolist())) == 5

@@ -55,7 +55,7 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], layer: int) -> Tensor:
 )
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_what_the_last_token_attends_to(name: str, attention: str) -> None:
-    """Of a padded batch: the best of the mean over heads in the layer before."""
+    """In a padded batch too it is the best of the mean over heads in the layer before."""
     torch.manual_seed(0)
     family = FAMILIES[name]
     model = family.build()
@@ -142,7 +142,7 @@ def test_a_prompt_in_parts_has_one_last_token(model: nn.Module) -> None:
 
 
 def test_random_draws(model: nn.Module) -> None:
-    """Of layer, seed and place; in training of the sample too. Every place comes about equally often."""
+    """A draw depends on layer, seed and place, in training on the sample too. Every place comes about equally often."""
     inputs = LLAVA.inputs(model, [[2, 3], [2, 4]])
     images = placeholders(inputs["input_ids"])
     adapt(model, config("random"))

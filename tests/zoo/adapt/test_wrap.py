@@ -25,7 +25,7 @@ def test_a_text_only_model() -> None:
 
     with pytest.raises(UserError, match="LlamaForCausalLM has no image token .* text-only .* give a multimodal one"):
         adapt(LlamaForCausalLM(LlamaConfig(**small_text())), config())
-    with pytest.raises(UserError, match="Linear is no model of Transformers"):
+    with pytest.raises(UserError, match="Linear is not a model of Transformers"):
         adapt(torch.nn.Linear(2, 2), config())
 
 
@@ -45,7 +45,7 @@ def test_layers(changes: dict[str, Any], message: str) -> None:
 
 
 def test_sliding_windows() -> None:
-    """Of the family's own kind: Mistral's window is in every layer."""
+    """Windows of the family's own kind: Mistral's is in every layer."""
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

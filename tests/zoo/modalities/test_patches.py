@@ -79,7 +79,7 @@ def test_codebook_saves_and_loads(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         config.load(tmp_path / "nowhere")
     (tmp_path / "broken").write_bytes(b"123")
-    with pytest.raises(UserError, match="broken is no image codebook"):
+    with pytest.raises(UserError, match="broken is not an image codebook"):
         config.load(tmp_path / "broken")
 
 
@@ -93,5 +93,5 @@ def test_image_errors_name_key_and_rule():
     tokenizer = Patches.Config(image_size=2, patch=2, codes=2).fit([random_image(0, 2, 2)])
     with pytest.raises(ValueError, match=r"an image has 1 ids in \[0, 1\]; got \[2\]"):
         tokenizer.decode([2])
-    with pytest.raises(ValueError, match="is no image"):
+    with pytest.raises(ValueError, match="is not an image"):
         tokenizer.encode(np.zeros((2, 2)))

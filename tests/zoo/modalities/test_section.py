@@ -46,7 +46,7 @@ def test_text_is_first_wherever_it_is_written():
         ({"text": TEXT, "words": TEXT}, r"^modalities: text and words both read the text parts"),
         (
             {"text": TEXT, "My Image": IMAGE},
-            r"^modalities: 'My Image' is no name of a modality; use lower-case letters",
+            r"^modalities: 'My Image' is not a name of a modality; use lower-case letters",
         ),
     ],
 )

@@ -58,5 +58,5 @@ def test_bpe_saves_and_loads(tmp_path):
     with pytest.raises(UserError, match="nowhere.json does not exist"):
         config.load(tmp_path / "nowhere.json")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(UserError, match="broken.json is no tokenizer.json"):
+    with pytest.raises(UserError, match="broken.json is not a tokenizer.json"):
         config.load(tmp_path / "broken.json")

@@ -43,9 +43,9 @@ def comparison(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
     if not lines:
         return f"{HEAD}\n\nNo arm of this sweep differs from another in the rule of its layers alone."
     text = (
-        f"Differences of runs that share the seed, with {LEVEL:.0%} intervals over seeds (Student's) and over questions; what "
-        "lies within either is not shown. Runs that route the same layers are one run, and count as no difference."
-        f"{metric.interval}"
+        f"Differences of runs that share the seed, with {LEVEL:.0%} intervals over seeds (Student's) and over "
+        "questions; what lies within either is not shown. Runs that route the same layers are one run, and count as "
+        f"no difference.{metric.interval}"
     )
     heads = [f"{metric.key} of", "target", f"difference, {metric.difference.unit}", "over seeds", "over questions"]
     heads += ["seeds", "of them the same layers"]

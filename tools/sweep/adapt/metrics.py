@@ -36,7 +36,7 @@ class Metric:
 
     name: str
     key: str
-    """Of a judged model's values: the ratio."""
+    """Key of the ratio in a judged model's values."""
     scores: str
     """The same, of what each question adds to it,"""
     weights: str | None
@@ -44,9 +44,9 @@ class Metric:
     number: Callable[[float], float]
     """From the ratio to what tables and pictures show."""
     form: Form
-    """Of that number."""
+    """How that number is written."""
     difference: Form
-    """Of a difference of two ratios."""
+    """How a difference of two ratios is written."""
     higher: bool
     """Whether more is better."""
     better: str
@@ -57,9 +57,10 @@ class Metric:
     interval: str
     """What is to be said of the interval over questions."""
     control: Callable[[SweepConfig, Sequence[Row[Point]]], str]
-    """A sentence with a space behind it, or nothing: what is reached without the right picture."""
+    """A sentence with a space after it, or nothing: what is reached without the right picture."""
     told: bool
-    """Whether models are told the right answers, which prompts then hold; the dense control also with other pictures."""
+    """Whether models are told the right answers, which prompts then hold; the dense control also with other
+    pictures."""
 
     def of(self, judged: dict[str, Any]) -> float:
         return judged[self.key]
@@ -78,7 +79,7 @@ class Metric:
         return f"{self.form(statistics.mean(numbers))}{spread}{self.form.unit}"
 
     def verdict(self, difference: float) -> str:
-        """Of one arm's ratio minus another's."""
+        """What one arm's ratio minus another's says, in words."""
         return self.better if (difference > 0) == self.higher else self.worse
 
 
@@ -133,11 +134,15 @@ PERPLEXITY = Metric(
     higher=False,
     better="loses less",
     worse="loses more",
-    explained="Perplexity (lower is better): exp of the mean loss, in nats a token, of the right answers and what ends them, "
-    "each fed on the cache of its prompt",
-    interval=" A loss is a ratio, nats over tokens of all answers; its interval over questions is the ratio estimate's.",
+    explained=(
+        "Perplexity (lower is better): exp of the mean loss, in nats a token, of the right answers and what ends them, "
+        "each fed on the cache of its prompt"
+    ),
+    interval=(
+        " A loss is a ratio, nats over tokens of all answers; its interval over questions is the ratio estimate's."
+    ),
     control=_other_pictures,
     told=True,
 )
 METRICS = {metric.name: metric for metric in (ACCURACY, PERPLEXITY)}
-"""By `test.metric`."""
+"""Metrics by the name that `test.metric` gives them."""

@@ -12,7 +12,8 @@ from tools.sweep.rows import Row, deviation
 
 
 def draw_metric(metric: Metric, rows: Sequence[Row[Point]], path: Path) -> Path:
-    """The metric after tuning against measured FLOPs: a line an arm, standard deviations over seeds, dense as a star."""
+    """The metric after tuning against measured FLOPs: a line an arm, standard deviations over seeds, dense as a
+    star."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -51,7 +52,7 @@ def draw_skip(rows: Sequence[Row[Point]], path: Path, depth: int = 0) -> Path:
     """Share of candidates skipped in each layer, mean over seeds: a panel a target, a line of squares an arm.
 
     Args:
-        depth: layers to show at least; those behind the last routed one are known to who has opened the model.
+        depth: layers to show at least; those after the last routed one are known to who has opened the model.
     """
     from matplotlib.figure import Figure
 

@@ -94,7 +94,8 @@ def layer_sets(rule: str, candidates: Sequence[int], ranks: Sequence[float], see
 
 
 def solve(ratio: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """The x in [low, high], of DIGITS decimals, with ratio(x) nearest to the target; ratio is monotone and has steps."""
+    """The x in [low, high], of DIGITS decimals, with ratio(x) nearest to the target; ratio is monotone and has
+    steps."""
     a, b = round(low * 10**DIGITS), round(high * 10**DIGITS)
     while b - a > 1:
         middle = (a + b) // 2
@@ -171,7 +172,10 @@ class Planner:
         keep = self._measured(adapt)[1]
         void = config.layers not in ("recipe", "all") and len(keep) == len(self.candidates(config))
         if abs(reached / target - 1) > self.sweep.tolerance:
-            problem = f"{len(keep)} layers give {reached:.3f} of dense FLOPs, not {target:g} within {self.sweep.tolerance:.0%}"
+            problem = (
+                f"{len(keep)} layers give {reached:.3f} of dense FLOPs, not {target:g} within "
+                f"{self.sweep.tolerance:.0%}"
+            )
             return Point(arm, target, seed, None, config.train, keep, reached, void, problem)
         return Point(arm, target, seed, adapt, config.train, keep, reached, void)
 

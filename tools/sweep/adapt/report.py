@@ -69,16 +69,17 @@ def results(config: SweepConfig, rows: Sequence[Row[Point]], times: dict[str, An
     base = Path(config.base)
     notes = [
         f"# {base.parent.name if base.name == MODEL else base.name} made cheaper",
-        f"{metric.explained}, on {tested} {config.test.split} questions; mean ± standard deviation over seeds "
-        f"{', '.join(map(str, config.seeds))}, of tuning; the base is one. {metric.control(config, rows)}"
-        f"Before: adapted, not yet tuned, on the first {first}. "
-        "FLOPs: the decoder's prefill with its routers, measured, over dense; K/V: bytes of keys and values over dense. "
-        "By threshold: one threshold, tuned on validation, in place of top-k (off target: there or here it misses the "
-        "FLOPs by more than the tolerance). Prefill: milliseconds over dense (smallest to largest ratio of a round); "
-        "decoder's: without the vision tower, and that over the FLOPs. Decode: time of a step over dense. Training: "
-        f"seconds of the steps over the dense control's, {config.jobs} runs side by side. (void): the rule had no choice "
-        "of layers. A random draw of tokens depends on their place alone when a model is judged: all images keep the same "
-        "places.",
+        (
+            f"{metric.explained}, on {tested} {config.test.split} questions; mean ± standard deviation over seeds "
+            f"{', '.join(map(str, config.seeds))}, of tuning; the base is one. {metric.control(config, rows)}Before: "
+            f"adapted, not yet tuned, on the first {first}. FLOPs: the decoder's prefill with its routers, measured, "
+            "over dense; K/V: bytes of keys and values over dense. By threshold: one threshold, tuned on validation, "
+            "in place of top-k (off target: there or here it misses the FLOPs by more than the tolerance). Prefill: "
+            "milliseconds over dense (smallest to largest ratio of a round); decoder's: without the vision tower, and "
+            "that over the FLOPs. Decode: time of a step over dense. Training: seconds of the steps over the dense "
+            f"control's, {config.jobs} runs side by side. (void): the rule had no choice of layers. A random draw of "
+            "tokens depends on their place alone when a model is judged: all images keep the same places."
+        ),
     ]
     return "\n\n".join([*notes, *report.unfinished(rows), report.table(heads, lines), *report.problems(rows)])
 

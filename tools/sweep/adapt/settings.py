@@ -22,9 +22,9 @@ class ArmConfig(Config):
     adapt: dict[str, Any] = Field(default_factory=dict)
     """Keys of an `adapt` section, laid over the recipe's."""
     layers: Literal["recipe", "all", "every_second", "alternate", "random", "arank", "arank_high"] = "recipe"
-    """Which layers are routed. "recipe": those of `adapt`; "all" that may be; "every_second" of them, where that does not
-    reach the target all. The others take as few as let each keep `min_keep`: "alternate" spreads them evenly, "random"
-    draws them for each seed, "arank" takes the lowest ARank, "arank_high" the highest."""
+    """Which layers are routed. "recipe": those of `adapt`; "all" that may be; "every_second" of them, where that does
+    not reach the target all. The others take as few as let each keep `min_keep`: "alternate" spreads them evenly,
+    "random" draws them for each seed, "arank" takes the lowest ARank, "arank_high" the highest."""
     tokens: Literal["learned", "random", "attention"] = "learned"
     """What ranks a layer's tokens: routers as in `adapt`, a draw for each seed, or FastV's attention scores."""
     train: bool = True
@@ -123,8 +123,8 @@ class SweepConfig(Config):
     data: str
     """Folder of questions, with train, validation and test."""
     recipe: str
-    """YAML file, relative to the sweep's: the fine-tuning that all arms get; its `base`, `data.path` and `adapt` are the
-    sweep's."""
+    """YAML file, relative to the sweep's: the fine-tuning that all arms get; its `base`, `data.path` and `adapt` are
+    the sweep's."""
     optimizer: dict[str, Any] = Field(default_factory=dict)
     """Laid over the recipe's `optimizer` section."""
     schedule: dict[str, Any] = Field(default_factory=dict)
@@ -181,5 +181,5 @@ def parse(data: Mapping[str, Any], folder: Path) -> SweepConfig:
         arms[name] = arm if arm.recipe is None else arm.model_copy(update={"recipe": str(folder / arm.recipe)})
     for key, place in (("base", sweep.base), ("data", sweep.data)):
         if not Path(place).is_dir():
-            raise ConfigError(f"{key}: {place!r} is no folder; give one that exists")
+            raise ConfigError(f"{key}: {place!r} is not a folder; give one that exists")
     return sweep.model_copy(update={"recipe": str(folder / sweep.recipe), "arms": arms})

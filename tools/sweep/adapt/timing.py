@@ -13,10 +13,10 @@ import tqdm
 
 import zoo.adapt as za
 from pretrain.finetune import model as models
+from pretrain.finetune.batcher import moved
 from pretrain.finetune.prompt_batches import Prompts
 from pretrain.finetune.questions import read_questions
 from pretrain.finetune.recipe import FinetuneRecipe
-from pretrain.finetune.samples import moved
 from pretrain.process_group import choose_device
 from tools.bench.adapted import prefilling, step
 from tools.bench.measure import Sample, read
@@ -37,9 +37,9 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     `timing.batch` times, so that no row is padded.
 
     Returns:
-        `<arm>-<target>` → `prefill`, `decode`, each with `ms`, `dense_ms`, `ratio`, `spread` (smallest and largest ratio of
-        a round), `rounds`, `busy` (other processes disturbed too many rounds); and `prefill.tower_ms`, the part of both
-        prefills that is the vision tower and projector.
+        `<arm>-<target>` → `prefill`, `decode`, each with `ms`, `dense_ms`, `ratio`, `spread` (smallest and largest
+        ratio of a round), `rounds`, `busy` (other processes disturbed too many rounds); and `prefill.tower_ms`, the
+        part of both prefills that is the vision tower and projector.
     """
     times = json.loads(path.read_text()) if path.exists() else {}
     wanted = {f"{p.arm}-{p.setting}": p for p in points if p.seed == config.seeds[0] and p.adapt is not None}

@@ -121,13 +121,14 @@ def test_a_report_of_perplexities(tmp_path: Path, rival: list[float], said: str)
 
 
 def pairs(losses: torch.Tensor, tokens: torch.Tensor) -> dict[int, list[tuple[Scores, Scores]]]:
-    """Of one seed: a model that loses so much (N,) more than another at every answer of so many tokens (N,)."""
+    """One seed: a model that loses so much (N,) more than another at every answer of so many tokens (N,)."""
     ours, theirs = (Scores(each.tolist(), tokens.tolist()) for each in (losses + 3.0, torch.full_like(losses, 3.0)))
     return {0: [(ours, theirs)]}
 
 
 def test_the_interval_over_answers_is_a_ratios() -> None:
-    """Against the jackknife; nothing is left to chance where every token loses the same, however long the answers are."""
+    """Against the jackknife; nothing is left to chance where every token loses the same, however long the answers
+    are."""
     tokens = torch.randint(1, 40, (300,), generator=torch.Generator().manual_seed(0)).double()
     noise = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     exact = compare(pairs(0.25 * tokens, tokens))

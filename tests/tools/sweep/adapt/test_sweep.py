@@ -1,4 +1,5 @@
-"""`python -m tools.sweep`, `type: adapt`: arms of equal FLOPs, restartable runs, a report that says what results say."""
+"""`python -m tools.sweep`, `type: adapt`: arms of equal FLOPs, restartable runs, a report that says what results
+say."""
 
 from __future__ import annotations
 
@@ -119,7 +120,7 @@ def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"targets": [1.5]}, r"targets\[0\]: 1.5: must be less than 1"),
-        ({"base": "/nowhere"}, "base: '/nowhere' is no folder"),
+        ({"base": "/nowhere"}, "base: '/nowhere' is not a folder"),
         (
             {"arms": {"x": {"tokens": "learned", "train": False, "adapt": {"layers": [1]}}}},
             r"arms.x: .*learned routers",
@@ -164,7 +165,7 @@ def test_the_recipes(tmp_path: Path, name: str) -> None:
         assert not point.problem and point.flops == pytest.approx(point.target, rel=0.02)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole sweeps
+# --------------------------------------------------------------------------------------------------------- whole sweeps
 
 
 @pytest.fixture(scope="module")

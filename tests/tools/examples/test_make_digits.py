@@ -1,15 +1,13 @@
-"""The digits: split, pictures that survive, documents that say what they show, and the tokenizer command."""
+"""The digits: split, pictures that survive the tokenizer, documents that say what they show."""
 
 import io
 import json
 
 import numpy as np
-import pytest
 import webdataset
 from PIL import Image
 
 from pretrain.data import DataConfig, open_data
-from tools import train_tokenizer
 from tools.examples import make_digits
 from tools.examples.make_digits import NAMES, from_grey, load_digits_split, shift, to_grey
 from zoo.modalities import parse_modalities
@@ -60,11 +58,11 @@ def test_documents_show_what_they_say(tmp_path):
         assert [label for _, label in found] == names.tolist()
 
 
-def test_writing_is_deterministic_quick_to_repeat_and_careful(digits, tmp_path, capsys):
+def test_writing_is_deterministic_quick_to_repeat_and_careful(digit_shards, tmp_path, capsys):
     assert make_digits.main([str(tmp_path), "--shifts", "0"]) == 0
     assert capsys.readouterr().out.endswith("3,000 train documents and 594 val documents written\n")
     for name in ("digits-train-000.tar", "digits-val-000.tar"):
-        assert (tmp_path / name).read_bytes() == (digits / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (digit_shards / name).read_bytes()
     assert make_digits.main([str(tmp_path), "--shifts", "0"]) == 0
     assert "already there" in capsys.readouterr().out
     assert make_digits.main([str(tmp_path), "--shifts", "1"]) == 2
@@ -73,9 +71,9 @@ def test_writing_is_deterministic_quick_to_repeat_and_careful(digits, tmp_path, 
     assert "--shifts 9: must be 0 to 8" in capsys.readouterr().err
 
 
-def test_pictures_survive_the_tokenizer(digits):
+def test_pictures_survive_the_tokenizer(digit_shards):
     image = {"type": "patches", "image_size": 8, "patch": 2, "codes": 64, "channels": 1}
-    config = DataConfig.parse({"path": str(digits), "sequence_length": 64}, "data")
+    config = DataConfig.parse({"path": str(digit_shards), "sequence_length": 64}, "data")
     modalities = parse_modalities({"text": {"type": "bytes"}, "image": image})
     data = open_data(config, modalities, seed=0, log=lambda line: None)
     text, image = data.modalities.values()
@@ -91,26 +89,3 @@ def test_pictures_survive_the_tokenizer(digits):
     codes = tokens[(tokens >= start) & (tokens < stop)] - start
     assert np.array_equal(codes, image.encode(pictures[0]))
     assert text.decode(tokens[-1 - len(NAMES[labels[0]]) : -1] - data.vocabulary.range("text")[0]) == NAMES[labels[0]]
-
-
-def test_train_tokenizer_saves_what_the_pipeline_loads(digits, tmp_path, capsys):
-    keys = "text.type=bpe text.vocab_size=280 image.type=patches image.image_size=8 image.patch=2 image.codes=64"
-    arguments = ["--path", str(digits), *keys.split(), "image.channels=1", "--out", str(tmp_path)]
-    assert train_tokenizer.main(arguments) == 0
-    files = capsys.readouterr().out.splitlines()[-2:]
-    assert files == [str(tmp_path / "text.json"), str(tmp_path / "image.safetensors")]
-    text = {"type": "bpe", "vocab_size": 280}
-    image = {"type": "patches", "image_size": 8, "patch": 2, "codes": 64, "channels": 1}
-    config = DataConfig(path=str(digits), sequence_length=64)
-    trained = {"text": text, "image": image}
-    asked = {"text": text | {"path": files[0]}, "image": image | {"path": files[1]}}
-    given, own = (open_data(config, parse_modalities(m), seed=0, log=lambda line: None) for m in (asked, trained))
-    assert given.fingerprint == own.fingerprint
-    assert len(given.modalities["text"].encode("seven")) == 1
-
-
-def test_train_tokenizer_prints_one_line_for_a_mistake(tmp_path, capsys):
-    assert train_tokenizer.main(["--path", str(tmp_path), "text.type=bpe"]) == 2
-    assert capsys.readouterr().err.startswith("data.train: no shard in ")
-    with pytest.raises(SystemExit):
-        train_tokenizer.main([])
