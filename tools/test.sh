@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests. `bash tools/test.sh` format, lint, types and the suite; `slow` the long ones; `gpu` those for a CUDA device. More arguments go to pytest.
+# Runs the tests. `bash tools/test.sh` checks format, lint and types and runs the suite; `slow` runs the long tests, `gpu`
+# those for a CUDA device. More arguments go to pytest.
 set -eu
 . "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

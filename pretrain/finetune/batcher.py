@@ -36,7 +36,7 @@ class QuestionBatch:
     truncated: int
     """Samples of which the end was cut off."""
     unusable: tuple[str, ...] = ()
-    """Of each sample that was left out, where it stands and why."""
+    """Where each sample that was left out stands, and why it was."""
 
     @property
     def answers(self) -> int:

@@ -51,6 +51,7 @@ def known(out: Path = Path()) -> list[Part]:
             ("-m", "tools.gpu_check.synchronisation"),
             90,
         ),
+        Part("launches", "time and launches of a layer", ("-m", "tools.gpu_check.launches"), 60),
         Part(
             "blocks",
             "MoMa and Mixture-of-Depths over dense, at equal FLOPs",
@@ -73,7 +74,7 @@ def known(out: Path = Path()) -> list[Part]:
             "mamba tests",
             "mamba-ssm's and causal-conv1d's kernels against the definitions, gradients included",
             (*PYTEST, "tests/zoo/test_mamba_kernels.py"),
-            150,
+            300,
             extensions=True,
         ),
         Part(

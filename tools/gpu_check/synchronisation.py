@@ -14,6 +14,7 @@ import torch
 
 import zoo
 from pretrain import recipe as recipes
+from zoo.carries import nothing
 from zoo.config import UserError
 from zoo.context import TokenContext
 from zoo.trace import Trace
@@ -58,8 +59,10 @@ def first_synchronisation(path: Path, device: torch.device) -> str | None:
     tokens = torch.randint(VOCABULARY, (ROWS, LENGTH)).to(device)
     try:
         for armed in (False, True):  # the first step makes what is made once
+            context = _context(device)
+            content = _content(model, context)
             torch.cuda.synchronize(device)
-            _step(model, tokens, _context(device), armed)
+            _step(model, tokens, context, content, armed)
     except RuntimeError as error:
         return _place(error)
     return None
@@ -72,10 +75,21 @@ def _context(device: torch.device) -> TokenContext:
     return TokenContext.from_modality(modality.contiguous(), document.contiguous(), trace=Trace()).to(device)
 
 
-def _step(model: torch.nn.Module, tokens: torch.Tensor, context: TokenContext, armed: bool) -> None:
+def _content(model: zoo.Model, context: TokenContext) -> dict[str, torch.Tensor]:
+    """Random content of the modalities that carry no ids."""
+    content = {}
+    for name, carries in model.carries.items():
+        count = context.totals[model.modalities.index(name)]
+        content[name] = nothing(carries, context.modality.device).new_zeros(count, *nothing(carries).shape[1:])
+    return content
+
+
+def _step(
+    model: zoo.Model, tokens: torch.Tensor, context: TokenContext, content: dict[str, torch.Tensor], armed: bool
+) -> None:
     torch.cuda.set_sync_debug_mode("error" if armed else "default")
     try:
-        loss = model(tokens, context).float().square().mean()
+        loss = model(tokens, context, content=content).float().square().mean()
         assert context.trace is not None
         for total, _ in context.trace.losses.values():
             loss = loss + total
