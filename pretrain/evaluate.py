@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pretrain.data import TokenStream, micro_batches
-from pretrain.process_group import Ranks
+from pretrain.process_group import ALONE, Ranks
 from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import RoutedBlock
 from zoo.batch import Batch
@@ -17,8 +17,6 @@ from zoo.context import CAUSAL, TOPK
 from zoo.model import Model
 from zoo.slots import Objective
 from zoo.trace import Trace
-
-ALONE = Ranks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,7 @@ def evaluate(
     rows = min(rows, stream.rows_per_epoch)
     chunk = micro_batch * ranks.world
     padded = -(-rows // chunk) * chunk
-    batches = micro_batches(stream, 0, padded, micro_batch, ranks.rank, ranks.world, 0, 0, end=rows)
+    batches = micro_batches(stream, range(padded), micro_batch, ranks, end=rows)
     counts = count_batches(objective, model.modalities, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}

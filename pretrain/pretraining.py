@@ -127,17 +127,10 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
     # ------------------------------------------------------------------------------------------------------ one step
 
     def batches(self, state: PretrainingState) -> list[Batch]:
-        train, ranks = self.recipe.train, self.engine.ranks
-        first = state.first_row + state.step * train.global_batch
+        train, first = self.recipe.train, state.first_row + state.step * self.recipe.train.global_batch
+        rows = range(first, first + train.global_batch)
         return micro_batches(
-            self.data.train,
-            first,
-            train.global_batch,
-            train.micro_batch,
-            ranks.rank,
-            ranks.world,
-            state.step,
-            self.recipe.seed,
+            self.data.train, rows, train.micro_batch, self.engine.ranks, step=state.step, seed=self.recipe.seed
         )
 
     def count(self, batches: Sequence[Batch]) -> StepCounts:
@@ -222,7 +215,9 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         model.to(device, self.engine.dtype)
         rows = -(-train.calibrate_rows // train.micro_batch) * train.micro_batch
         first = first_row + train.steps * train.global_batch
-        batches = micro_batches(self.data.train, first, rows, train.micro_batch, 0, 1, train.steps, recipe.seed)
+        batches = micro_batches(
+            self.data.train, range(first, first + rows), train.micro_batch, step=train.steps, seed=recipe.seed
+        )
         shares = zoo.calibrate(model, [batch.to(device) for batch in batches])
         off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
         print(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True)

@@ -110,6 +110,10 @@ class Ranks:
         return values
 
 
+ALONE = Ranks()
+"""This process, without a process group."""
+
+
 def join_processes(device: str, timeout_seconds: float) -> Ranks:
     """Join the launcher's process group, over gloo or NCCL, where this process has not yet.
 

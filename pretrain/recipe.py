@@ -34,7 +34,8 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 """Keys of old, and where they stand now."""
 
 RESUMABLE = re.compile(
-    r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)|(evaluate|kernels)(\..*)?"
+    r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)"
+    r"|(evaluate|kernels)(\..*)?"
     r"|data\.(workers|max_broken_samples)"
 )
 """Keys that may change when a run is resumed."""

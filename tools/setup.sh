@@ -26,7 +26,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     # the Python files of mamba-ssm, which tests and benchmarks compare with; unpacked, not installed: it needs CUDA
     rm -rf .peers && mkdir .peers &&
         MAMBA_SKIP_CUDA_BUILD=TRUE $pip download --quiet --constraint constraints.txt --no-deps --no-build-isolation \
-            --no-binary mamba-ssm --dest .peers mamba-ssm && tar -xzf .peers/mamba_ssm-*.tar.gz -C .peers --strip-components 1 ||
+            --no-binary mamba-ssm --dest .peers mamba-ssm &&
+        tar -xzf .peers/mamba_ssm-*.tar.gz -C .peers --strip-components 1 ||
         echo "note: mamba-ssm's source could not be fetched; comparisons with it are skipped" >&2
     echo "$wanted" >"$stamp"
 fi

@@ -76,8 +76,8 @@ class Attention(Mixer, counter_noise=True):
         self.o_proj = ModalityLinear(inner, place.d_model, groups.get("o_proj", 1), scale=out_scale)
         self.q_norm = ModalityNorm(self.head_dim, groups.get("qk_norm", 1)) if config.qk_norm else None
         self.k_norm = ModalityNorm(self.head_dim, groups.get("qk_norm", 1)) if config.qk_norm else None
-        self.asked = place.kernels.get("attention", "auto")
-        kernels.choose("attention", self.asked)
+        self.backend = place.kernels.get("attention", "auto")
+        kernels.choose("attention", self.backend)
 
     def forward(self, x: Tensor, context: TokenContext, state: AttentionState | None = None) -> Tensor:
         """x (B, T, D) → branch output (B, T, D), 0 at padding.
@@ -91,7 +91,7 @@ class Attention(Mixer, counter_noise=True):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query, sizes), self.k_norm(key, sizes)
         query, key, value = (self.grouping.unsort(part, context) for part in (query, key, value))
-        kernel = kernels.choose("attention", self.asked, x.device.type).module
+        kernel = kernels.choose("attention", self.backend, x.device.type).module
         tables = rotary_tables(context, self.head_dim, self.theta, x.dtype)
         query, key = rotate(query, tables), rotate(key, tables)
         if state is None:

@@ -79,8 +79,8 @@ class Recurrent(Mixer):
         self.bias_groups = self.groups(bias_untied)
         self.dt_bias = nn.Parameter(torch.empty(self.bias_groups * steps))
         self.operation = operation
-        self.asked = {name: place.kernels.get(name, "auto") for name in (operation, "conv")}
-        for name, backend in self.asked.items():
+        self.backends = {name: place.kernels.get(name, "auto") for name in (operation, "conv")}
+        for name, backend in self.backends.items():
             kernels.choose(name, backend)
 
     def groups(self, untied: bool) -> int:
@@ -117,7 +117,7 @@ class Recurrent(Mixer):
 
     def convolve(self, values: Tensor, layout: Layout, state: MambaState | None) -> tuple[Tensor, Tensor | None]:
         """values (R, W) → (R, W) after convolution and SiLU; and the state's next window."""
-        kernel = kernels.choose("conv", self.asked["conv"], values.device.type).module
+        kernel = kernels.choose("conv", self.backends["conv"], values.device.type).module
         window = None if state is None else state.window
         return kernel.causal_conv1d(values, self.conv_weight.squeeze(1), self.conv_bias, layout, window)
 
@@ -164,7 +164,7 @@ class Mamba(Recurrent, counter_noise=True):
         dt, B, C = self.x_proj(u, sizes).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         dt = self.dt_proj(dt, sizes)
         A = -torch.exp(self.A_log.to(torch.promote_types(u.dtype, torch.float32)))
-        kernel = kernels.choose("scan", self.asked["scan"], u.device.type).module
+        kernel = kernels.choose("scan", self.backends["scan"], u.device.type).module
         y, hidden = kernel.selective_scan(
             u,
             dt,

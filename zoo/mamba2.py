@@ -71,7 +71,7 @@ class Mamba2(Recurrent, counter_noise=True):
         width = self.sets * self.d_state
         x, B, C = mixed.split((self.inner, width, width), dim=-1)
         A = -torch.exp(self.A_log.to(torch.promote_types(x.dtype, torch.float32)))
-        kernel = kernels.choose("ssd", self.asked["ssd"], x.device.type).module
+        kernel = kernels.choose("ssd", self.backends["ssd"], x.device.type).module
         y, hidden = kernel.ssd(
             x.unflatten(-1, (self.heads, self.head_dim)),
             dt,

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pretrain.data.packing import TokenStream
+from pretrain.process_group import ALONE, Ranks
 from zoo.batch import Batch
 from zoo.context import TokenContext
 from zoo.noise import token_keys
@@ -13,37 +14,37 @@ from zoo.noise import token_keys
 
 def micro_batches(
     stream: TokenStream,
-    first_row: int,
-    rows_per_step: int,
+    rows: range,
     micro_batch: int,
-    rank: int,
-    world: int,
-    step: int,
-    seed: int,
+    ranks: Ranks = ALONE,
+    *,
+    step: int = 0,
+    seed: int = 0,
     end: int | None = None,
 ) -> list[Batch]:
-    """The share of `rank` in rows [first_row, first_row + rows_per_step), cut into batches of `micro_batch`
-    rows.
+    """This rank's share of `rows`, the rows of one step, cut into batches of `micro_batch` rows.
 
     The share of rank r of W is the contiguous stretch r·G/W to (r + 1)·G/W of the G rows. Tokens, documents
     and noise keys of a row depend on its number alone.
 
     Args:
+        rows: numbers of the rows; one stretch.
+        ranks: among which they are dealt out, and which of them this is.
         step: handed on to the contexts.
         seed: of the noise keys.
         end: rows from this number on are all padding, so that a stream that ends fills the last step.
     Raises:
-        ValueError: rows_per_step is not a multiple of micro_batch · world.
+        ValueError: the number of rows is not a multiple of micro_batch · world.
     """
-    if rows_per_step % (micro_batch * world):
+    if len(rows) % (micro_batch * ranks.world):
         raise ValueError(
-            f"{rows_per_step} rows a step do not divide into micro-batches of {micro_batch} on {world} ranks"
+            f"{len(rows)} rows a step do not divide into micro-batches of {micro_batch} on {ranks.world} ranks"
         )
-    share = rows_per_step // world
-    begin = first_row + rank * share
+    share = len(rows) // ranks.world
+    own = rows[ranks.rank * share : (ranks.rank + 1) * share]
     return [
-        _batch(stream, np.arange(start, start + micro_batch), step, seed, end)
-        for start in range(begin, begin + share, micro_batch)
+        _batch(stream, np.array(own[start : start + micro_batch]), step, seed, end)
+        for start in range(0, share, micro_batch)
     ]
 
 

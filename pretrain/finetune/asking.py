@@ -15,14 +15,14 @@ from torch import Tensor, nn
 import zoo.adapt as za
 from pretrain.finetune.batcher import moved
 from pretrain.finetune.generation import generate, is_right, longest_answer, texts
-from pretrain.finetune.prompt_batches import Batch, Prompts
+from pretrain.finetune.prompt_batches import PromptBatch, Prompts
 from pretrain.finetune.prompts import IGNORED, padding_id
 
 
 class Asking(Protocol):
     """One way to ask one model, batch after batch."""
 
-    def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
+    def read(self, batch: PromptBatch, trace: za.Trace | None) -> za.CacheReport:
         """Prefill a batch of prompts, and answer them.
 
         Args:
@@ -44,7 +44,7 @@ class PromptsOnly:
     def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.processor = model, prompts.processor
 
-    def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
+    def read(self, batch: PromptBatch, trace: za.Trace | None) -> za.CacheReport:
         """As `Asking.read`."""
         with watched(self.model, trace):
             made = generate(self.model, self.processor, _placed(self.model, batch), 1)
@@ -65,16 +65,16 @@ class Generated:
 
     def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.processor = model, prompts.processor
-        self.most = 1 + longest_answer([each for batch in prompts.batches for each in batch.asked], self.processor)
+        self.most = 1 + longest_answer([each for batch in prompts.batches for each in batch.questions], self.processor)
         self.kinds: list[str] = []
         self.marks: list[int] = []
 
-    def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
+    def read(self, batch: PromptBatch, trace: za.Trace | None) -> za.CacheReport:
         """As `Asking.read`; what is reported of the cache are prompts and generated tokens."""
         inputs = _placed(self.model, batch)
         with watched(self.model, trace):
             made = generate(self.model, self.processor, inputs, self.most)
-        for question, text in zip(batch.asked, texts(made, inputs, self.processor), strict=True):
+        for question, text in zip(batch.questions, texts(made, inputs, self.processor), strict=True):
             self.kinds.append(question.extra["kind"])
             self.marks.append(int(is_right(text, question)))
         return za.cache_report(made.past_key_values)
@@ -106,7 +106,7 @@ class Forced:
         self.losses: list[float] = []
         self.tokens: list[int] = []
 
-    def read(self, batch: Batch, trace: za.Trace | None) -> za.CacheReport:
+    def read(self, batch: PromptBatch, trace: za.Trace | None) -> za.CacheReport:
         """As `Asking.read`; what is reported of the cache are prompts alone."""
         with watched(self.model, trace) as positions:
             prefill = generate(self.model, self.processor, _placed(self.model, batch), 1)  # its one token is not read
@@ -124,7 +124,7 @@ class Forced:
         order."""
         return {"loss": sum(self.losses) / sum(self.tokens), "losses": self.losses, "tokens": self.tokens}
 
-    def _logits(self, prefill: Any, positions: Tensor, batch: Batch, right: Tensor) -> Tensor:
+    def _logits(self, prefill: Any, positions: Tensor, batch: PromptBatch, right: Tensor) -> Tensor:
         """Logits (B, A, V) of each token of `right` (B, A), given those before it.
 
         Args:
@@ -169,5 +169,5 @@ def watched(model: nn.Module, trace: za.Trace | None) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _placed(model: Any, batch: Batch) -> dict[str, Tensor]:
+def _placed(model: Any, batch: PromptBatch) -> dict[str, Tensor]:
     return moved(batch.inputs, model.device, model.dtype)

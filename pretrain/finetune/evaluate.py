@@ -17,11 +17,10 @@ from pretrain.finetune.generation import kinds_of
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
 from pretrain.finetune.routing import routing_sums, routing_values
-from pretrain.process_group import Ranks
+from pretrain.process_group import ALONE, Ranks
 from zoo.routing.statistics import RoutingStatistics
 
 Progress = Callable[[int], Any]
-ALONE = Ranks()
 SLACK = 4
 """Tokens that a generated answer may be longer than the right one: its end, and enough to be seen to be wrong."""
 
@@ -46,7 +45,7 @@ def predict(forward: nn.Module, batch: QuestionBatch, trace: za.Trace | None) ->
 class AnswerSums:
     """What an evaluation adds up, on one rank or over all."""
 
-    asked: dict[str, float]
+    answers: dict[str, float]
     """Answers by kind; every rank has the same kinds, whatever its share asks."""
     forced: dict[str, float]
     """Those of which every token is the likeliest after the right ones before it."""
@@ -66,23 +65,23 @@ class AnswerSums:
     @classmethod
     def empty(cls, kinds: Sequence[str], layers: Sequence[str]) -> AnswerSums:
         """Zeros, for answers of these kinds and routers of these layers."""
-        asked, forced, generated = (dict.fromkeys(kinds, 0.0) for _ in range(3))
-        return cls(asked, forced, generated, routing_sums(None, layers))
+        answers, forced, generated = (dict.fromkeys(kinds, 0.0) for _ in range(3))
+        return cls(answers, forced, generated, routing_sums(None, layers))
 
     def over(self, ranks: Ranks, device: torch.device | str) -> AnswerSums:
         """Summed over the ranks, as numbers on the host; collective."""
         counts = (self.tokens, self.samples, self.flops, self.dense_flops)
-        kinds = [n for part in (self.asked, self.forced, self.generated) for n in part.values()]
+        kinds = [n for part in (self.answers, self.forced, self.generated) for n in part.values()]
         loss = torch.as_tensor(self.loss, dtype=torch.float64, device=device).reshape(1)
         numbers = torch.tensor([*counts, *kinds], dtype=torch.float64, device=device)
         flat = ranks.sum(torch.cat((loss, numbers, self.routing.flat(device))))
         routing = self.routing.with_counts(flat[1 + len(numbers) :])
         rest = iter(flat[: 1 + len(numbers)].tolist())
         loss, tokens, samples, flops, dense_flops = (next(rest) for _ in range(1 + len(counts)))
-        asked, forced, generated = (
-            {kind: next(rest) for kind in part} for part in (self.asked, self.forced, self.generated)
+        answers, forced, generated = (
+            {kind: next(rest) for kind in part} for part in (self.answers, self.forced, self.generated)
         )
-        return AnswerSums(asked, forced, generated, routing, loss, tokens, samples, flops, dense_flops)
+        return AnswerSums(answers, forced, generated, routing, loss, tokens, samples, flops, dense_flops)
 
 
 @torch.no_grad()
@@ -147,7 +146,7 @@ def evaluate(
             for kind, answer in zip(
                 kinds_of(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True
             ):
-                sums.asked[kind] += 1.0
+                sums.answers[kind] += 1.0
                 sums.forced[kind] += answer
         progress(len(chunk))
     if generate:
@@ -168,9 +167,9 @@ def _generate(
     progress: Progress,
 ) -> None:
     """Count the generated answers that are right into `right`, by their kinds."""
-    processor, asked = batcher.processor, generation.each_answer(questions)
-    most = generation.longest_answer(asked, processor) + SLACK
-    for counted, chunk in _chunks(asked, batch, ranks):
+    processor, single = batcher.processor, generation.each_answer(questions)
+    most = generation.longest_answer(single, processor) + SLACK
+    for counted, chunk in _chunks(single, batch, ranks):
         inputs = moved(batcher.prompts(chunk), device, dtype)
         said = generation.texts(generation.generate(model, processor, inputs, most, together), inputs, processor)
         for question, text in zip(chunk, said, strict=False):  # a filler's is left
@@ -206,12 +205,12 @@ def _answers(whole: Tensor, right: Tensor, labels: Tensor) -> list[float]:
 
 def _values(totals: AnswerSums, generate: bool) -> dict[str, float]:
     values = {"eval/loss": float(totals.loss) / max(totals.tokens, 1)}
-    asked = totals.asked
+    answers = totals.answers
     for name, right in (("accuracy", totals.generated), ("forced_accuracy", totals.forced)):
         if name == "accuracy" and not generate:
             continue
-        values[f"eval/{name}"] = sum(right.values()) / sum(asked.values())
-        values |= {f"eval/{name}/{kind}": right[kind] / asked[kind] for kind in filter(None, asked)}
+        values[f"eval/{name}"] = sum(right.values()) / sum(answers.values())
+        values |= {f"eval/{name}/{kind}": right[kind] / answers[kind] for kind in filter(None, answers)}
     values |= {f"eval/{key}": value for key, value in routing_values(totals.routing, each=True).items()}
     samples = max(totals.samples, 1)
     return values | {

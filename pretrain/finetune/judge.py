@@ -37,7 +37,7 @@ def judge(model: nn.Module, prompts: Prompts, metric: str | None = "accuracy") -
     for batch in prompts.batches:
         trace = Trace()
         cache = asking.read(batch, trace if layers else None)
-        questions += len(batch.asked)
+        questions += len(batch.questions)
         flops += za.traced_flops(model, trace, batch.lengths).total
         dense_flops += sum(n * za.decoder_flops(model, length).total for length, n in Counter(batch.lengths).items())
         held += cache.bytes

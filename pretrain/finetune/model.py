@@ -119,7 +119,7 @@ def skeleton(recipe: FinetuneRecipe, base: Base) -> nn.Module:
     return tuned(model, recipe)
 
 
-def whole(recipe: FinetuneRecipe, base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
+def first_model(recipe: FinetuneRecipe, base: Base, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model with its first weights, on the CPU: the base's own; those of routers and adapters follow from the
     seed."""
     if base.adapted:
@@ -134,7 +134,7 @@ def whole(recipe: FinetuneRecipe, base: Base, dtype: torch.dtype = torch.float32
 
 
 def initialise(model: nn.Module, recipe: FinetuneRecipe, base: Base, gather: Gather) -> str:
-    """Set every weight of `skeleton`'s model from `whole`.
+    """Set every weight of `skeleton`'s model from `first_model`.
 
     Partitioned weights (ZeRO-3) are read by rank 0 alone.
 
@@ -143,7 +143,7 @@ def initialise(model: nn.Module, recipe: FinetuneRecipe, base: Base, gather: Gat
     """
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     reads = not partitioned or torch.distributed.get_rank() == 0
-    source = whole(recipe, base) if reads else None
+    source = first_model(recipe, base) if reads else None
     weights = dict(source.named_parameters()) if source is not None else {}
     for name, parameter in model.named_parameters():
         with gather([parameter]), torch.no_grad():
@@ -171,7 +171,7 @@ def save(recipe: FinetuneRecipe, base: Base, weights: Mapping[str, Tensor], fold
     Raises:
         UserError: the disk is full.
     """
-    model = whole(recipe, base, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    model = first_model(recipe, base, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     model.load_state_dict(weights)
     source = str(Path(base.name).resolve()) if Path(base.name).is_dir() else base.name
     try:

@@ -21,13 +21,13 @@ Shapes = Counter[tuple[int, tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """B questions as a model takes them."""
 
     inputs: dict[str, Tensor]
     """The prompts, padded on the left."""
-    asked: list[Question]
-    """The questions, of each of which the last answer is asked for."""
+    questions: list[Question]
+    """B questions, each of which asks for its last answer."""
     answers: Tensor | None
     """(B, A) int64: the right answers with what ends them, IGNORED after that; None where nobody reads them."""
 
@@ -41,7 +41,7 @@ class Batch:
 class Prompts:
     """Batches of questions about images."""
 
-    batches: list[Batch]
+    batches: list[PromptBatch]
     processor: Any
 
     @classmethod
@@ -51,8 +51,8 @@ class Prompts:
         Args:
             answers: encode the right ones too.
         """
-        asked = each_answer([question for question in questions if question.images])
-        chunks = [asked[start : start + size] for start in range(0, len(asked), size)]
+        single = each_answer([question for question in questions if question.images])
+        chunks = [single[start : start + size] for start in range(0, len(single), size)]
         return cls([_batch(chunk, processor, answers) for chunk in chunks], processor)
 
     def shapes(self, config: AdaptConfig, model_config: Any) -> Shapes:
@@ -68,12 +68,16 @@ class Prompts:
         return found
 
 
-def _batch(asked: list[Question], processor: Any, answers: bool) -> Batch:
-    inputs = collate([encode(question, processor, answers=False) for question in asked], padding_id(processor), "left")
+def _batch(questions: list[Question], processor: Any, answers: bool) -> PromptBatch:
+    inputs = collate(
+        [encode(question, processor, answers=False) for question in questions], padding_id(processor), "left"
+    )
     right = None
     if answers:
-        right = pad_sequence([_answer(encode(question, processor)["labels"][0]) for question in asked], True, IGNORED)
-    return Batch(inputs, asked, right)
+        right = pad_sequence(
+            [_answer(encode(question, processor)["labels"][0]) for question in questions], True, IGNORED
+        )
+    return PromptBatch(inputs, questions, right)
 
 
 def _answer(labels: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class FinetuneRecipe(RunRecipe):
     train: LoopConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
+    """DeepSpeed's own keys, or the path of a JSON file with them, as in a pretraining."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:

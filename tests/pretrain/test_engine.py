@@ -69,7 +69,12 @@ def scenario() -> dict[Any, Any]:
     for stage in (0, 1, 2, 3):
         record(("clip", stage), tiny.make_engine(stage, clip=0.05), lambda e: steps_of(e, False))
     for auxiliary in (tiny.AUXILIARY_SCALE, 0.0):
-        run = lambda e, a=auxiliary: [tiny.train_step(e, s, 1, None, a) for s in range(3)] and tiny.weights(e)  # noqa: E731
+
+        def run(engine, auxiliary=auxiliary):
+            for step in range(3):
+                tiny.train_step(engine, step, 1, None, auxiliary)
+            return tiny.weights(engine)
+
         record(("joint", auxiliary), tiny.make_engine(2, clip=0.05), run)
     record("whole batch", tiny.make_engine(2, micro=2), lambda e: steps_of(e, False, micro=2))
     muon = {"type": "muon", "muon_lr": 0.02}

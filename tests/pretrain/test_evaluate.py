@@ -115,7 +115,7 @@ def test_each_modality_is_the_mean_over_its_targets(data: Data) -> None:
     assert data.validation is not None
     model = model_of("dense")
     found: dict[int, list[float]] = {0: [], 1: []}
-    for batch in micro_batches(data.validation, 0, ROWS, 1, 0, 1, 0, 0):
+    for batch in micro_batches(data.validation, range(ROWS), 1):
         with torch.no_grad():
             log = model(batch.tokens, batch.context).log_softmax(-1)[0]
         document, modality = batch.context.document[0], batch.context.modality[0]
@@ -144,6 +144,6 @@ def test_no_batches_count_as_many_numbers(data: Data) -> None:
     from pretrain.evaluate import count_batches
 
     objective = zoo.build("objective", {"type": "autoregressive"}, d_model=32)
-    (batch,) = micro_batches(data.train, 0, 2, 2, 0, 1, 0, 0)
+    (batch,) = micro_batches(data.train, range(2), 2)
     some, none = (count_batches(objective, ("text", "image"), batches) for batches in ([batch], []))
     assert none == some.of([0] * len(some.numbers())) and sum(some.tokens) > 0

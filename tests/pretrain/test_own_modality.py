@@ -19,6 +19,7 @@ import zoo
 from pretrain import metrics
 from pretrain import recipe as recipes
 from pretrain.data import Data, micro_batches, open_data
+from pretrain.process_group import Ranks
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import one_rendezvous, steady
 from tests.pretrain.strokes import Strokes, document, polygon, write_documents
@@ -105,7 +106,7 @@ def test_rows_do_not_depend_on_ranks_or_where_one_begins(data: Data) -> None:
             [
                 batch.content["strokes"]
                 for rank in range(world)
-                for batch in micro_batches(data.train, first, rows, micro, rank, world, 0, 0)
+                for batch in micro_batches(data.train, range(first, first + rows), micro, Ranks(rank, world))
             ]
         )
 
@@ -201,7 +202,7 @@ def test_packed_is_separate(data: Data) -> None:
     """Every piece alone gives what it gives in its row, in causal routing."""
     resolved = recipes.resolve(recipe(Path("x"), Path("run")))
     model: Any = zoo.build("model", resolved.model, seed=1).double().eval()
-    (packed,) = micro_batches(data.train, 0, 4, 4, 0, 1, 0, 0)
+    (packed,) = micro_batches(data.train, range(4), 4)
     packed = Batch(packed.tokens, packed.context.replace(routing="causal"), _double(packed.content))
     places = packed.context.index(1)
     logits, heads = model(packed.tokens, packed.context, content=packed.content, read={"strokes": places})
@@ -291,7 +292,10 @@ def test_resumed_is_uninterrupted(runs: Path) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_of_which_one_may_have_none(runs: Path, data: Data, stage: int) -> None:
     held = [
-        [len(batch.content["strokes"]) for batch in micro_batches(data.train, 4 * step, 4, 1, rank, 2, step, 0)]
+        [
+            len(batch.content["strokes"])
+            for batch in micro_batches(data.train, range(4 * step, 4 * step + 4), 1, Ranks(rank, 2), step=step)
+        ]
         for step in range(STEPS)
         for rank in range(2)
     ]

@@ -61,7 +61,8 @@ def test_overrides(file: Path) -> None:
     )
     assert (recipe.train.steps, recipe.optimizer.lr, recipe.seed, recipe.name) == (7, 1e-4, 3, "other")
     assert recipe.model.layers[1].dropout == 0.5
-    assert recipe.model.layers[0].mixer.heads == 4 and recipe.model.layers[0].mixer.qk_norm is True  # type: ignore[attr-defined]
+    mixer: Any = recipe.model.layers[0].mixer
+    assert mixer.heads == 4 and mixer.qk_norm is True
     assert recipe.data.validation is None
     assert recipe.modalities["image"].patch == 4  # type: ignore[attr-defined]
     assert recipe.objective.weights == {"text": 2.0}  # type: ignore[attr-defined]

@@ -138,7 +138,9 @@ def plain(run: Path, main: Path) -> dict[str, torch.Tensor]:
     data, train = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None), recipe.train
     for step in range(STEPS):
         first = run_folder.position(main).row + step * train.global_batch
-        batches = micro_batches(data.train, first, train.global_batch, train.micro_batch, 0, 1, step, recipe.seed)
+        batches = micro_batches(
+            data.train, range(first, first + train.global_batch), train.micro_batch, step=step, seed=recipe.seed
+        )
         tokens = sum(sum(batch.context.totals) for batch in batches)
         for batch in batches:
             trace = Trace()
@@ -190,7 +192,7 @@ def test_thresholds_are_those_of_calibration(runs: Path) -> None:
         router.threshold = torch.zeros_like(router.threshold)
     data, train = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda line: None), recipe.train
     first = run_folder.position(runs / "3-fp32_parts").row
-    batches = micro_batches(data.train, first, ROWS, train.micro_batch, 0, 1, STEPS, recipe.seed)
+    batches = micro_batches(data.train, range(first, first + ROWS), train.micro_batch, step=STEPS, seed=recipe.seed)
     zoo.calibrate(model, batches)
     for name, router in routers.items():
         torch.testing.assert_close(router.threshold, kept[name], rtol=0, atol=1e-5)

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.profiler import ProfilerActivity, profile
 
-from tools.bench import adapted, cuda, depth, experts, kernels, models, recurrent, report, repositories  # noqa: F401  they register
+# the benchmarks register themselves
+from tools.bench import adapted, cuda, depth, experts, kernels, models, recurrent, report, repositories  # noqa: F401
 from tools.bench.benchmark import Benchmark, Group, Row, Settings, Unavailable, known, select
 from tools.bench.measure import measure
 from zoo.config import UserError, suggestion

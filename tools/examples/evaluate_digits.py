@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary |= run_figures(run)
     report.write_summary(run, summary)
     report.draw_losses(run)
-    rows = {name: list(drawings.images[drawings.asked == digit]) for digit, name in enumerate(NAMES)}
+    rows = {name: list(drawings.images[drawings.digits == digit]) for digit, name in enumerate(NAMES)}
     report.draw_images(
         rows, report.folder_of(run) / "samples.png", f"{run.name}: drawn from captions, T = {TEMPERATURE}"
     )

@@ -25,7 +25,7 @@ BATCH = 512
 class Drawings:
     """`SAMPLES` drawings of each digit."""
 
-    asked: np.ndarray
+    digits: np.ndarray
     """(n,) the digit that was asked for."""
     codes: np.ndarray
     """(n, 16) image codes."""
@@ -87,15 +87,15 @@ def draw(model: Model, data: Data, temperature: float, seed: int) -> Drawings:
     """`SAMPLES` images for each caption."""
     text, image = data.grammars["text"], data.grammars["image"]
     generator = torch.Generator().manual_seed(seed)
-    asked, codes = [], []
+    digits, codes = [], []
     for digit, name in enumerate(NAMES):
         caption = text.tokens(data.modalities["text"].encode(name))
         prompt = torch.tensor([[data.vocabulary.bos, *caption.tolist(), image.begin]]).expand(SAMPLES, -1).contiguous()
         new = generate(model, prompt, torch.zeros_like(prompt), image.choices(), temperature, generator)
-        asked += [digit] * SAMPLES
+        digits += [digit] * SAMPLES
         codes.append((new - image.choice.start).numpy())
     together = np.concatenate(codes)
-    return Drawings(np.array(asked), together, np.stack([_decode(data, c) for c in together]))
+    return Drawings(np.array(digits), together, np.stack([_decode(data, c) for c in together]))
 
 
 def _decode(data: Data, codes: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ def _flat(images: np.ndarray) -> np.ndarray:
 
 
 def _agreement(judge: SVC, drawings: Drawings) -> float:
-    return float((judge.predict(_flat(drawings.images)) == drawings.asked).mean())
+    return float((judge.predict(_flat(drawings.images)) == drawings.digits).mean())
 
 
 def _nearest(images: np.ndarray, training: np.ndarray) -> float:

@@ -4,8 +4,8 @@
 
 Each part is a process of its own with a limit; its output goes to FOLDER/<part>.log. A part that has finished is not
 repeated: the same command goes on where an earlier one stopped. FOLDER/gpu_check.md is the result, with hardware and
-versions. `--wheels` names the folder that `tools/gpu_wheels.sh` made: mamba-ssm and causal-conv1d are then built for
-this device while other parts run.
+versions. `--wheels` names the folder that `tools/gpu_check/gather_wheels.sh` made: mamba-ssm and causal-conv1d
+are then built for this device while other parts run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--minutes", type=float, default=8.0, help="all parts together (default 8)")
     parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(part.name for part in known())}")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="what tools/gpu_wheels.sh gathered")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="what tools/gpu_check/gather_wheels.sh gathered")
     options = parser.parse_args(arguments)
     try:
         if not torch.cuda.is_available():

@@ -34,6 +34,8 @@ OPERATIONS: dict[str, dict[str, types.ModuleType]] = {
     "ssd": _RECURRENT,
     "conv": _RECURRENT,
 }
+OPTIONAL = (cpu, mamba_ssm, flex, xformers)
+"""Backends that do not work everywhere: each has a `missing()`, which says why it does not work here, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,8 @@ _AUTO: dict[str, Callable[[str], tuple[str, str]]] = {
 
 def missing(operation: str, backend: str) -> str | None:
     """Why a known backend of an operation does not work here; None where it does."""
-    own = getattr(OPERATIONS[operation][backend], "missing", None)
-    return None if own is None else own()
+    module = OPERATIONS[operation][backend]
+    return module.missing() if module in OPTIONAL else None
 
 
 def available(operation: str) -> list[str]:
@@ -96,26 +98,27 @@ def available(operation: str) -> list[str]:
     return [name for name in OPERATIONS[operation] if missing(operation, name) is None]
 
 
-def choose(operation: str, asked: str = "auto", device: str = "cpu") -> Choice:
+def choose(operation: str, backend: str = "auto", device: str = "cpu") -> Choice:
     """The backend of an operation.
 
     Args:
+        backend: its name, as in a recipe's `kernels`; "auto" takes the best that works here.
         device: type of the device it shall run on ("cpu", "cuda"); matters to `auto` alone.
     Raises:
         ConfigError: the name is not known, or what was asked for does not load here.
     """
-    backends = OPERATIONS[operation]
-    if asked == "auto":
+    known = OPERATIONS[operation]
+    if backend == "auto":
         return Choice(operation, *_AUTO[operation](device))
-    if asked not in backends:
-        names = ["auto", *backends]
+    if backend not in known:
+        names = ["auto", *known]
         raise ConfigError(
-            f"kernels.{operation}: {asked!r} is not known; known: {', '.join(names)}{suggestion(asked, names)}"
+            f"kernels.{operation}: {backend!r} is not known; known: {', '.join(names)}{suggestion(backend, names)}"
         )
-    reason = missing(operation, asked)
+    reason = missing(operation, backend)
     if reason is not None:
-        raise ConfigError(f"kernels.{operation}: {asked!r} does not load here: {reason}; choose auto")
-    return Choice(operation, asked, "asked for")
+        raise ConfigError(f"kernels.{operation}: {backend!r} does not load here: {reason}; choose auto")
+    return Choice(operation, backend, "asked for")
 
 
 def check(kernels: Mapping[str, str], device: str = "cpu") -> list[Choice]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.context import TokenContext
 from zoo.kernels import per_document, sdpa
-from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is a few queries under a mask: nothing to pass over
+from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is a few queries: nothing to pass over
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = 8

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pretrain.data import DataConfig, micro_batches, open_data
+from pretrain.process_group import Ranks
 from zoo.modalities import parse_modalities
 
 NAMES = ("modality", "document", "position", "key")
@@ -24,7 +25,9 @@ def step_rows(data, first_row, rows, micro_batch, world, **options) -> dict[str,
     batches = [
         batch
         for rank in range(world)
-        for batch in micro_batches(data.train, first_row, rows, micro_batch, rank, world, step=3, seed=7, **options)
+        for batch in micro_batches(
+            data.train, range(first_row, first_row + rows), micro_batch, Ranks(rank, world), step=3, seed=7, **options
+        )
     ]
     assert all(batch.tokens.shape == (micro_batch, 128) for batch in batches)
     whole = {name: torch.cat([getattr(batch.context, name) for batch in batches]) for name in NAMES}
@@ -51,7 +54,7 @@ def test_resuming_at_any_row_equals_continuing(data):
 
 
 def test_context_says_what_the_rows_say(data):
-    (batch,) = micro_batches(data.train, 0, 4, 4, 0, 1, step=11, seed=7)
+    (batch,) = micro_batches(data.train, range(4), 4, step=11, seed=7)
     context = batch.context
     assert context.step == 11 and context.modalities == ("text", "image")
     modality = torch.from_numpy(data.vocabulary.modality_of(batch.tokens.numpy())).long()
@@ -64,7 +67,7 @@ def test_context_says_what_the_rows_say(data):
 def test_noise_keys_differ_between_tokens_rows_and_seeds(data):
     keys = step_rows(data, 0, 8, 8, 1)["key"]
     assert len(keys.unique()) == keys.numel()
-    (other,) = micro_batches(data.train, 0, 8, 8, 0, 1, step=3, seed=8)
+    (other,) = micro_batches(data.train, range(8), 8, step=3, seed=8)
     assert not torch.equal(other.context.key, keys)
 
 
@@ -78,10 +81,10 @@ def test_rows_past_the_end_are_padding(data):
 
 def test_rows_that_do_not_divide_are_refused(data):
     with pytest.raises(ValueError, match="10 rows a step do not divide into micro-batches of 2 on 3 ranks"):
-        micro_batches(data.train, 0, 10, 2, 0, 3, step=0, seed=0)
+        micro_batches(data.train, range(10), 2, Ranks(0, 3))
 
 
 def test_a_row_costs_less_than_a_millisecond(data):
     begin = time.perf_counter()
-    micro_batches(data.train, 0, 256, 8, 0, 1, step=0, seed=0)
+    micro_batches(data.train, range(256), 8)
     assert (time.perf_counter() - begin) / 256 < 1e-3

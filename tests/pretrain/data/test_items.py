@@ -106,12 +106,12 @@ def test_vectors_and_channels_of_every_row(folder: Path) -> None:
 
 def test_batches_hold_tensors_that_fit_the_context(folder: Path) -> None:
     data = opened(folder)
-    for batch in micro_batches(data.train, 0, 6, 2, 0, 1, 0, 0):
+    for batch in micro_batches(data.train, range(6), 2):
         assert batch.content["image"].dtype == torch.float32 and batch.content["speech"].dtype == torch.int64
         for m, name in ((1, "image"), (2, "speech")):
             assert len(batch.content[name]) == len(batch.context.index(m)) == batch.context.totals[m]
         assert batch.context.item is None, "masks are causal"
-    (padding,) = micro_batches(data.train, 0, 1, 1, 0, 1, 0, 0, end=0)
+    (padding,) = micro_batches(data.train, range(1), 1, end=0)
     assert padding.content["image"].shape == (0, 16) and padding.content["speech"].shape == (0, 2)
 
 
@@ -125,7 +125,7 @@ def test_a_bidirectional_modality_gives_items(folder: Path) -> None:
         items = row.item[inside].reshape(-1, 4)
         assert np.array_equal(items, np.arange(len(items))[:, None].repeat(4, 1))
         assert np.array_equal(row.tokens, plain.train.row(number).tokens)
-    (batch,) = micro_batches(data.train, 0, 2, 2, 0, 1, 0, 0)
+    (batch,) = micro_batches(data.train, range(2), 2)
     assert batch.context.item is not None
     image = batch.context.modality == 1
     mask = batch.context.mask[:, 0]

@@ -16,7 +16,7 @@ from pretrain.finetune.asking import Forced
 from pretrain.finetune.batcher import Batcher
 from pretrain.finetune.evaluate import predict
 from pretrain.finetune.judge import judge
-from pretrain.finetune.prompt_batches import Batch, Prompts
+from pretrain.finetune.prompt_batches import PromptBatch, Prompts
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import read_questions
 from tests.pretrain.finetune.processors import TURN_TEMPLATE, llava_processor, write_questions
@@ -56,7 +56,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_answers_are_encoded_with_what_ends_them(data: Path, template: str | None) -> None:
     processor = llava_processor(template)
     prompts = Prompts.encode(read_questions(data), processor, 3, answers=True)
-    assert [len(batch.asked) for batch in prompts.batches] == [3, 2]
+    assert [len(batch.questions) for batch in prompts.batches] == [3, 2]
     rows = [row[row != IGNORED] for batch in prompts.batches for row in batch.answers]
     assert [processor.tokenizer.decode(row).strip() for row in rows] == [f"{answer}</s>" for answer in ANSWERS]
 
@@ -73,7 +73,7 @@ def test_told_answers_lose_what_one_pass_says(data: Path, name: str) -> None:
     assert found["tokens"] == [len(f" {answer}") + 1 for answer in ANSWERS]
     losses = []
     for batch in prompts.batches:
-        for question in batch.asked:
+        for question in batch.questions:
             batcher = Batcher(
                 processor,
                 question,
@@ -127,7 +127,7 @@ def test_told_answers_lose_what_generation_says(family: str, name: str) -> None:
 def told(model: Any, inputs: dict[str, Tensor], right: Tensor) -> list[float]:
     tokenizer = types.SimpleNamespace(pad_token_id=PAD, eos_token_id=None)
     answering = Forced(model, Prompts([], types.SimpleNamespace(tokenizer=tokenizer)))
-    answering.read(Batch(inputs, [], right), None)
+    answering.read(PromptBatch(inputs, [], right), None)
     assert answering.tokens == (right != IGNORED).sum(1).tolist()
     return answering.losses
 

@@ -27,7 +27,7 @@ def test_modules_trained_in_full_come_back_bit_for_bit(tmp_path: Path, precision
     )
     base = models.open_base(recipe)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = models.whole(recipe, base, dtype).train()
+    model = models.first_model(recipe, base, dtype).train()
     inputs = FAMILIES["llava"].inputs(model.get_base_model(), [[3, 5]])
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     moved = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

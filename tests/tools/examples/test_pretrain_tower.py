@@ -4,6 +4,7 @@ is."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def test_bad_input(folder: Path, data: Path, tmp_path: Path, capsys: Any) -> Non
     plain = tmp_path / "plain"
     plain.mkdir()
     line = json.loads((data / "train.jsonl").read_text().splitlines()[0])
-    line["image"] = str(data / line["image"])
+    shutil.copy(data / line["image"], plain / "picture.png")
+    line["image"] = "picture.png"
     for cells, message in ((None, "has no 'cells'"), ([[1] * 3] * 3, "do not divide the 4 patches")):
         (plain / "train.jsonl").write_text(
             json.dumps({**line, "cells": cells} if cells else {"image": line["image"], "question": "?", "answer": "a"})

@@ -60,7 +60,7 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
 
     prompts = encoded(questions)
     first = encoded(questions[: test.before]) if point.train and test.before else prompts
-    before = _kept(folder / BEFORE, lambda: judged(models.whole(recipe, base).to(device).eval(), first))
+    before = _kept(folder / BEFORE, lambda: judged(models.first_model(recipe, base).to(device).eval(), first))
     result: dict[str, Any] = {"point": settings["point"], "before": before, "after": before}
     if point.train:
         seconds = train(folder, settings["recipe"])

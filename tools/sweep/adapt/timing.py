@@ -53,7 +53,7 @@ def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Poi
     parsed = FinetuneRecipe.parse(recipe)
     base = models.open_base(parsed)
     device = choose_device(parsed.train.device)
-    dense: Any = models.whole(parsed, base).to(device).eval()
+    dense: Any = models.first_model(parsed, base).to(device).eval()
     question = next(q for q in read_questions(Path(config.data), config.test.split) if q.images)
     prompts = Prompts.encode([question] * config.timing.batch, base.processor, config.timing.batch)
     inputs = moved(prompts.batches[0].inputs, device, dense.dtype)
