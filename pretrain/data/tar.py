@@ -80,7 +80,7 @@ class _Bounded(io.RawIOBase):
 
 class _Header(tarfile.TarInfo):
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:  # pyrefly: ignore[bad-override]
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0:  # `tarfile` would read the header again and again, or pass over it
             raise tarfile.ReadError(f"a header claims {info.size} bytes")
