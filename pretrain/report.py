@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain import metrics
+from pretrain import metrics, recipe_file, run_folder
 
 
 def folder_of(run: Path) -> Path:
@@ -22,7 +22,8 @@ def draw_losses(run: Path) -> Path:
     figure, axes = _figure((7, 4))
     objects = metrics.read(run / "metrics.jsonl")
     tokens = {item["step"]: item["tokens"] for item in objects if "tokens" in item}
-    names = sorted({key for item in objects for key in item if key.startswith("loss/") and key != "loss/z"})
+    modalities = recipe_file.read(run / run_folder.RECIPE)["modalities"]
+    names = [key for key in (f"loss/{name}" for name in sorted(modalities)) if any(key in item for item in objects)]
     for color, name in enumerate(names):
         label = name.removeprefix("loss/")
         points = [(item["tokens"], item[name]) for item in objects if name in item]

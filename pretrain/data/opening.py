@@ -113,16 +113,8 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         UserError: a modality's file does not fit, or an item of it does not fit into a row.
     """
     check_length(config, modalities)
-    folder = Path(config.path)
-    train = find_shards(folder, config.train, "data.train")
-    validation = [] if config.validation is None else find_shards(folder, config.validation, "data.validation")
-    both = sorted({path.name for path in train} & {path.name for path in validation})
-    if both:
-        raise DataError(
-            f"data.validation: {config.validation!r} and data.train: {config.train!r} both match {both[0]}; "
-            "make the patterns disjoint, or set data.validation to null"
-        )
-    cache = cache_folder(folder, config.cache)
+    train, validation = _shards(config)
+    cache = cache_folder(Path(config.path), config.cache)
     words = vocabulary(modalities)
     with locked(cache, log):
         listings = [
@@ -146,11 +138,7 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         if shards
     }
     for split, stream in streams.items():
-        log(
-            f"{split}: {len(stream.documents):,} documents, {stream.documents.total:,} tokens, "
-            f"{stream.rows_per_epoch:,} rows of {config.sequence_length} an epoch, "
-            f"{stream.share_of_padding:.1%} padding"
-        )
+        log(_described(split, stream))
     content = json.dumps([[listing.checksum for listing in listings[: len(train)]], name])
     return Data(
         streams["train"],
@@ -159,6 +147,33 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         ready,
         skipped,
         hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def _shards(config: DataConfig) -> tuple[list[Path], list[Path]]:
+    """The shards of training and of validation.
+
+    Raises:
+        DataError: no shard, or one that is in both.
+    """
+    folder = Path(config.path)
+    train = find_shards(folder, config.train, "data.train")
+    validation = [] if config.validation is None else find_shards(folder, config.validation, "data.validation")
+    shared = sorted({path.name for path in train} & {path.name for path in validation})
+    if shared:
+        raise DataError(
+            f"data.validation: {config.validation!r} and data.train: {config.train!r} both match {shared[0]}; "
+            "make the patterns disjoint, or set data.validation to null"
+        )
+    return train, validation
+
+
+def _described(split: str, stream: TokenStream) -> str:
+    """How much there is of a split, for the log."""
+    return (
+        f"{split}: {len(stream.documents):,} documents, {stream.documents.total:,} tokens, "
+        f"{stream.rows_per_epoch:,} rows of {stream.sequence_length} an epoch, "
+        f"{stream.share_of_padding:.1%} padding"
     )
 
 

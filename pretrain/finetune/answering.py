@@ -12,12 +12,12 @@ import tqdm
 
 import zoo.adapt as za
 from pretrain import recipe as recipes
+from pretrain.finetune.batcher import Batcher
 from pretrain.finetune.evaluate import evaluate
 from pretrain.finetune.generation import kinds_of
 from pretrain.finetune.model import quiet
 from pretrain.finetune.model_folder import open_model
 from pretrain.finetune.questions import Question, about_other_images, read_questions
-from pretrain.finetune.samples import Batcher
 from zoo.adapt import AdaptConfig
 from zoo.adapt.family import parts, picture_ids
 from zoo.config import UserError

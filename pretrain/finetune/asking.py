@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo.adapt as za
+from pretrain.finetune.batcher import moved
 from pretrain.finetune.generation import generate, is_right, longest_answer, texts
 from pretrain.finetune.prompt_batches import PromptBatch, Prompts
 from pretrain.finetune.prompts import IGNORED, padding_id
-from pretrain.finetune.samples import moved
 
 
 class Asking(Protocol):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import zoo.adapt as za
 from pretrain.finetune import generation
+from pretrain.finetune.batcher import Batcher, QuestionBatch, moved
 from pretrain.finetune.generation import kinds_of
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
 from pretrain.finetune.routing import routing_sums, routing_values
-from pretrain.finetune.samples import Batcher, QuestionBatch, moved
 from pretrain.process_group import ALONE, Ranks
 from zoo.routing.statistics import RoutingStatistics
 

@@ -13,20 +13,13 @@ from torch import Tensor
 
 import zoo.adapt as za
 from pretrain.engine import Engine, Gather
+from pretrain.finetune.batcher import Batcher, QuestionBatch
 from pretrain.finetune.evaluate import evaluate, predict
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
 from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.routing import routing_sums, routing_values
-from pretrain.finetune.samples import (
-    Batcher,
-    Batches,
-    QuestionBatch,
-    Samples,
-    fingerprint,
-    fingerprint_images,
-    too_many,
-)
+from pretrain.finetune.samples import Batches, Samples, fingerprint, fingerprint_images, too_many
 from pretrain.progress import Progress
 from pretrain.sums import Counts, Sums, Totals
 from pretrain.task import Forward, State, Step, Task

@@ -20,9 +20,10 @@ from pretrain import run_folder
 from pretrain.data.errors import DataError
 from pretrain.deepspeed_config import check_values
 from pretrain.finetune import recipe as finetune_recipe
+from pretrain.finetune.batcher import Batcher
 from pretrain.finetune.questions import Question
 from pretrain.finetune.recipe import FinetuneRecipe
-from pretrain.finetune.samples import Batcher, open_questions, too_many, usable
+from pretrain.finetune.samples import open_questions, too_many, usable
 from pretrain.finetune.task import FineTuning
 from pretrain.loop import Loop, command
 from pretrain.process_group import choose_device, prepare_environment, rank_and_world

@@ -23,10 +23,11 @@ import pretrain.finetune.train
 import zoo.adapt as za
 from pretrain.data import DataError
 from pretrain.finetune import recipe as finetune_recipe
+from pretrain.finetune.batcher import Batcher
 from pretrain.finetune.evaluate import predict
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question, read_questions
-from pretrain.finetune.samples import Batcher, Batches, Samples, usable
+from pretrain.finetune.samples import Batches, Samples, usable
 from pretrain.finetune.task import FineTuning
 from pretrain.process_group import Ranks
 from pretrain.sums import Sums

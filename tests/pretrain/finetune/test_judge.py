@@ -13,12 +13,12 @@ from torch import Tensor
 
 import zoo.adapt as za
 from pretrain.finetune.asking import Forced
+from pretrain.finetune.batcher import Batcher
 from pretrain.finetune.evaluate import predict
 from pretrain.finetune.judge import judge
 from pretrain.finetune.prompt_batches import PromptBatch, Prompts
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import read_questions
-from pretrain.finetune.samples import Batcher
 from tests.pretrain.finetune.processors import TURN_TEMPLATE, llava_processor, write_questions
 from tests.pretrain.finetune.tuning import write_base, write_data
 from tests.zoo.adapt.families import FAMILIES, llava

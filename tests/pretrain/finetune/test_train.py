@@ -209,9 +209,9 @@ def test_the_model_left_behind(two: Path) -> None:
     """It opens as the adapted model, which evaluates to what the run said, and as a dense one."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    from pretrain.finetune.batcher import Batcher
     from pretrain.finetune.evaluate import evaluate
     from pretrain.finetune.questions import read_questions
-    from pretrain.finetune.samples import Batcher
     from zoo.adapt.family import picture_ids
 
     model = za.load_adapted(two / "whole" / "model", dtype=torch.float32)

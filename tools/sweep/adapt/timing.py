@@ -13,10 +13,10 @@ import tqdm
 
 import zoo.adapt as za
 from pretrain.finetune import model as models
+from pretrain.finetune.batcher import moved
 from pretrain.finetune.prompt_batches import Prompts
 from pretrain.finetune.questions import read_questions
 from pretrain.finetune.recipe import FinetuneRecipe
-from pretrain.finetune.samples import moved
 from pretrain.process_group import choose_device
 from tools.bench.adapted import prefilling, step
 from tools.bench.measure import Sample, read
