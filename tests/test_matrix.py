@@ -76,7 +76,7 @@ REFUSED: dict[str, dict[str, tuple[Any, str]]] = {
         ),
     },
     "depth": {
-        "mod by token choice": (MOD | {"router": BIAS}, "depth.router.type: 'token_choice' has its own way"),
+        "mod by token choice": (MOD | {"router": BIAS}, "depth.router.type: 'token_choice' chooses by itself"),
         "mod by softmax": (
             MOD | {"router": {"type": "linear", "activation": "softmax"}},
             "depth.router.activation: softmax over a single output",
