@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests. `bash tools/test.sh` checks format, lint and types and runs the suite; `slow` runs the long tests, `gpu`
-# those for a CUDA device. More arguments go to pytest.
+# `bash tools/test.sh` checks format, lint and types and runs the suite; `slow` runs the long tests, `gpu` those for a
+# CUDA device. More arguments go to pytest.
 set -eu
 . "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -11,7 +11,10 @@ slow | gpu)
     exec python -m pytest -m "$mark" --timeout 3600 "$@"
     ;;
 *)
-    ruff format --check --quiet zoo pretrain tools tests || { echo "run ruff format zoo pretrain tools tests" >&2; exit 1; }
+    ruff format --check --quiet zoo pretrain tools tests || {
+        echo "run ruff format zoo pretrain tools tests" >&2
+        exit 1
+    }
     ruff check --quiet zoo pretrain tools tests
     pyrefly check --output-format min-text
     exec python -m pytest "$@"

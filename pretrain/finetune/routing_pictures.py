@@ -32,7 +32,7 @@ DARK = (0.05, 0.05, 0.15, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class RoutedPicture:
     """One image and what became of its patches."""
 
     image: np.ndarray
@@ -85,7 +85,7 @@ def draw_questions(model: Any, processor: Any, questions: Sequence[Question], ti
     return Drawn([*files, draw_ratios(skipped.tolist(), title, out)], offered, skipped)
 
 
-def looked_at(model: Any, processor: Any, question: Question) -> tuple[list[Picture], np.ndarray]:
+def looked_at(model: Any, processor: Any, question: Question) -> tuple[list[RoutedPicture], np.ndarray]:
     """One forward pass over a question: its images, and (L, 2) how many candidates each layer kept and was offered.
 
     Raises:
@@ -108,7 +108,7 @@ def looked_at(model: Any, processor: Any, question: Question) -> tuple[list[Pict
     pictures = []
     for place, image in enumerate(seen(pixels, processor)):
         own = {number: grids[place] for number, grids in kept.items()}
-        pictures.append(Picture(image, own, question.turns[-1][0]))
+        pictures.append(RoutedPicture(image, own, question.turns[-1][0]))
     return pictures, load
 
 
@@ -141,7 +141,7 @@ def seen(pixels: Any, processor: Any) -> np.ndarray:
     return values.clip(0, 1)
 
 
-def draw(picture: Picture, path: Path) -> Path:
+def draw(picture: RoutedPicture, path: Path) -> Path:
     """The image, and for each routed layer the image with its skipped patches darkened."""
     fields = 1 + len(picture.kept)
     columns = min(COLUMNS, fields)

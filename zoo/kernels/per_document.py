@@ -22,7 +22,7 @@ length."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Documents:
+class SameLength:
     """Documents of the same length L, for one call."""
 
     index: Tensor
@@ -57,12 +57,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenCo
     return result.view(rows, columns, heads, width)
 
 
-def calls(context: TokenContext) -> list[Documents]:
+def calls(context: TokenContext) -> list[SameLength]:
     """The documents by length, those that need a mask apart; shared by all layers."""
     return context.shared("documents by length", lambda: _by_length(context))
 
 
-def _by_length(context: TokenContext) -> list[Documents]:
+def _by_length(context: TokenContext) -> list[SameLength]:
     spans, device = context.document_spans, context.modality.device
     masked = {
         bisect.bisect_right(spans, (row, start, context.shape[1])) - 1 for row, start, n in context.item_spans if n > 1
@@ -77,5 +77,5 @@ def _by_length(context: TokenContext) -> list[Documents]:
         mask = None
         if has_items and context.item is not None:
             mask = same_item(F.embedding(index, context.item.view(-1, 1))[..., 0]) | (time[:, None] >= time)
-        result.append(Documents(index, mask))
+        result.append(SameLength(index, mask))
     return result

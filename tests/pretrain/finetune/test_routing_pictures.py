@@ -123,7 +123,7 @@ def test_skipped_patches_are_dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self))
     kept = np.array([[True, False], [False, False]])
-    picture = routing_pictures.Picture(np.ones((8, 8, 3)), {3: kept, 5: ~kept}, "which?")
+    picture = routing_pictures.RoutedPicture(np.ones((8, 8, 3)), {3: kept, 5: ~kept}, "which?")
     routing_pictures.draw(picture, tmp_path / "x.png")
     image, first, second = [axis for axis in figures[0].axes if axis.images]
     assert [axis.get_title() for axis in (image, first, second)] == [
