@@ -196,6 +196,11 @@ class Model(nn.Module):
 
     def _enter(self, tokens: Tensor, context: TokenContext, content: Mapping[str, Tensor]) -> Tensor:
         """The residual stream before the first layer, (B, T, D)."""
+        if context.modalities != self.modalities:
+            raise ValueError(
+                f"context: its modalities are {', '.join(context.modalities)}, the model's are "
+                f"{', '.join(self.modalities)}; build it with TokenContext.from_modality(…, modalities=model.modalities)"
+            )
         x = self.embedding(tokens)
         if context.padded:
             x = x.masked_fill(~context.valid.unsqueeze(-1), 0.0)
