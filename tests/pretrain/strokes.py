@@ -15,7 +15,7 @@ from tests.pretrain.data.samples import write_shard
 from zoo.modalities import Modality, ModalityConfig, Positions, Vectors
 
 
-@zoo.register("modality", "strokes")
+@zoo.register("modality", "pen_strokes")
 class Strokes(Modality):
     """Points of a pen: how far it goes, and whether it draws; as many as the drawing has."""
 

@@ -49,7 +49,7 @@ def recipe(data: Path, run: Path, **changes: Any) -> dict[str, Any]:
         "name": "strokes",
         "run_dir": str(run),
         "imports": ["tests.pretrain.strokes"],
-        "modalities": {"text": {"type": "bytes"}, "strokes": {"type": "strokes", "most": 16}},
+        "modalities": {"text": {"type": "bytes"}, "strokes": {"type": "pen_strokes", "most": 16}},
         "model": {"d_model": 32, "layers": [LAYER, LAYER | {"depth": {"type": "mod", "capacity": 0.5}}]},
         "objective": {"type": "autoregressive", "z_loss": 1e-4},
         "data": {"path": str(data), "train": "train*.tar", "validation": "val*.tar", "sequence_length": LENGTH},
@@ -161,9 +161,9 @@ def test_the_model_follows_from_the_section(documents: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modalities": {"text": {"type": "bytes"}, "strokes": {"type": "stroke"}}}, "did you mean 'strokes'"),
+        ({"modalities": {"text": {"type": "bytes"}, "strokes": {"type": "pen_stroke"}}}, "did you mean 'pen_strokes'"),
         (
-            {"imports": [], "modalities": {"text": {"type": "bytes"}, "drawings": {"type": "strokes", "most": 0}}},
+            {"imports": [], "modalities": {"text": {"type": "bytes"}, "drawings": {"type": "pen_strokes", "most": 0}}},
             "most: 0",
         ),
         (

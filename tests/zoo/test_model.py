@@ -217,6 +217,14 @@ def test_a_module_that_cannot_be_initialised_is_named():
         zoo.initialise(torch.nn.Sequential(torch.nn.Linear(2, 2)), seed=0)
 
 
+@pytest.mark.parametrize("modalities", [("image", "text"), ("text",), ("text", "image", "speech")])
+def test_a_context_of_other_modalities_is_refused(modalities):
+    """Their numbers would mean other modalities without a word."""
+    context = TokenContext.from_modality(torch.zeros(1, 4, dtype=torch.int64), modalities=modalities)
+    with pytest.raises(ValueError, match="the model's are text, image; build it with .*modalities=model.modalities"):
+        build_model(layer())(torch.zeros(1, 4, dtype=torch.int64), context)
+
+
 def test_repeats_are_layers_written_out():
     repeated = zoo.ModelConfig.parse(
         {
