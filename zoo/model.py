@@ -199,7 +199,8 @@ class Model(nn.Module):
         if context.modalities != self.modalities:
             raise ValueError(
                 f"context: its modalities are {', '.join(context.modalities)}, the model's are "
-                f"{', '.join(self.modalities)}; build it with TokenContext.from_modality(…, modalities=model.modalities)"
+                f"{', '.join(self.modalities)}; build it with "
+                "TokenContext.from_modality(…, modalities=model.modalities)"
             )
         x = self.embedding(tokens)
         if context.padded:
