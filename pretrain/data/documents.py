@@ -28,7 +28,7 @@ class Documents:
     shard_starts: np.ndarray
     """(shards + 1,) int64: first token of each shard in the whole."""
     keys: Strings
-    """Of the d documents."""
+    """The key of each of the d documents."""
     items: Mapping[str, Items] = dataclasses.field(default_factory=dict)
     """The items of each modality whose positions carry no ids or see all of their item."""
 

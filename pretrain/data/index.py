@@ -52,11 +52,11 @@ class Listing:
     shard: Path
     checksum: str
     keys: Strings
-    """Of the d documents."""
+    """The key of each of the d documents."""
     members: np.ndarray
     """(d,) members of each document."""
     extensions: Strings
-    """Of all m members, document by document."""
+    """The extension of each of the m members, document by document."""
     offsets: np.ndarray
     sizes: np.ndarray
     """(m,) as in `Member`."""
@@ -80,7 +80,7 @@ class ShardTokens:
     tokens: np.ndarray
     """(n,) int32, mapped from disk."""
     keys: Strings
-    """Of the d documents."""
+    """The key of each of the d documents."""
     starts: np.ndarray
     """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
     spans: np.ndarray

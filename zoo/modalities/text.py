@@ -176,5 +176,5 @@ class BPE(Text, LearnedModality):
         return self.inner.decode([int(i) for i in content], skip_special_tokens=False)
 
     def save(self, path: str | Path) -> None:
-        """Write `tokenizer.json`."""
+        """Write the tokenizer as a `tokenizer.json`."""
         Path(path).write_text(self.inner.to_str(pretty=True), encoding="utf-8")
