@@ -18,7 +18,8 @@ from zoo.modalities.section import (
     parse_modalities,
     vocabulary,
 )
-from zoo.modalities.text import BPE, Bytes
+from zoo.modalities.speech import Codec, DMel, Units
+from zoo.modalities.text import BPE, Bytes, HuggingFace
 from zoo.modalities.vocabulary import Vocabulary
 from zoo.slots import LearnedModality, Modality
 
@@ -28,8 +29,11 @@ __all__ = [
     "Bytes",
     "Carries",
     "Channels",
+    "Codec",
     "ContinuousPatches",
+    "DMel",
     "Grammar",
+    "HuggingFace",
     "Ids",
     "LearnedConfig",
     "LearnedModality",
@@ -39,6 +43,7 @@ __all__ = [
     "ModalityConfig",
     "Patches",
     "Positions",
+    "Units",
     "Vectors",
     "Vocabulary",
     "default_modalities",
