@@ -14,7 +14,7 @@ from torch import Tensor
 import zoo.adapt as za
 from pretrain.engine import Engine, Gather
 from pretrain.finetune.batcher import Batcher, QuestionBatch
-from pretrain.finetune.evaluate import evaluate, predict
+from pretrain.finetune.evaluate import EvaluatedModel, evaluate, predict
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
 from pretrain.finetune.recipe import FinetuneRecipe
@@ -211,19 +211,17 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
 
     def evaluate(self) -> dict[str, float]:
         engine, recipe = self.engine, self.recipe
-        return evaluate(
-            engine.module,
+        model = EvaluatedModel(
             engine.module.module,
+            engine.module,
             self.base.blueprint,
-            self.batchers[1],
-            self.held_out,
-            recipe.evaluate.batch or recipe.train.micro_batch,
-            recipe.evaluate.generate,
-            engine.ranks,
-            engine.stage == 3,
             engine.device,
             engine.dtype,
+            engine.ranks,
+            together=engine.stage == 3,
         )
+        batch, generate = recipe.evaluate.batch or recipe.train.micro_batch, recipe.evaluate.generate
+        return evaluate(model, self.batchers[1], self.held_out, batch, generate).values(generate)
 
     def shown(self, key: str) -> bool:
         return "decoder_flops" not in key and (key.count("/") == 1 or "accuracy/" in key)
