@@ -47,7 +47,7 @@ class QuestionsConfig(Config):
     refuses."""
 
 
-class EvaluateConfig(Config):
+class AnswersConfig(Config):
     """How a model is judged: by its loss, and by the answers that it generates; see `pretrain.finetune.evaluate`."""
 
     split: str = "validation"
@@ -76,7 +76,7 @@ class FinetuneRecipe(RunRecipe):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: LoopConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: AnswersConfig = AnswersConfig()
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
     """DeepSpeed's own keys, or the path of a JSON file with them, as in a pretraining."""
 

@@ -182,12 +182,23 @@ def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
     Args:
         vocabulary: number of tokens.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = LlavaForConditionalGeneration(_transformers_config(config, vocabulary))
+        initialise(model, config.vision, config.decoder, config.image_size // config.patch)
+    return model.eval()
+
+
+def _transformers_config(config: LlavaFolderConfig, vocabulary: int) -> Any:
+    """The sizes, as Transformers has them."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     ids = {role: index for index, role in enumerate(SPECIAL)}
     ends: dict[str, Any] = {f"{role}_id": ids[role] for role in ("pad_token", "bos_token", "eos_token")}
     vision, decoder = config.vision, config.decoder
-    llava = LlavaConfig(
+    return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=vision.d_model,
             intermediate_size=vision.d_ff,
@@ -214,11 +225,6 @@ def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
         tie_word_embeddings=False,
         **ends,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = LlavaForConditionalGeneration(llava)
-        initialise(model, config.vision, config.decoder, config.image_size // config.patch)
-    return model.eval()
 
 
 def write(config: LlavaFolderConfig, data: Path, out: Path) -> Any:
