@@ -105,8 +105,8 @@ def write(
             f"--held-out: {min(both).name} matches {held_out!r} and --train {train!r} alike; give narrower patterns"
         )
     training, held = read_captions(sides[0]), read_captions(sides[1])
-    _check_enough(training, 1, f"--train: of the documents in its shards of {shards}")
-    _check_enough(held, 2, f"--held-out: of the documents in its shards of {shards}")
+    _check_enough("--train", training, 1, shards)
+    _check_enough("--held-out", held, 2, shards)
     half = len(held.captions) // 2
     splits = {"train": training.captions, "validation": held.captions[:half], "test": held.captions[half:]}
     for split, captions in splits.items():
@@ -129,15 +129,16 @@ def _check(shards: Path, out: Path, question: str) -> None:
         raise UserError("--question: is empty; ask something")
 
 
-def _check_enough(side: Captions, least: int, whose: str) -> None:
-    """Raise DataError where fewer than `least` documents have a picture and a text; `whose` begins the message."""
+def _check_enough(option: str, side: Captions, least: int, shards: Path) -> None:
+    """Raise DataError where fewer than `least` documents of the shards that `option` names have a picture and a
+    text."""
     if len(side.captions) >= least:
         return
     total = len(side.captions) + side.incomplete + len(side.broken)
     why = f", such as {side.broken[0]}" if side.broken else ""
     raise DataError(
-        f"{whose}, {total} in all, {len(side.captions)} have a picture and a text, at least {least} must; "
-        f"{side.incomplete} lack one of them, {len(side.broken)} are broken{why}"
+        f"{option}: {len(side.captions)} of the {total} documents in its shards of {shards} have a picture and a text, "
+        f"at least {least} must; {side.incomplete} lack one of them, {len(side.broken)} are broken{why}"
     )
 
 
