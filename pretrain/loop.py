@@ -99,7 +99,12 @@ class Loop:
         """Train to the last step, or until told to stop; leave a checkpoint, the whole weights and the metrics."""
         self._listen()
         task, train, state = self.task, self.recipe.train, self.state
-        if state.step:
+        if state.step >= train.steps:
+            self.say(
+                f"{self.recipe.folder} is finished: it has taken {state.step} of {train.steps} steps, and the trained "
+                f"model lies in {task.trained_model}; to go on, give a larger train.steps"
+            )
+        elif state.step:
             self.say(f"resuming {self.recipe.folder} at step {state.step} of {train.steps}")
         progress, saved_at = Progress(train.steps, state.step), state.step or None
         values: dict[str, float] | None = None

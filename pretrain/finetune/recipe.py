@@ -10,6 +10,7 @@ from pydantic import Field
 from pretrain import recipe as recipes
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe import DeepSpeedSection, LoopConfig, RunRecipe
+from pretrain.recipe_kind import FINE_TUNING, check_kind
 from zoo.adapt import AdaptConfig
 from zoo.config import Config
 
@@ -89,6 +90,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
     Raises:
         ConfigError: naming the dotted key or the file, the value, the rule and the way out.
     """
-    recipe = FinetuneRecipe.parse(recipes.read(path, overrides))
+    data = recipes.read(path, overrides)
+    check_kind(data, path, FINE_TUNING, FinetuneRecipe)
+    recipe = FinetuneRecipe.parse(data)
     recipes.check_batches(recipe.train)
     return recipe

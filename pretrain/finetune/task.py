@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -229,10 +230,14 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
     def judge(self, values: Mapping[str, float]) -> float:
         return values["eval/loss"]
 
+    @property
+    def trained_model(self) -> Path:
+        return self.recipe.folder / MODEL
+
     def export(self, weights: dict[str, Tensor]) -> None:
         from pretrain.finetune import model as models
 
-        folder = models.save(self.recipe, self.base, weights, self.recipe.folder / MODEL)
+        folder = models.save(self.recipe, self.base, weights, self.trained_model)
         print(f"{folder} is written", flush=True)
 
 

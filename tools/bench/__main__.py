@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="beginning of a benchmark's name")
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="beginning of a benchmark's name")
     parser.add_argument("--list", action="store_true", help="name all benchmarks and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each computation, at most (default 9)")

@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="YAML file with the sizes")
     parser.add_argument("data", type=Path, help="folder with train.jsonl and its images")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)
     try:
         config = LlavaFolderConfig.parse(recipe.read(options.config, options.overrides))
