@@ -46,7 +46,7 @@ def by_budget(
         ranks: rank_over_length of each layer; of equal ones the deeper layer is taken first.
         savings: what routing each layer saves; see `skip_savings` and `flops_savings`.
         target: the sum to reach.
-        goal: says it in words, for reasons and errors: "skip ratio 0.3 at keep 0.5".
+        goal: says it in words, for reasons and errors: "skip ratio 0.3 at capacity 0.5".
     Raises:
         UserError: all layers together do not reach it.
     """
