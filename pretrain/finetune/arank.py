@@ -17,7 +17,7 @@ from pretrain.finetune.model_folder import open_dense
 from pretrain.finetune.prompts import collate, encode, padding_id
 from pretrain.finetune.questions import sample_questions
 from zoo.adapt import arank
-from zoo.adapt.proposal import Choice, by_budget, by_threshold, flops_savings, skip_savings
+from zoo.adapt.proposal import Proposal, by_budget, by_threshold, flops_savings, skip_savings
 from zoo.config import UserError
 
 MEASURING = {
@@ -101,7 +101,7 @@ def propose(
         choices = by_budget(ranks, savings, 1 - flops, goal, last_layer)
         made_by |= {"flops": flops, "capacity": capacity}
     else:
-        choices = [Choice(False, f"rank_over_length {rank:.3f}; no threshold or budget given") for rank in ranks]
+        choices = [Proposal(False, f"rank_over_length {rank:.3f}; no threshold or budget given") for rank in ranks]
     for layer, choice in zip(layers, choices, strict=True):
         layer["chosen"], layer["reason"] = choice.chosen, choice.reason
     result["proposed"] = [layer["index"] for layer in layers if layer["chosen"]]

@@ -8,13 +8,13 @@ from tests.zoo.adapt.families import FAMILIES
 from zoo.adapt import adapt
 from zoo.adapt.arank import measure
 from zoo.adapt.flops import decoder_flops
-from zoo.adapt.proposal import Choice, by_budget, by_threshold, flops_savings, skip_savings
+from zoo.adapt.proposal import Proposal, by_budget, by_threshold, flops_savings, skip_savings
 from zoo.config import UserError
 
 RANKS = [0.1, 0.31, 0.6, 0.2, 0.5, 0.2]
 
 
-def chosen(choices: list[Choice]) -> list[int]:
+def chosen(choices: list[Proposal]) -> list[int]:
     return [layer for layer, choice in enumerate(choices) if choice.chosen]
 
 
