@@ -19,6 +19,7 @@ from torch import Tensor
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.family import ANSWER, IMAGE, PADDING, TEXT, VIDEO, has_pictures, lengths, may_follow
 from zoo.config import UserError
+from zoo.host import send
 from zoo.noise import token_keys
 from zoo.routing.candidates import Candidates
 from zoo.trace import Trace
@@ -142,21 +143,17 @@ class AdaptContext:
         key = _keys(config.router.seed, kind, inputs, training) if config.router.type == "random" else None
         division = _divided(config, kind, inputs, model_config, training)
         frames = config.group == "frame"
-
-        def device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(like.device, non_blocking=True)
-
         return cls(
             **options,
-            competing=device(division.competing),
+            competing=send(division.competing, like.device),
             pools=division.pools,
             pool_rows=division.pool_rows(columns),
-            by_threshold=device(division.by_threshold),
-            dense_mask=device(division.dense),
+            by_threshold=send(division.by_threshold, like.device),
+            dense_mask=send(division.dense, like.device),
             dense_counts=tuple(division.dense.reshape(rows, columns).sum(1).tolist()),
             kind=kind,
             indivisible=tuple(k for k in _pictures(config) if not may_follow(k, frames, inputs, model_config)),
-            key=None if key is None else device(key),
+            key=None if key is None else send(key, like.device),
         )
 
 
