@@ -48,7 +48,8 @@ class Point:
     def read(cls, data: Mapping[str, Any]) -> Point:
         """From what JSON made of it."""
         capacities = {int(layer): capacity for layer, capacity in data["capacities"].items()}
-        return cls(**{**data, "capacities": capacities})
+        values: dict[str, Any] = {**data, "capacities": capacities}
+        return cls(**values)
 
     @property
     def setting(self) -> str:
