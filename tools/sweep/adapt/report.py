@@ -36,7 +36,7 @@ def write(config: SweepConfig, points: Sequence[AdaptPoint], out: Path) -> list[
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-HEADS = ("arm", "target", "layers", "keep", "FLOPs", "before", "after")
+HEADS = ("arm", "target", "layers", "capacity", "FLOPs", "before", "after")
 MORE_HEADS = ("by threshold", "at FLOPs", "K/V", "prefill", "decoder's", "decode", "training")
 """Heads of the table, before and after those of the kinds of questions."""
 
@@ -85,7 +85,7 @@ def _explained(config: SweepConfig, metric: Metric, rows: Sequence[ArmResults[Ad
 
 def _answers(row: ArmResults[AdaptPoint], metric: Metric, kinds: Sequence[str]) -> list[str]:
     """The cells of what is routed, and how well it answers under the rule that it was tuned with."""
-    counts = sorted({len(p.keep) for p in row.points})
+    counts = sorted({len(p.capacities) for p in row.points})
     void = " (void)" if all(p.void for p in row.points) else ""
     flops = row.each(_flops)
     untrained = "" if any(p.train for p in row.points) or not flops else " (not tuned)"
@@ -93,7 +93,7 @@ def _answers(row: ArmResults[AdaptPoint], metric: Metric, kinds: Sequence[str]) 
         row.arm,
         row.setting,
         "–".join(map(str, counts)) + void,
-        _kept([share for p in row.points for share in p.keep.values()]),
+        _range([share for p in row.points for share in p.capacities.values()]),
         _mean(flops, "{:.3f}"),
         metric.show(row.each(lambda r: metric.of(r["before"])), row.runs if target_of(row) < 1 else 1),
         metric.show(row.each(lambda r: metric.of(r["after"])), row.runs) + untrained,
@@ -143,7 +143,7 @@ def layers_of(rows: Sequence[ArmResults[AdaptPoint]]) -> str:
             skip = ", ".join(f"{share:.2f}" for share in after.get("skip", {}).values())
             taught = point.adapt is not None and point.adapt.get("auxiliary", {}).get("type", "none") != "none"
             right = after.get("routers", {}).get("accuracy") if taught else None
-            layers, share = ", ".join(map(str, point.keep)), "" if right is None else f"{right:.1%}"
+            layers, share = ", ".join(map(str, point.capacities)), "" if right is None else f"{right:.1%}"
             lines.append([point.name, layers, skip, share, point.same_as])
     return "## Layers\n\n" + report.table(heads, lines)
 
@@ -164,8 +164,8 @@ def _flops(result: Result) -> float:
     return result["after"]["flops"]
 
 
-def _kept(shares: Sequence[float]) -> str:
-    """A share of tokens that layers keep, or the range of several."""
+def _range(shares: Sequence[float]) -> str:
+    """A capacity, or the range of several."""
     if not shares:
         return ""
     low, high = min(shares), max(shares)
