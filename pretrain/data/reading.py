@@ -76,9 +76,9 @@ class Tokens(NamedTuple):
     tokens: np.ndarray
     """(n,) int32; where a position carries no id, the one that holds its place."""
     spans: list[Span]
-    """Of each part that must never be cut, in order."""
+    """The stretches that must never be cut, in order."""
     content: list[Carried]
-    """Of each part whose positions carry no ids, in order."""
+    """The content of each part whose positions carry no ids, in order."""
 
 
 def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: Mapping[str, Grammar]) -> Tokens:

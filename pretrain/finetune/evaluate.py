@@ -53,7 +53,7 @@ class EvaluatedModel:
     """For its layers and their cost; may be on the meta device, or the model itself."""
     device: torch.device | str
     dtype: torch.dtype
-    """Of the weights."""
+    """Type of the weights."""
     ranks: Ranks = ALONE
     """Over which the questions are dealt out, equally many batches to each."""
     together: bool = False
