@@ -21,9 +21,10 @@ from typing import NamedTuple
 import tqdm
 import webdataset
 
-from pretrain.data.errors import DataError
-from pretrain.data.reading import BrokenDocument, read_parts
-from pretrain.data.shards import find_shards, scan_shard
+from pretrain.data.errors import BrokenDocument, DataError
+from pretrain.data.reading import read_parts
+from pretrain.data.shards import find_shards
+from pretrain.data.sources import Document, open_shards
 from tools.examples.make_digits import NAMES
 from zoo.config import UserError
 
@@ -57,22 +58,20 @@ def takes(folder: Path) -> Iterator[Take]:
     if not folder.is_dir():
         raise DataError(f"{folder}: does not exist, or is not a folder; give one of recordings or of shards")
     for pattern, held_out in (("*train*.tar", False), ("*val*.tar", True)):
-        for shard in find_shards(folder, pattern, str(folder)):
-            yield from _from_shard(shard, held_out)
+        with open_shards(find_shards(folder, pattern, str(folder))) as shards:
+            for shard, documents in shards.items():
+                for document in documents:
+                    yield _take(document, shard, held_out)
 
 
-def _from_shard(shard: Path, held_out: bool) -> Iterator[Take]:
-    with open(shard, "rb") as file:
-        for entry in scan_shard(shard):
-            try:
-                parts = dict(read_parts(file, entry, {"text": bytes.decode, "audio": bytes}))
-            except BrokenDocument as error:
-                raise DataError(f"{shard.name}: {entry.key}: {error}") from None
-            if set(parts) != {"text", "audio"}:
-                raise DataError(
-                    f"{shard.name}: {entry.key}: has parts {', '.join(parts)}; a sound and a text are meant"
-                )
-            yield Take(entry.key, held_out, parts["text"].strip(), parts["audio"])
+def _take(document: Document, shard: Path, held_out: bool) -> Take:
+    try:
+        parts = {part.type: part.item for part in read_parts(document, {"text": bytes.decode, "audio": bytes})}
+    except BrokenDocument as error:
+        raise DataError(f"{shard.name}: {document.key}: {error}") from None
+    if set(parts) != {"text", "audio"}:
+        raise DataError(f"{shard.name}: {document.key}: has parts {', '.join(parts)}; a sound and a text are meant")
+    return Take(document.key, held_out, parts["text"].strip(), parts["audio"])
 
 
 def write(folder: Path, out: Path) -> dict[str, int]:
