@@ -34,7 +34,7 @@ class Spoken:
     word: str
     modality: str
     sound: np.ndarray
-    """(n,) float32."""
+    """(n,) float32, at the rate of its modality."""
     picture: np.ndarray
     """(mels, frames) uint8 spectrogram, low frequencies at the bottom."""
 

@@ -206,7 +206,7 @@ class HuggingFace(Tokenized):
         """
 
         path: str
-        """The folder."""
+        """The folder of the tokenizer."""
         vocab_size: int = pydantic.Field(ge=1)
         """Ids, at least as many as the tokenizer has; its special ones count and stay unused."""
 

@@ -35,7 +35,7 @@ class Codec(Sound):
         """
 
         path: str
-        """The folder."""
+        """The folder of the codec."""
         codebooks: int = pydantic.Field(ge=1, le=256)
         """The first so many codebooks are used; more tell the sound more finely."""
         codes: int = pydantic.Field(ge=2)
