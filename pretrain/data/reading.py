@@ -31,7 +31,7 @@ Readers = Mapping[str, Callable[[bytes], Any]]
 """Type of a part → what makes its item from the bytes of its file, or of its text."""
 
 
-class Part(NamedTuple):
+class DocumentPart(NamedTuple):
     """One part of a document."""
 
     type: str
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     """What its reader has made of it; None where there is no reader for its type."""
 
 
-def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part]:
+def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[DocumentPart]:
     """The parts of a document, in order. Files of types without a reader are not looked at.
 
     Raises:
@@ -58,7 +58,7 @@ def read_parts(shard: BinaryIO, entry: Entry, readers: Readers) -> Iterator[Part
             name, content = shown(str(part.get("file"))), _file(shard, entry, kind, part.get("file"))
         else:
             name, content = "", b""
-        yield Part(kind, None if reader is None else _item(reader, name, content))
+        yield DocumentPart(kind, None if reader is None else _item(reader, name, content))
 
 
 def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:

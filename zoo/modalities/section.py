@@ -11,9 +11,9 @@ from pydantic_core import PydanticCustomError
 
 from zoo.carries import Ids
 from zoo.config import ConfigError, explain
-from zoo.modalities.modality import ModalityConfig
 from zoo.modalities.text import Bytes
 from zoo.modalities.vocabulary import TEXT, Vocabulary
+from zoo.modality import ModalityConfig
 from zoo.registry import BlockConfig, ModalitySlot
 
 

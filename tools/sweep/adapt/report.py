@@ -13,14 +13,14 @@ from tools.sweep import report
 from tools.sweep.adapt import pictures
 from tools.sweep.adapt.comparison import comparison
 from tools.sweep.adapt.metrics import METRICS, Metric
-from tools.sweep.adapt.plan import Point, target_of
+from tools.sweep.adapt.plan import AdaptPoint, target_of
 from tools.sweep.adapt.settings import SweepConfig
 from tools.sweep.kind import Result
 from tools.sweep.rows import Row, gather
 from zoo.files import atomic_write
 
 
-def write(config: SweepConfig, points: Sequence[Point], out: Path) -> list[Path]:
+def write(config: SweepConfig, points: Sequence[AdaptPoint], out: Path) -> list[Path]:
     """`results.md`, a picture of the metric by its name and `skip.png`, of what has been run; returns their paths."""
     rows, metric = gather(points, out), METRICS[config.test.metric]
     timing = out / "timing.json"
@@ -36,7 +36,7 @@ def write(config: SweepConfig, points: Sequence[Point], out: Path) -> list[Path]
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def results(config: SweepConfig, rows: Sequence[Row[Point]], times: dict[str, Any]) -> str:
+def results(config: SweepConfig, rows: Sequence[Row[AdaptPoint]], times: dict[str, Any]) -> str:
     """One line an arm and target."""
     metric = METRICS[config.test.metric]
     kinds = list(dict.fromkeys(kind for row in rows for kind in _kinds(row)))
@@ -85,7 +85,7 @@ def results(config: SweepConfig, rows: Sequence[Row[Point]], times: dict[str, An
 
 
 def _cells(
-    row: Row[Point],
+    row: Row[AdaptPoint],
     metric: Metric,
     kinds: Sequence[str],
     times: dict[str, Any] | None,
@@ -129,7 +129,7 @@ def _cells(
     return cells
 
 
-def layers_of(rows: Sequence[Row[Point]]) -> str:
+def layers_of(rows: Sequence[Row[AdaptPoint]]) -> str:
     """Which layers each run routed, and what its routers skipped and foresaw."""
     heads = ["run", "layers", "skipped of the image tokens", "routers right", "same as"]
     lines = []
@@ -148,7 +148,7 @@ def layers_of(rows: Sequence[Row[Point]]) -> str:
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def _kinds(row: Row[Point]) -> list[str]:
+def _kinds(row: Row[AdaptPoint]) -> list[str]:
     """Kinds of questions that the metric tells apart."""
     return [kind for _, result in row.results for kind in result["after"].get("kinds", {})]
 

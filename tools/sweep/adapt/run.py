@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pretrain.finetune.questions import Question, about_other_images, one_an_image, read_questions
-from tools.sweep.adapt.plan import Point
+from tools.sweep.adapt.plan import AdaptPoint
 from tools.sweep.adapt.settings import TestConfig
 from tools.sweep.folder import write_json
 from tools.sweep.kind import Result
@@ -44,7 +44,7 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
     from tools.sweep.adapt.threshold import tune_threshold
     from zoo.adapt import load_adapted
 
-    point, test = Point.read(settings["point"]), TestConfig.parse(settings["test"])
+    point, test = AdaptPoint.read(settings["point"]), TestConfig.parse(settings["test"])
     recipe = FinetuneRecipe.parse(settings["recipe"])
     device, data = choose_device(recipe.train.device), Path(recipe.data.path)
     models.quiet(0)
