@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.carries import Carries
-from zoo.place import BlockConfig
+from zoo.place import BlockConfig, Configured
 
 PARTS = ("text", "image", "audio", "video")
 """Types of the parts of a document; a modality of one's own may read parts of another type."""
@@ -109,7 +109,7 @@ class LearnedConfig(ModalityConfig):
         """
 
 
-class Modality(abc.ABC):
+class Modality(Configured, abc.ABC):
     """Base of the slot `modality`: one kind of content, ready for use. What is known of it without data stands in its
     nested config.
 

@@ -27,6 +27,13 @@ class BlockConfig(Config):
         """Raise `ConfigError` for what depends on where the block stands (widths that do not divide, modalities)."""
 
 
+class Configured:
+    """Base of whatever can be registered for a slot: it is built from its config."""
+
+    Config: ClassVar[type[BlockConfig]] = BlockConfig
+    """A class that is registered nests one of its own."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a block stands in a model: everything it may know that is not its own config."""

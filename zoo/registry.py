@@ -14,15 +14,13 @@ from pydantic_core import PydanticCustomError
 
 from zoo.config import ConfigError, explain, first_lines, shown, suggestion
 from zoo.modality import Modality
-from zoo.place import BlockConfig, Place  # noqa: F401  for those who write blocks
+from zoo.place import BlockConfig, Configured, Place  # noqa: F401  for those who write blocks
 from zoo.routing.scorer import Scorer
-from zoo.slots import Depth, FeedForward, Head, Mixer, Objective, Part, Stem
+from zoo.slots import Depth, FeedForward, Head, Mixer, Objective, Stem
 
-Block = type[Part] | type[Modality]
-"""A class that can be registered."""
-SomeBlock = TypeVar("SomeBlock", bound=Block)
+SomeBlock = TypeVar("SomeBlock", bound=type[Configured])
 
-SLOTS: dict[str, Block] = {
+SLOTS: dict[str, type[Configured]] = {
     "mixer": Mixer,
     "feedforward": FeedForward,
     "depth": Depth,
@@ -32,8 +30,8 @@ SLOTS: dict[str, Block] = {
     "objective": Objective,
     "modality": Modality,
 }
-"""The slots, and the base of what stands in each."""
-_tables: dict[str, dict[str, Block]] = {slot: {} for slot in SLOTS}
+"""The slots, and the base of what stands in each. `open_slot` adds those of other packages."""
+_tables: dict[str, dict[str, type[Configured]]] = {slot: {} for slot in SLOTS}
 
 
 def register(slot: str, name: str) -> Callable[[SomeBlock], SomeBlock]:
@@ -121,6 +119,22 @@ StemSlot = _field("stem")
 HeadSlot = _field("head")
 ObjectiveSlot = _field("objective")
 ModalitySlot = _field("modality")
+
+
+def open_slot(slot: str, base: type[Configured]) -> Any:
+    """Add a slot for what a package other than `zoo` looks up by name, such as its data sources.
+
+    Args:
+        base: what is registered for the slot derives from it.
+    Returns:
+        the type of a config's field that holds a block of the slot.
+    Raises:
+        ConfigError: the slot has another base already.
+    """
+    if SLOTS.setdefault(slot, base) is not base:
+        raise ConfigError(f"open_slot: slot {slot!r} has the base {SLOTS[slot].__qualname__} already; choose another")
+    _tables.setdefault(slot, {})
+    return _field(slot)
 
 
 def parse_block(slot: str, value: Any, path: str) -> BlockConfig:

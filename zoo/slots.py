@@ -17,22 +17,19 @@ from torch import Tensor, nn
 from zoo.batch import Batch
 from zoo.context import TokenContext
 from zoo.flops import Cost
-from zoo.place import BlockConfig
+from zoo.place import Configured
 from zoo.roles import ParameterOwner
 from zoo.states import State
 
 
-class Part(ParameterOwner):
-    """Base of whatever can be registered for a slot."""
+class Part(Configured, ParameterOwner):
+    """Base of what stands in a slot of a model."""
 
     counter_noise: ClassVar[bool] = False
     """All noise of `forward` is a function of the tokens' keys (`zoo.noise`), so that a recomputation draws the same
     without help. Otherwise activation checkpointing saves torch's random state and restores it before the
     recomputation. Every class says so for itself, `class Mine(Mixer, counter_noise=True)`; a subclass does not inherit
     it."""
-
-    Config: ClassVar[type[BlockConfig]] = BlockConfig
-    """What it is built from. A class that is registered nests one of its own."""
 
     name: str = ""
     """Dotted name in the model. A part that tells the trace something, or has an `update`, sets it to its place's."""

@@ -10,14 +10,14 @@ from tools.sweep.adapt.plan import AdaptPoint, target_of
 from tools.sweep.adapt.settings import SweepConfig
 from tools.sweep.chance import LEVEL, Difference, Scores, compare
 from tools.sweep.report import table
-from tools.sweep.rows import Row
+from tools.sweep.rows import ArmResults
 
 HEAD = "## Does ARank choose better layers?"
 RIVALS = ("random", "alternate", "arank_high")
 """Rules of layers that ARank's choice is compared with."""
 
 
-def comparison(config: SweepConfig, rows: Sequence[Row[AdaptPoint]]) -> str:
+def comparison(config: SweepConfig, rows: Sequence[ArmResults[AdaptPoint]]) -> str:
     """Whether layers chosen by ARank lose less than others at the same FLOPs."""
     by = {(row.arm, target_of(row)): row for row in rows}
     arms, metric = config.arms, METRICS[config.test.metric]
@@ -53,7 +53,7 @@ def comparison(config: SweepConfig, rows: Sequence[Row[AdaptPoint]]) -> str:
 
 
 def paired(
-    metric: Metric, ours: Row[AdaptPoint], theirs: Row[AdaptPoint]
+    metric: Metric, ours: ArmResults[AdaptPoint], theirs: ArmResults[AdaptPoint]
 ) -> tuple[dict[int, list[tuple[Scores, Scores]]], int]:
     """Scores after tuning of the seeds that both have, and how many of these route the same layers."""
     other = {point.seed: (point, result) for point, result in theirs.results}

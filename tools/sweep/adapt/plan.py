@@ -14,7 +14,7 @@ import zoo.adapt as za
 from pretrain import recipe as recipes
 from pretrain.finetune.prompt_batches import Shapes
 from tools.sweep.adapt.settings import ArmConfig, SweepConfig
-from tools.sweep.rows import Row
+from tools.sweep.rows import ArmResults
 from zoo.adapt.config import Progressive
 from zoo.adapt.family import parts
 from zoo.config import ConfigError, UserError
@@ -65,7 +65,7 @@ class AdaptPoint:
         return self.adapt is not None and self.adapt.get("router", {}).get("type", "linear") == "linear"
 
 
-def target_of(row: Row[AdaptPoint]) -> float:
+def target_of(row: ArmResults[AdaptPoint]) -> float:
     """The target of all points of a row."""
     return row.points[0].target
 
