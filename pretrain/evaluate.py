@@ -93,7 +93,7 @@ def evaluate(
     counts = count_batches(objective, model.modalities, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
-    text, text_bytes = model.modalities[0], stream.text_bytes(range(rows)) if bits_per_byte else 0.0
+    text, text_bytes = stream.documents.vocabulary.text, stream.text_bytes(range(rows)) if bits_per_byte else 0.0
     for routing in routings(model):
         totals = _pass(forward, objective, batches, routing).over(ranks, device)
         result |= _losses(totals, counts, routing, objective)

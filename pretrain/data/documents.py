@@ -93,7 +93,7 @@ class Documents:
     def _text_tokens(self, start: int, length: int) -> int:
         """Ids of text in a stretch, special tokens apart."""
         tokens = self.read(start, length)
-        own, stop = self.vocabulary.range(self.vocabulary.modalities[0])
+        own, stop = self.vocabulary.range(self.vocabulary.text)
         return int(((tokens >= own) & (tokens < stop)).sum())
 
     def take(self, positions: np.ndarray) -> np.ndarray:

@@ -67,7 +67,10 @@ def evaluate(model: Model, data: Data, takes: Sequence[Take], seed: int) -> tupl
 def read(model: Model, data: Data, name: str, takes: Sequence[Take], words: Sequence[str]) -> list[bool]:
     """Whether the likeliest of `words` after each take is its own."""
     speech, vocabulary = data.modalities[name], data.vocabulary
-    text = [[*data.grammars["text"].tokens(data.modalities["text"].encode(word)), vocabulary.eos] for word in words]
+    text = [
+        [*data.grammars[vocabulary.text].tokens(data.modalities[vocabulary.text].encode(word)), vocabulary.eos]
+        for word in words
+    ]
     longest = max(map(len, text))
     right = []
     for take in tqdm.tqdm(takes, desc="reading", disable=None, leave=False):
@@ -90,10 +93,10 @@ def _rows(content: np.ndarray, count: int) -> torch.Tensor:
 def speak(model: Model, data: Data, name: str, words: Sequence[str], spectrum: Spectrum, seed: int) -> list[Spoken]:
     """`SAMPLES` sounds of each word."""
     generator = torch.Generator().manual_seed(seed)
-    grammar, text = data.grammars[name], data.modalities["text"]
+    grammar, text = data.grammars[name], data.modalities[data.vocabulary.text]
     spoken = []
     for word in tqdm.tqdm(words, desc="speaking", disable=None, leave=False):
-        tokens = [data.vocabulary.bos, *data.grammars["text"].tokens(text.encode(word)), grammar.begin]
+        tokens = [data.vocabulary.bos, *data.grammars[data.vocabulary.text].tokens(text.encode(word)), grammar.begin]
         prompt = torch.tensor([tokens]).expand(SAMPLES, -1).contiguous()
         items = generate_channels(model, prompt, torch.zeros_like(prompt), grammar.item(), TEMPERATURE, generator)
         for item in items:

@@ -14,10 +14,9 @@ from PIL import Image
 from zoo.carries import Ids
 from zoo.config import UserError
 from zoo.modalities.codebook import Nearest, check_codes, fit_codes, load_codes, save_codes
-from zoo.modalities.modality import LearnedConfig
 from zoo.modalities.pictures import Picture, PictureConfig
+from zoo.modality import LearnedConfig, LearnedModality
 from zoo.registry import register
-from zoo.slots import LearnedModality
 
 
 @register("modality", "patches")

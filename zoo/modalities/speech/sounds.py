@@ -15,8 +15,7 @@ import numpy as np
 import pydantic
 
 from zoo.extras import extra
-from zoo.modalities.modality import ModalityConfig, Positions
-from zoo.slots import Modality
+from zoo.modality import Modality, ModalityConfig, Positions
 
 RATES = (1_000, 768_000)
 """Samples per second that a file may have, from and to."""

@@ -13,11 +13,10 @@ import pydantic
 from zoo.carries import Ids
 from zoo.config import UserError
 from zoo.modalities.codebook import Nearest, check_codes, fit_codes, load_codes, save_codes
-from zoo.modalities.modality import LearnedConfig
 from zoo.modalities.speech.sounds import Sound
 from zoo.modalities.speech.spectrum import MelConfig, Spectrum
+from zoo.modality import LearnedConfig, LearnedModality
 from zoo.registry import register
-from zoo.slots import LearnedModality
 
 
 @register("modality", "units")
