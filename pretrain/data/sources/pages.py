@@ -168,8 +168,8 @@ class _Reader(HTMLParser):
             self._gap = " " if words.endswith(" ") else ""
 
     def _break(self, tag: str) -> None:
-        """A line ends where a block begins or ends, with an empty one round most of them outside of lists. A paragraph in
-        a cell of a table ends none."""
+        """A line ends where a block begins or ends, with an empty one round most of them outside of lists. A paragraph
+        in a cell of a table ends none."""
         if tag in ("tr", "table"):
             self._cell = False
         if tag == "p" and self._cell:
