@@ -87,6 +87,8 @@ def evaluate(
     counts = count_batches(objective, model.modalities, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
+    training = objective.training
+    objective.eval()
     for routing in routings(model):
         totals = _pass(forward, objective, batches, routing).over(ranks, device)
         result |= _losses(totals, counts, routing, objective)
@@ -98,6 +100,7 @@ def evaluate(
             used, nominal = (model.cost(stream.sequence_length, loads).flops for loads in (shares, None))
             result["eval/causal/flops_per_token"] = _mean(used, counts.tokens)
             result["eval/nominal_flops_per_token"] = _mean(nominal, counts.tokens)
+    objective.train(training)
     return result
 
 

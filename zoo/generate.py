@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,14 +70,21 @@ def generate(
 
 
 @torch.no_grad()
-def log_likelihood(model: Model, tokens: Tensor, context: TokenContext, scored: Tensor) -> Tensor:
+def log_likelihood(
+    model: Model,
+    tokens: Tensor,
+    context: TokenContext,
+    scored: Tensor,
+    content: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Σ log p of the scored tokens of each row: (B,) in nats.
 
     Args:
         tokens: (B, T).
         context: of the tokens; its `routing` is what is used.
         scored: (B, T) bool, the tokens whose probability counts; column 0 has no predecessor and never does.
+        content: what positions carry that carry no ids, as for the model.
     """
-    logits = model(tokens, context)[:, :-1].float()
+    logits = model(tokens, context, content=content)[:, :-1].float()
     picked = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     return picked.masked_fill(~scored[:, 1:], 0.0).sum(1)
