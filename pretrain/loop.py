@@ -99,8 +99,7 @@ class Loop:
         """Train to the last step, or until told to stop; leave a checkpoint, the whole weights and the metrics."""
         self._listen()
         task, train, state = self.task, self.recipe.train, self.state
-        if state.step:
-            self.say(f"resuming {self.recipe.folder} at step {state.step} of {train.steps}")
+        self._say_where()
         progress, saved_at = Progress(train.steps, state.step), state.step or None
         values: dict[str, float] | None = None
         task.training_mode()
@@ -131,6 +130,17 @@ class Loop:
         if self.metrics is not None:
             task.export(weights)
             self.metrics.close()
+
+    def _say_where(self) -> None:
+        """Say that a run is resumed, or that it has been finished before."""
+        folder, step, steps = self.recipe.folder, self.state.step, self.recipe.train.steps
+        if step >= steps:
+            self.say(
+                f"{folder} is finished: it has taken {step} of {steps} steps, and the trained model lies in "
+                f"{self.task.trained_model}; to go on, give a larger train.steps"
+            )
+        elif step:
+            self.say(f"resuming {folder} at step {step} of {steps}")
 
     def _listen(self) -> None:
         """End after the step in hand when TERM or USR1 comes."""
