@@ -21,7 +21,7 @@ SAMPLES = 20
 """Drawings of each digit."""
 TEMPERATURE = 0.8
 NEAR = 1.0
-"""Of 16 grey levels: pictures that differ by less are copies."""
+"""Pictures that differ by less, in grey levels of 16, are copies."""
 
 
 @dataclasses.dataclass(frozen=True)
