@@ -21,7 +21,7 @@ from pretrain.progress import Progress
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
 from pretrain.sums import Sums, Totals
-from pretrain.task import Forward, State, Step, Task
+from pretrain.task import Forward, RunState, Step, Task
 from pretrain.updates import Updates
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.batch import Batch
@@ -38,7 +38,7 @@ def auxiliary_routers(model: torch.nn.Module) -> dict[str, AuxiliaryRouter]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class PretrainingState(State):
+class PretrainingState(RunState):
     """Where a pretraining stands."""
 
     first_row: int
@@ -230,7 +230,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             self.data.train, range(first, first + rows), train.micro_batch, step=train.steps, seed=recipe.seed
         )
         shares = zoo.calibrate(model, [self.objective.prepare(batch).to(device) for batch in batches], self.objective)
-        off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
+        off = max((abs(share.training - share.causal) for share in shares.values()), default=0.0)
         print(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True)
         return {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
 

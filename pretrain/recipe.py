@@ -136,7 +136,7 @@ class Recipe(RunRecipe):
     imports: list[str] = Field(default_factory=list)
     """Modules to import first; they register blocks of one's own."""
     modalities: ModalitiesSection = Field(default_factory=default_modalities)
-    """The modalities of the stream by name, in order, text first; see `zoo.modalities`."""
+    """The modalities of the stream by name, in order, a kind of text first; see `zoo.modalities`."""
     model: ModelConfig
     objective: ObjectiveSlot = Field(default_factory=Autoregressive.Config)
     """What is trained: a loss for each modality."""
@@ -214,8 +214,8 @@ def _with_modalities(data: Mapping[str, Any]) -> Mapping[str, Any]:
     model, section = data.get("model"), data.get("modalities")
     if not isinstance(model, Mapping) or "modalities" in model:
         return data
-    names = map(str, section) if isinstance(section, Mapping) and section else default_modalities()
-    return {**data, "model": {"modalities": in_order(names), **model}}
+    modalities = section if isinstance(section, Mapping) and section else default_modalities()
+    return {**data, "model": {"modalities": in_order(modalities), **model}}
 
 
 def _ends(recipe: Recipe) -> dict[str, dict[str, BlockConfig]]:

@@ -8,6 +8,7 @@ makes the causal load that of top-k. Which tokens are preferred, and the main mo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -34,10 +35,20 @@ def run_plainly(model: nn.Module, batch: Batch) -> Any:
     return model(batch.tokens, batch.context, content=batch.content)
 
 
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How much of a block's tokens pass, once it is calibrated."""
+
+    training: float
+    """Share that top-k takes."""
+    causal: float
+    """Share above the threshold in the last causal pass."""
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module, batches: Batches, run: Run = run_plainly, passes: int | None = None
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, Shares]:
     """Set the thresholds of all auxiliary routers of `model` on given data; the model is run in evaluation mode.
 
     A router sees what the routers before it let pass, so every pass under causal routing settles at least the next one;
@@ -48,8 +59,8 @@ def calibrate(
         run: how training runs the model on a batch; an objective that mixes noise in is one.
         passes: at most so many causal passes over the data; default: until nothing moves.
     Returns:
-        block (or block and modality) → (share of its tokens that top-k takes, share above the threshold in the last
-        causal pass). The two are equal to within one token an expert where logits do not tie and `passes` sufficed.
+        Block (or block and modality) → shares, which are equal to within one token an expert where logits do not tie
+        and `passes` sufficed.
     Raises:
         UserError: the model has no auxiliary routers.
     """
@@ -74,7 +85,7 @@ def calibrate(
     for router, parts in zip(routers, logits, strict=True):
         for name, part, threshold in zip(router.names, parts, router.threshold.cpu(), strict=True):
             if name in wanted and part.numel():
-                result[name] = float(wanted[name]), float((part > threshold).double().mean())
+                result[name] = Shares(float(wanted[name]), float((part > threshold).double().mean()))
     return result
 
 
