@@ -87,7 +87,7 @@ def list_shard(source: Source, shard: Shard, cache: Path) -> Listing:
     """
     place = hashlib.sha256(f"{source.options} {shard.place}".encode()).hexdigest()[:16]  # folders may share a cache
     record = cache / f"{re.sub('[^A-Za-z0-9._-]', '_', shard.name)[-64:]}-{place}.listing.npz"
-    stamp = shard.stamp
+    stamp = source.stamp(shard)
     arrays = _load(record, LISTING)
     if arrays is None or str(arrays["stamp"]) != stamp:
         with source.open(shard, cache) as documents:
