@@ -23,6 +23,18 @@ def blueprint(recipe: Recipe) -> zoo.Model:
         return zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
 
 
+def objective_of(recipe: Recipe) -> zoo.Objective:
+    """What the recipe's model is trained for."""
+    return zoo.build(
+        "objective",
+        recipe.objective,
+        d_model=recipe.model.d_model,
+        modalities=tuple(recipe.model.modalities),
+        heads=recipe.model.own_heads,
+        bidirectional=recipe.bidirectional,
+    )
+
+
 def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
     """Figures of the model at the recipe's sequence length; `memory_per_rank` in bytes for its ZeRO stage."""
     cost = model.cost(recipe.data.sequence_length)

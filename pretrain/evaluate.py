@@ -94,6 +94,8 @@ def evaluate(
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
     text, text_bytes = stream.documents.vocabulary.text, stream.text_bytes(range(rows)) if bits_per_byte else 0.0
+    training = objective.training
+    objective.eval()
     for routing in routings(model):
         totals = _pass(forward, objective, batches, routing).over(ranks, device)
         result |= _losses(totals, counts, routing, objective)
@@ -105,6 +107,7 @@ def evaluate(
             used, nominal = (model.cost(stream.sequence_length, loads).flops for loads in (shares, None))
             result["eval/causal/flops_per_token"] = _mean(used, counts.tokens)
             result["eval/nominal_flops_per_token"] = _mean(nominal, counts.tokens)
+    objective.train(training)
     return result
 
 

@@ -147,7 +147,7 @@ def log_likelihood(
         tokens: (B, T).
         context: of the tokens; its `routing` is what is used.
         scored: (B, T) bool, the tokens whose probability counts; column 0 has no predecessor and never does.
-        content: what the positions of each modality carry that carries no ids, as the model takes it.
+        content: what positions carry that carry no ids, as for the model.
     """
     logits = model(tokens, context, content=content)[:, :-1].float()
     picked = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
