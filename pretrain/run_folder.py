@@ -18,12 +18,16 @@ import zoo
 from pretrain import recipe as recipes
 from pretrain.checkpoint import STATE, CheckpointStore
 from pretrain.engine import read_weights
+from pretrain.environment import environment
 from pretrain.recipe import Recipe, RunRecipe
 from zoo.config import UserError
 from zoo.files import atomic_path, atomic_write, remove_leftovers
+from zoo.kept import different, kept_files
+from zoo.modality import Modality
 from zoo.model import Model
 
 RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
+ENVIRONMENT = "environment.json"
 INITIAL, INITIAL_POSITION = "initial.safetensors", "initial.json"
 
 
@@ -92,7 +96,8 @@ def check_recipe(folder: Path, recipe: RunRecipe) -> None:
 
 
 def write_recipe(folder: Path, recipe: RunRecipe, effective: Mapping[str, Any]) -> None:
-    """The resolved recipe, and beside it the dictionary DeepSpeed got; atomic."""
+    """The resolved recipe, and beside it the dictionary DeepSpeed got and what the run is made with; atomic."""
+    atomic_write(folder / ENVIRONMENT, json.dumps(environment(), indent=1) + "\n")
     atomic_write(folder / "deepspeed.json", json.dumps(effective, indent=1) + "\n")
     atomic_write(folder / RECIPE, yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
 
@@ -148,6 +153,18 @@ def position(folder: Path) -> DataPosition:
     recipe = recipes.load(folder / RECIPE)
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return DataPosition(state["first_row"] + state["step"] * recipe.train.global_batch, state["data"])
+
+
+def check_ids(run: Path, modalities: Mapping[str, Modality]) -> None:
+    """Raise UserError where ids or vectors of `modalities` mean something else than in `run`."""
+    if changed := different(run, modalities):
+        files = kept_files(run)
+        named = " ".join(f"modalities.{name}.path={files[name]}" for name in changed if name in files)
+        way_out = f"use the run's own: {named}" if named else "the recipe must say of them what the run's says"
+        raise UserError(
+            f"modalities: {', '.join(changed)}: ids mean something else than in {run}, though there may be as many; "
+            f"{way_out}"
+        )
 
 
 def save_initial(folder: Path, initial: Initial) -> None:

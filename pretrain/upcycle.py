@@ -8,12 +8,10 @@ from pathlib import Path
 import zoo
 from pretrain import run_folder
 from pretrain.data import Data, open_data
-from pretrain.data.fitting import fingerprint
 from pretrain.describe import objective_of
 from pretrain.evaluate import evaluate
 from pretrain.recipe import Recipe
-from pretrain.run_folder import DataPosition, Initial
-from zoo.config import UserError
+from pretrain.run_folder import Initial
 from zoo.upcycle import upcycle
 
 
@@ -42,41 +40,18 @@ def begin(old_run: Path, recipe: Recipe) -> Begun:
         UserError: `old_run` has not ended, the new run has begun, weights have no counterpart, or ids mean something
             else.
     """
-    old, old_recipe = run_folder.load_model(old_run)
+    old, _ = run_folder.load_model(old_run)
     new = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
     made = upcycle(old.state_dict(), new)
     start = run_folder.position(old_run)
     data = open_data(recipe.data, recipe.modalities, recipe.seed, log=_silent)
-    check_ids(old_run, old_recipe, start, data)
+    run_folder.check_ids(old_run, data.modalities)
     run_folder.save_initial(recipe.folder, Initial(made.weights, start))
     new.load_state_dict(made.weights)
     copied = sum(made.weights[name].numel() for name in made.origin)
     total = sum(value.numel() for value in made.weights.values())
     row = start.row if start.data == data.fingerprint else 0
     return Begun(old, new.eval(), data, row, copied, total - copied)
-
-
-def check_ids(old_run: Path, old_recipe: Recipe, start: DataPosition, data: Data) -> None:
-    """Raise UserError where an id of `data` does not mean what it meant in `old_run`, or where that cannot be told."""
-    if start.data == data.fingerprint:
-        return
-    way_out = (
-        f"let the old modalities be saved by python -m tools.train_tokenizer {old_run / run_folder.RECIPE} --out "
-        "FOLDER, and name their files in modalities.text.path and modalities.image.path"
-    )
-    try:
-        old = open_data(old_recipe.data, old_recipe.modalities, old_recipe.seed, log=_silent)
-    except UserError as error:
-        raise UserError(
-            f"{old_run}: was trained on other data than the recipe's, and whether ids mean the same cannot be told, "
-            f"since its data do not open: {error}"
-        ) from None
-    if old.fingerprint != start.data:
-        raise UserError(f"{old_run}: its data have changed since, and with them perhaps what ids mean; restore them")
-    if fingerprint(old.modalities) != fingerprint(data.modalities):
-        raise UserError(
-            f"modalities: ids mean something else than in {old_run}, though there may be as many; {way_out}"
-        )
 
 
 def losses(model: zoo.Model, recipe: Recipe, data: Data, rows: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from zoo.model import Model, ModelConfig, initialise
 from zoo.objectives import autoregressive, denoising  # noqa: F401
 from zoo.registry import BlockConfig, Place, known, register
 from zoo.routing.scorer import Router, Scorer
+from zoo.run import Run, load
 from zoo.slots import Depth, FeedForward, Head, Mixer, Objective, Stem
 from zoo.trace import Trace
 
@@ -41,6 +42,7 @@ __all__ = [
     "Objective",
     "Place",
     "Router",
+    "Run",
     "Scorer",
     "Stem",
     "TokenContext",
@@ -52,5 +54,6 @@ __all__ = [
     "calibrate",
     "initialise",
     "known",
+    "load",
     "register",
 ]

@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -53,6 +53,21 @@ class ModalityConfig(BlockConfig):
     """Ending of a file that a person can open, such as ".png"; what `Modality.write` makes."""
     shorten: ClassVar[str] = ""
     """How to make an item take fewer positions, for messages: "make patch larger"."""
+    file: ClassVar[str | None] = None
+    """Ending of the file that `path` names and the modality needs beside its config; "" where that is a folder; None
+    where it needs neither."""
+
+    def beside(self, place: Path) -> Self:
+        """The same config for what `Modality.save` has written at `place` and the ending `file`."""
+        return self if self.file is None else self.model_copy(update={"path": f"{place}{self.file}"})
+
+    def open(self) -> Modality:
+        """The modality ready for use, with what stands at `path`, if it needs that.
+
+        Raises:
+            UserError: that is missing, is of another kind, or does not fit the config.
+        """
+        return self.block(self)
 
     @property
     @abc.abstractmethod
@@ -92,6 +107,11 @@ class LearnedConfig(ModalityConfig):
     """How much it learns from at most, in the units of `extent`."""
     path: str | None = None
     """The file; null learns it from the training shards."""
+
+    def open(self) -> LearnedModality:
+        if self.path is None:
+            raise ValueError("it has not learned anything yet: fit it, or name its file in `path`")
+        return self.load(self.path)
 
     def extent(self, item: Any) -> int:
         """How much of `fit_limit` an item takes."""
@@ -143,6 +163,10 @@ class Modality(Configured, abc.ABC):
     @abc.abstractmethod
     def write(self, item: Any) -> bytes:
         """The item as the content of a file that ends in `Config.suffix`."""
+
+    def save(self, path: str | Path) -> None:
+        """Write what the modality needs beside its config to a file, or into a new folder, for `Config.open`."""
+        raise NotImplementedError(f"{type(self).__qualname__} has a `file` in its config, but no save(path)")
 
 
 class LearnedModality(Modality):

@@ -19,7 +19,6 @@ from pretrain import recipe as recipes
 from pretrain import report, run_folder
 from pretrain.data import open_data
 from pretrain.describe import objective_of
-from pretrain.upcycle import check_ids
 from tools.examples.captions import add_sampling, sampling_of
 from tools.examples.judge_digits import TEMPERATURE, evaluate
 from tools.examples.make_digits import NAMES
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = recipes.load(options.recipe, options.overrides)
         model, recipe = run_folder.load_model(recipe.folder)
         data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
-        check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
+        run_folder.check_ids(recipe.folder, data.modalities)
         summary, drawings = evaluate(model, data, objective_of(recipe), recipe.seed, sampling_of(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

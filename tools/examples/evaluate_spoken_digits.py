@@ -18,7 +18,6 @@ from typing import Any
 from pretrain import recipe as recipes
 from pretrain import report, run_folder
 from pretrain.data import open_data
-from pretrain.upcycle import check_ids
 from tools.examples.judge_spoken_digits import TEMPERATURE, Spoken, evaluate
 from tools.examples.make_spoken_digits import takes
 from zoo.config import UserError
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = recipes.load(options.recipe, options.overrides)
         model, recipe = run_folder.load_model(recipe.folder)
         data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
-        check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
+        run_folder.check_ids(recipe.folder, data.modalities)
         summary, spoken = evaluate(model, data, list(takes(options.takes)), recipe.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
