@@ -369,11 +369,13 @@ def test_folder_that_cannot_be_written(refused: Refused) -> None:
 
 def test_folder_of_another_recipe(refused: Refused) -> None:
     refused.run.mkdir()
-    other = recipes.resolve(tiny_recipe(refused.data, refused.run, optimizer={"lr": 1e-3}, train={"steps": 99}))
+    other = recipes.resolve(tiny_recipe(refused.data, refused.run, optimizer={"eps": 1e-6}, train={"steps": 99}))
     run_folder.write_recipe(refused.run, other, {})
     message = refused()
     assert "belongs to another recipe; choose another run_dir or name, or remove the folder" in message
-    assert message.splitlines()[1:] == ["  optimizer.lr: 0.001 there, 0.01 here"], "train.steps may change"
+    assert message.splitlines()[1:] == ["  optimizer.eps: 1e-06 there, 1e-08 here"], "train.steps may change"
     for content in (b"\xff\xfe", b"- 1", b"a: [", b""):
         (refused.run / "recipe.yaml").write_bytes(content)
-        assert f"{refused.run / 'recipe.yaml'}: cannot be read (" in refused()
+        message = refused()
+        assert f"error: {refused.run / 'recipe.yaml'}: " in message
+        assert message.rstrip().endswith("Restore it, or choose another run_dir")
