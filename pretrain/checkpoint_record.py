@@ -44,7 +44,7 @@ class CheckpointRecord:
     validation_loss: float | None
     identity: Identity
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Of the packages whose computations the run is made of."""
+    """Versions of the packages that computed the run."""
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointRecord:

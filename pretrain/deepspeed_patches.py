@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
 import os
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -143,6 +145,22 @@ def tensors_only() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def convert(source: str, target: str, workers: int) -> None:
+    """Run DeepSpeed's converter to universal checkpoints, in a process of its own.
+
+    Args:
+        source, target: folders of a checkpoint's files of tensors, below the current folder.
+        workers: processes that it forks.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    multiprocessing.set_start_method("fork")  # what may be read is told to this process and those forked from it
+    counts = [f"--num_extract_workers={workers}", f"--num_merge_workers={workers}"]
+    sys.argv[1:] = [f"--input_folder={source}", f"--output_folder={target}", *counts]
+    with tensors_only():
+        ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ class RunRecipe(Config):
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
-            raise ValueError("must be at most 200 letters, digits, '.', '_' and '-', and begin with a letter or digit")
+            raise ValueError("must be letters, digits, '.', '_' and '-', 200 at most, and begin with a letter or digit")
         return name
 
     @property

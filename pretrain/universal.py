@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -63,15 +62,8 @@ def convert(source: Path) -> None:
 
 def main(source: str, target: str) -> None:
     """Convert the checkpoint in `source` into `target`, beside it, in a process of its own."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    multiprocessing.set_start_method("fork")  # what may be read is told to this process and those forked from it
     os.chdir(Path(source).parent)  # the converter reads paths as patterns: a "(" or "+" further up would break it
-    folders = ["--input_folder", f"{Path(source).name}/{TAG}", "--output_folder", f"{Path(target).name}/{TAG}"]
-    workers = ["--num_extract_workers", str(WORKERS), "--num_merge_workers", str(WORKERS)]
-    sys.argv[1:] = [*folders, *workers]
-    with deepspeed_patches.tensors_only():
-        ds_to_universal.main(ds_to_universal.parse_arguments())
+    deepspeed_patches.convert(f"{Path(source).name}/{TAG}", f"{Path(target).name}/{TAG}", WORKERS)
 
 
 if __name__ == "__main__":

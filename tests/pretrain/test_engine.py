@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -88,6 +89,8 @@ def scenario() -> dict[Any, Any]:
         rows, _ = engine.module(tiny.batch(0))
     results["evaluation"] = rows
     results["objects"] = (engine.ranks.broadcast({"rank": engine.ranks.rank}), engine.ranks.gather(engine.ranks.rank))
+    connections = psutil.Process().net_connections("inet")
+    results["listens"] = {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
     results["reduced"] = (
         float(engine.ranks.sum(torch.tensor(engine.ranks.rank + 1.0))),
         float(engine.ranks.max(torch.tensor(float(engine.ranks.rank)))),
@@ -189,6 +192,10 @@ def test_evaluation_and_collectives(ranks: list[dict[Any, Any]]) -> None:
     assert torch.equal(ranks[0]["evaluation"], ranks[1]["evaluation"])
     assert ranks[1]["objects"] == ({"rank": 0}, [0, 1])
     assert ranks[1]["reduced"] == (3.0, 1.0)
+
+
+def test_ranks_of_one_machine_listen_to_no_other(ranks: list[dict[Any, Any]]) -> None:
+    assert [rank["listens"] for rank in ranks] == [{"127.0.0.1"}] * 2
 
 
 def test_choose_device() -> None:

@@ -144,8 +144,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.ssd`: inside a chunk of steps batched products, from chunk to chunk the state.
 
-    Every exponent is masked before its exponential, which would overflow where it looks ahead. Exponents are differences
-    of sums of Δ A in float64: where a large step comes before small ones, fp32 would keep nothing of the small.
+    Every exponent is masked before its exponential, which would overflow where it looks ahead. Exponents are
+    differences of sums of Δ A in float64: after a large step, fp32 would keep nothing of small ones.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     delta = F.softplus(layout.biased(dt.to(dtype), bias.to(dtype)))
