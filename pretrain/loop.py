@@ -115,18 +115,12 @@ class Loop:
                 f"data.path: {self.recipe.data.path!r} no longer holds the data that {str(self.recipe.folder)!r} was "
                 "trained on; restore it, or choose another run_dir"
             )
-        if state.step > self.recipe.train.steps:
-            raise UserError(
-                f"train.steps: {self.recipe.train.steps}, but {str(self.recipe.folder)!r} has done {state.step} steps; "
-                "set it to as many at least, or choose another run_dir"
-            )
         return state
 
     def run(self) -> None:
         """Train to the last step, or until told to stop; leave a checkpoint, the whole weights and the metrics."""
         task, train, state = self.task, self.recipe.train, self.state
-        if state.step:
-            self.say(f"resuming {self.recipe.folder} at step {state.step} of {train.steps}")
+        self._say_where()
         progress, saved_at = Progress(train.steps, state.step), state.step or None
         values: dict[str, float] | None = None
         task.training_mode()
@@ -159,6 +153,17 @@ class Loop:
         if self.metrics is not None:
             task.export(weights)
             self.metrics.close()
+
+    def _say_where(self) -> None:
+        """Say that a run is resumed, or that it has been finished before."""
+        folder, step, steps = self.recipe.folder, self.state.step, self.recipe.train.steps
+        if step >= steps:
+            self.say(
+                f"{folder} is finished: it has taken {step} of {steps} steps, and the trained model lies in "
+                f"{self.task.trained_model}; to go on, give a larger train.steps"
+            )
+        elif step:
+            self.say(f"resuming {folder} at step {step} of {steps}")
 
     def _prepare(self) -> Step[Any, Any] | None:
         """The next step, its counts summed over all ranks; None where any rank was told to stop.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -232,6 +233,10 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
         print(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True)
         return {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
+
+    @property
+    def trained_model(self) -> Path:
+        return self.recipe.folder / run_folder.WEIGHTS
 
     def export(self, weights: dict[str, Tensor]) -> None:
         run_folder.save_model(self.recipe.folder, weights | self._frozen_weights())

@@ -21,6 +21,7 @@ import zoo.kernels
 from pretrain.data import DataConfig, check_length
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe_file import ImportsOfRun, read
+from pretrain.recipe_kind import PRETRAINING, check_kind
 from zoo.carries import Ids
 from zoo.config import Config, ConfigError, dotted, shown
 from zoo.heads import default_head
@@ -159,7 +160,9 @@ def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     Raises:
         ConfigError: naming the dotted key or the file, the value, the rule and the way out.
     """
-    return resolve(read(path, overrides, over))
+    data = read(path, overrides, over)
+    check_kind(data, path, PRETRAINING, Recipe)
+    return resolve(data)
 
 
 def resolve(data: Mapping[str, Any]) -> Recipe:

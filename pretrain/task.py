@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -134,6 +135,11 @@ class Task(abc.ABC, Generic[SomeBatch, SomeCounts, SomeState]):
     @abc.abstractmethod
     def judge(self, values: Mapping[str, float]) -> float:
         """The number by which a checkpoint with these `eval/…` values is judged; the smaller the better."""
+
+    @property
+    @abc.abstractmethod
+    def trained_model(self) -> Path:
+        """Where `export` writes."""
 
     @abc.abstractmethod
     def export(self, weights: dict[str, Tensor]) -> None:

@@ -156,11 +156,11 @@ def tokenize_shard(
                 continue
             keys.append(document.key)
             lengths.append(len(result.tokens))
-            spans += [(start + first, start + stop, modality) for first, stop, modality in result.spans]
+            spans += [(start + span.start, start + span.stop, span.modality) for span in result.spans]
             runs.append(result.tokens)
             start += len(result.tokens)
-            for name, content in result.content:
-                files[name].write(content.tobytes())
+            for carried in result.content:
+                files[carried.modality].write(carried.values.tobytes())
     with atomic_path(flat) as temporary, open(temporary, "wb") as file:
         np.save(file, np.concatenate([np.zeros(0, np.int32), *runs]))
     table = np.array(spans, dtype=np.int64).reshape(-1, 3)

@@ -329,13 +329,6 @@ def test_broken_documents(
     assert "skipping 2 broken documents" in printed and "b-train-0.tar: 100: " in printed
 
 
-class Finished:
-    """A run that has nothing to do."""
-
-    def run(self) -> None:
-        pass
-
-
 # ---------------------------------------------------------------------------------------------------------- run folder
 
 
