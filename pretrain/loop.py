@@ -19,7 +19,7 @@ from pretrain.process_group import rank_and_world, stop_processes
 from pretrain.progress import Progress, peak_flops
 from pretrain.recipe import RunRecipe
 from pretrain.sums import Sums
-from pretrain.task import AnyTask, State, Step
+from pretrain.task import AnyTask, RunState, Step
 from pretrain.watch import Watch
 from zoo.config import UserError, printable
 
@@ -86,7 +86,7 @@ class Loop:
         folder, train = self.recipe.folder, self.recipe.train
         self.store = CheckpointStore(folder / run_folder.CHECKPOINTS, train.keep_checkpoints, log=self.say)
         self.store.clean(self.engine)
-        self.state: State = self._restored(task.new_state())
+        self.state: RunState = self._restored(task.new_state())
         task.take_up(self.state)
         self.metrics = Metrics(folder, self.state.step or None, self.say) if self.ranks.first else None
         if self.ranks.first:
@@ -106,7 +106,7 @@ class Loop:
                 f"at {reached:.0%} of optimizer.lr, before it has begun to fall"
             )
 
-    def _restored(self, new: State) -> State:
+    def _restored(self, new: RunState) -> RunState:
         """The state of the newest checkpoint, with weights and optimizer; `new` where there is none."""
         found = self.store.load_newest(self.engine)
         state = new if found is None else type(new)(**found)

@@ -88,6 +88,9 @@ class EvaluateConfig(Config):
 
     rows: int = Field(64, gt=0)
     """Rows of the validation split, from its beginning; fewer if it has fewer."""
+    bits_per_byte: bool = False
+    """Also report the loss of text in bits a byte of the documents' texts, by which runs with different tokenizers
+    compare. Exact where the rows hold whole documents."""
 
 
 def _section_or_path(section: Any) -> Any:
@@ -138,7 +141,7 @@ class Recipe(RunRecipe):
     imports: list[str] = Field(default_factory=list)
     """Modules to import first; they register blocks of one's own."""
     modalities: ModalitiesSection = Field(default_factory=default_modalities)
-    """The modalities of the stream by name, in order, text first; see `zoo.modalities`."""
+    """The modalities of the stream by name, in order, a kind of text first; see `zoo.modalities`."""
     model: ModelConfig
     objective: ObjectiveSlot = Field(default_factory=Autoregressive.Config)
     """What is trained: a loss for each modality."""
@@ -152,6 +155,11 @@ class Recipe(RunRecipe):
     `python -m tools.doctor` lists; one that is missing here is an error."""
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
     """DeepSpeed's own keys, or the path of a JSON file with them. Each is checked; what is left out is filled in."""
+
+    @property
+    def bidirectional(self) -> tuple[str, ...]:
+        """Modalities whose positions see all of their item."""
+        return tuple(name for name, modality in self.modalities.items() if modality.bidirectional)
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> Recipe:
@@ -195,8 +203,7 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
         )
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=_ends(recipe))})
     recipe.model.check()
-    bidirectional = tuple(name for name, modality in recipe.modalities.items() if modality.bidirectional)
-    place = dataclasses.replace(recipe.model.place(recipe.kernels), bidirectional=bidirectional)
+    place = dataclasses.replace(recipe.model.place(recipe.kernels), bidirectional=recipe.bidirectional)
     recipe.objective.check(place, "objective")
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
@@ -208,8 +215,8 @@ def _with_modalities(data: Mapping[str, Any]) -> Mapping[str, Any]:
     model, section = data.get("model"), data.get("modalities")
     if not isinstance(model, Mapping) or "modalities" in model:
         return data
-    names = map(str, section) if isinstance(section, Mapping) and section else default_modalities()
-    return {**data, "model": {"modalities": in_order(names), **model}}
+    modalities = section if isinstance(section, Mapping) and section else default_modalities()
+    return {**data, "model": {"modalities": in_order(modalities), **model}}
 
 
 def _ends(recipe: Recipe) -> dict[str, dict[str, BlockConfig]]:
@@ -222,7 +229,7 @@ def _ends(recipe: Recipe) -> dict[str, dict[str, BlockConfig]]:
     for name, modality in recipe.modalities.items():
         if not isinstance(modality.carries, Ids):
             open_ended = modality.positions is not None and not modality.positions.fixed
-            stems.setdefault(name, default_stem(modality.carries))
+            stems.setdefault(name, default_stem(modality.carries, modality.bidirectional))
             heads.setdefault(name, default_head(modality.carries, open_ended))
         for slot, blocks in (("stem", stems), ("head", heads)):
             fits = None if isinstance(modality.carries, Ids) else modality.carries

@@ -17,11 +17,11 @@ from pretrain.sums import Counts, Sums, Totals
 
 SomeBatch = TypeVar("SomeBatch")
 SomeCounts = TypeVar("SomeCounts", bound=Counts)
-SomeState = TypeVar("SomeState", bound="State")
+SomeState = TypeVar("SomeState", bound="RunState")
 
 
 @dataclasses.dataclass(kw_only=True)
-class State:
+class RunState:
     """Where a run stands: plain values, the same on every rank, saved with each checkpoint.
 
     A task that keeps more adds fields in a subclass.

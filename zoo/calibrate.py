@@ -8,8 +8,10 @@ makes the causal load that of top-k. Which tokens are preferred, and the main mo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +26,29 @@ from zoo.trace import Trace
 Batches = Sequence[Batch]
 """Gone through several times."""
 
+Run = Callable[[nn.Module, Batch], Any]
+"""Runs the model on a batch; what it returns is not looked at."""
+
+
+def run_plainly(model: nn.Module, batch: Batch) -> Any:
+    """The model on what the batch has."""
+    return model(batch.tokens, batch.context, content=batch.content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How much of a block's tokens pass, once it is calibrated."""
+
+    training: float
+    """Share that top-k takes."""
+    causal: float
+    """Share above the threshold in the last causal pass."""
+
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> dict[str, tuple[float, float]]:
+def calibrate(
+    model: nn.Module, batches: Batches, run: Run = run_plainly, passes: int | None = None
+) -> dict[str, Shares]:
     """Set the thresholds of all auxiliary routers of `model` on given data; the model is run in evaluation mode.
 
     A router sees what the routers before it let pass, so every pass under causal routing settles at least the next one;
@@ -34,10 +56,11 @@ def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> 
 
     Args:
         batches: data like that of training, on the model's device, with the rows and scope sizes of training.
+        run: how training runs the model on a batch; an objective that mixes noise in is one.
         passes: at most so many causal passes over the data; default: until nothing moves.
     Returns:
-        block (or block and modality) → (share of its tokens that top-k takes, share above the threshold in the last
-        causal pass). The two are equal to within one token an expert where logits do not tie and `passes` sufficed.
+        Block (or block and modality) → shares, which are equal to within one token an expert where logits do not tie
+        and `passes` sufficed.
     Raises:
         UserError: the model has no auxiliary routers.
     """
@@ -47,9 +70,9 @@ def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> 
     was_training = model.training
     model.eval()
     try:
-        wanted = _training_shares(model, batches)
+        wanted = _training_shares(model, batches, run)
         for _ in range(len(routers) + 1 if passes is None else passes):
-            logits = _causal_logits(model, routers, batches)
+            logits = _causal_logits(model, routers, batches, run)
             thresholds = [_thresholds(router, parts, wanted) for router, parts in zip(routers, logits, strict=True)]
             settled = all(map(torch.equal, thresholds, [router.threshold for router in routers]))
             for router, threshold in zip(routers, thresholds, strict=True):
@@ -62,7 +85,7 @@ def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> 
     for router, parts in zip(routers, logits, strict=True):
         for name, part, threshold in zip(router.names, parts, router.threshold.cpu(), strict=True):
             if name in wanted and part.numel():
-                result[name] = float(wanted[name]), float((part > threshold).double().mean())
+                result[name] = Shares(float(wanted[name]), float((part > threshold).double().mean()))
     return result
 
 
@@ -83,22 +106,22 @@ def threshold_for(logits: Tensor, share: Fraction) -> float:
     return float(middle if middle < upper else lower)
 
 
-def _training_shares(model: nn.Module, batches: Batches) -> dict[str, Fraction]:
+def _training_shares(model: nn.Module, batches: Batches, run: Run) -> dict[str, Fraction]:
     """Share of its candidates that every routed group takes by top-k."""
     statistics = RoutingStatistics()
     for batch in batches:
         trace = Trace()
-        model(batch.tokens, batch.context.replace(routing=TOPK, trace=trace), content=batch.content)
+        run(model, batch.under(routing=TOPK, trace=trace))
         statistics += trace.statistics
     return {name: Fraction(int(hits.chosen), int(hits.total)) for name, hits in statistics.hits.items() if hits.total}
 
 
-def _causal_logits(model: nn.Module, routers: list[AuxiliaryRouter], batches: Batches) -> list[list[Tensor]]:
+def _causal_logits(model: nn.Module, routers: list[AuxiliaryRouter], batches: Batches, run: Run) -> list[list[Tensor]]:
     """For each router and each of its groups all logits (n, outputs) met under causal routing, on the host."""
     seen: list[list[list[Tensor]]] = [[[] for _ in router.names] for router in routers]
     with _listening(routers, seen):
         for batch in batches:
-            model(batch.tokens, batch.context.replace(routing=CAUSAL, trace=None), content=batch.content)
+            run(model, batch.under(routing=CAUSAL, trace=None))
     empty = [torch.empty(0, router.threshold.shape[1]) for router in routers]
     return [[torch.cat([none, *parts]) for parts in groups] for none, groups in zip(empty, seen, strict=True)]
 

@@ -2,35 +2,28 @@
 
 A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `stem` a
 `Stem`, `head` a `Head`, `objective` an `Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a
-`Modality`. A base declares everything that is asked of the block, with a default where there is one; what has none
-raises `NotImplementedError`.
+`Modality` (`zoo.modality`). A base declares everything that is asked of the block, with a default where there is one;
+what has none raises `NotImplementedError`.
 """
 
 from __future__ import annotations
 
-import abc
-import hashlib
-import json
 from collections.abc import Mapping
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 
+from zoo.batch import Batch
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.place import Configured
 from zoo.roles import ParameterOwner
 from zoo.states import State
 
-if TYPE_CHECKING:
-    from zoo.batch import Batch
-    from zoo.modalities.modality import ModalityConfig
 
-
-class Part(ParameterOwner):
-    """Base of whatever can be registered for a slot."""
+class Part(Configured, ParameterOwner):
+    """Base of what stands in a slot of a model."""
 
     counter_noise: ClassVar[bool] = False
     """All noise of `forward` is a function of the tokens' keys (`zoo.noise`), so that a recomputation draws the same
@@ -92,6 +85,9 @@ class Branch(Component):
 class Mixer(Branch):
     """Base of the slot `mixer`: lets the tokens of a document see each other."""
 
+    bidirectional: ClassVar[bool] = False
+    """Inside an item of the context (`TokenContext.item`) it lets a token see those that follow, too."""
+
     def init_state(self, rows: int, length: int, like: Tensor) -> State | None:
         raise NotImplementedError(f"{type(self).__name__} has no init_state(rows, length, like), so it cannot decode")
 
@@ -129,6 +125,18 @@ class Stem(Part):
         raise NotImplementedError(f"{type(self).__name__} has no cost()")
 
 
+class TimedStem(Stem):
+    """A stem of positions whose content may be mixed with noise: it is told how much."""
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """What n positions carry, (n, …) in row and time order → (n, D).
+
+        Args:
+            time: (n,) at least fp32, how far each is from data (0) to pure noise (1); default: they are data.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x, time=None)")
+
+
 class Head(Part):
     """Base of the slot `head`: from the last layer to a prediction of what a position carries. Built as
     `cls(config, place)`."""
@@ -152,6 +160,11 @@ class Objective(Part):
 
     parts: tuple[str, ...]
     """Their names, the same on every rank."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """What training makes of a batch on the host, before anything else is asked about it; as default nothing.
+        Evaluation leaves it out. Its noise depends on the tokens' keys alone (`zoo.noise`)."""
+        return batch
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many terms each part has in a batch; asked on the host, before the forward pass."""
@@ -183,39 +196,11 @@ class Objective(Part):
         """
         return {name: sums[name] / counts[name] for name in self.parts if counts[name]}
 
+    def constant_loss(self, modality: str, error: float) -> float:
+        """The least loss of a model that makes the same guess everywhere, for a modality whose positions carry vectors.
 
-class Modality(abc.ABC):
-    """Base of the slot `modality`: one kind of content, ready for use. What is known of it without data stands in its
-    nested config, a `zoo.modalities.ModalityConfig`.
-
-    Args:
-        config: an instance of the nested `Config`.
-    """
-
-    def __init__(self, config: ModalityConfig) -> None:
-        self.config = config
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything that decides what `encode` returns."""
-        return hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-    @abc.abstractmethod
-    def encode(self, item: Any) -> np.ndarray:
-        """What the n positions of an item carry: ids (n,), vectors (n, width), or channels (n, count)."""
-
-    @abc.abstractmethod
-    def decode(self, content: np.ndarray) -> Any:
-        """The item that positions stand for, as nearly as they tell it; the inverse of `encode`."""
-
-    @abc.abstractmethod
-    def write(self, item: Any) -> bytes:
-        """The item as the content of a file that ends in `Config.suffix`."""
-
-
-class LearnedModality(Modality):
-    """A modality that has learned something."""
-
-    @abc.abstractmethod
-    def save(self, path: str | Path) -> None:
-        """Write what was learned to a file, for `LearnedConfig.load`."""
+        Args:
+            error: mean squared error of the best constant vector; it is the loss, unless vectors are not what is
+                predicted.
+        """
+        return error

@@ -23,7 +23,7 @@ from pretrain.finetune.routing import routing_sums, routing_values
 from pretrain.finetune.samples import Batches, Samples, fingerprint, fingerprint_images, too_many
 from pretrain.progress import Progress
 from pretrain.sums import Counts, Sums, Totals
-from pretrain.task import Forward, State, Step, Task
+from pretrain.task import Forward, RunState, Step, Task
 from zoo.adapt.family import parts
 from zoo.config import UserError
 from zoo.flops import TRAINING_FACTOR
@@ -50,7 +50,7 @@ class QuestionCounts(Counts):
 
 
 @dataclasses.dataclass(kw_only=True)
-class FineTuningState(State):
+class FineTuningState(RunState):
     """Where a fine-tuning stands."""
 
     base: str

@@ -3,12 +3,6 @@
 from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.modalities.continuous_patches import ContinuousPatches
 from zoo.modalities.grammar import Grammar, grammars
-from zoo.modalities.modality import (
-    PARTS,
-    LearnedConfig,
-    ModalityConfig,
-    Positions,
-)
 from zoo.modalities.patches import Patches
 from zoo.modalities.section import (
     Modalities,
@@ -18,9 +12,17 @@ from zoo.modalities.section import (
     parse_modalities,
     vocabulary,
 )
-from zoo.modalities.text import BPE, Bytes
+from zoo.modalities.speech import Codec, DMel, Units
+from zoo.modalities.text import BPE, Bytes, HuggingFace
 from zoo.modalities.vocabulary import Vocabulary
-from zoo.slots import LearnedModality, Modality
+from zoo.modality import (
+    PARTS,
+    LearnedConfig,
+    LearnedModality,
+    Modality,
+    ModalityConfig,
+    Positions,
+)
 
 __all__ = [
     "BPE",
@@ -28,8 +30,11 @@ __all__ = [
     "Bytes",
     "Carries",
     "Channels",
+    "Codec",
     "ContinuousPatches",
+    "DMel",
     "Grammar",
+    "HuggingFace",
     "Ids",
     "LearnedConfig",
     "LearnedModality",
@@ -39,6 +44,7 @@ __all__ = [
     "ModalityConfig",
     "Patches",
     "Positions",
+    "Units",
     "Vectors",
     "Vocabulary",
     "default_modalities",
