@@ -12,8 +12,11 @@ from zoo.modalities.section import (
     parse_modalities,
     vocabulary,
 )
-from zoo.modalities.text import BPE, Bytes
+from zoo.modalities.speech import Codec, DMel, Units
+from zoo.modalities.text import BPE, Bytes, HuggingFace
 from zoo.modalities.vocabulary import Vocabulary
+from zoo.modalities.vq import VQ
+from zoo.modalities.vqvae import VQVAE
 from zoo.modality import (
     PARTS,
     LearnedConfig,
@@ -26,11 +29,16 @@ from zoo.modality import (
 __all__ = [
     "BPE",
     "PARTS",
+    "VQ",
+    "VQVAE",
     "Bytes",
     "Carries",
     "Channels",
+    "Codec",
     "ContinuousPatches",
+    "DMel",
     "Grammar",
+    "HuggingFace",
     "Ids",
     "LearnedConfig",
     "LearnedModality",
@@ -40,6 +48,7 @@ __all__ = [
     "ModalityConfig",
     "Patches",
     "Positions",
+    "Units",
     "Vectors",
     "Vocabulary",
     "default_modalities",
