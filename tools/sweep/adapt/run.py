@@ -108,7 +108,9 @@ def train(folder: Path, recipe: dict[str, Any]) -> float | None:
 def _dense(folder: Path) -> Any:
     import transformers
 
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    from zoo.adapt.folder import open_whole
+
+    return open_whole(transformers.AutoModelForImageTextToText, folder)
 
 
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
