@@ -1,7 +1,7 @@
-"""The index of a shard: its documents with byte offsets, and their tokens.
+"""The index of a shard: what it is, and the tokens of its documents.
 
-Two records, both made once. The *listing* (`NAME-PLACE.listing.npz`) is what the tar file says: checksum,
-keys, offsets. It is made again when the size or the modification time of the shard changes. The *tokens*
+Two records, both made once. The *listing* (`NAME-PLACE.listing.npz`) says what the shard holds: the hash of its
+content, and how many documents. It is made again when the size or the modification time of a file changes. The *tokens*
 (`CHECKSUM-MODALITIES.npy` with `….npz` beside it, and `…-NAME.bin` for each modality whose positions carry no ids)
 depend on the content of the shard and on the modalities, so they carry both in their name; they are mapped into memory,
 never read whole.
@@ -13,26 +13,26 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import threading
+import re
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pretrain.data.errors import shown
+from pretrain.data.errors import BrokenDocument, shown
 from pretrain.data.items import stored
-from pretrain.data.reading import BrokenDocument, Tokens, tokenize
-from pretrain.data.shards import Entry, Member, checksum, scan_shard
+from pretrain.data.reading import Tokens, tokenize
+from pretrain.data.sources import Document, Shard, Source
 from pretrain.data.strings import Strings
 from zoo.files import atomic_path
 from zoo.modalities import Modality, grammars
 
 REASON = 500
 """Characters of the reason why a document is skipped, at most."""
-LISTING = ("stamp", "checksum", "keys", "keys_stops", "members", "extensions", "extensions_stops", "offsets", "sizes")
+LISTING = ("stamp", "checksum", "documents")
 TOKENS = ("keys", "keys_stops", "starts", "spans", "modality", "skipped", "skipped_stops")
 """What a record holds."""
 
@@ -47,30 +47,17 @@ class Skipped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The documents of a shard, as flat arrays; `entries` unfolds them."""
+    """What a shard holds."""
 
-    shard: Path
+    source: Source
+    shard: Shard
     checksum: str
-    keys: Strings
-    """The key of each of the d documents."""
-    members: np.ndarray
-    """(d,) members of each document."""
-    extensions: Strings
-    """The extension of each of the m members, document by document."""
-    offsets: np.ndarray
-    sizes: np.ndarray
-    """(m,) as in `Member`."""
+    """Hash of its documents, wherever they lie."""
+    documents: int
+    """How many there are, usable or not."""
 
     def __len__(self) -> int:
-        return len(self.keys)
-
-    def entries(self) -> list[Entry]:
-        """The documents, in the order in which they begin in the shard."""
-        fields = (self.extensions.tolist(), self.offsets.tolist(), self.sizes.tolist())
-        members = [Member(*each) for each in zip(*fields, strict=True)]
-        stops = np.cumsum(self.members)
-        edges = zip(self.keys.tolist(), (stops - self.members).tolist(), stops.tolist(), strict=True)
-        return [Entry(key, tuple(members[start:stop])) for key, start, stop in edges]
+        return self.documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,32 +79,22 @@ class ShardTokens:
     """What the positions carry of each modality that carries no ids, (n, …), one row a position, mapped from disk."""
 
 
-def list_shard(shard: Path, cache: Path) -> Listing:
+def list_shard(source: Source, shard: Shard, cache: Path) -> Listing:
     """The listing of a shard, from the cache where it is up to date.
 
     Raises:
-        DataError: see `scan_shard`.
+        DataError: see `Source.open`.
     """
-    place = hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:8]  # folders may share a cache
-    record = cache / f"{shard.name}-{place}.listing.npz"
-    status = shard.stat()
-    stamp = np.array([status.st_size, status.st_mtime_ns])
+    place = hashlib.sha256(f"{source.options} {shard.place}".encode()).hexdigest()[:16]  # folders may share a cache
+    record = cache / f"{re.sub('[^A-Za-z0-9._-]', '_', shard.name)[-64:]}-{place}.listing.npz"
+    stamp = shard.stamp
     arrays = _load(record, LISTING)
-    if arrays is None or not np.array_equal(arrays["stamp"], stamp):
-        entries = scan_shard(shard)
-        members = [member for entry in entries for member in entry.members]
-        arrays = {
-            "checksum": np.array(checksum(shard)),
-            **Strings.pack(entry.key for entry in entries).arrays("keys"),
-            "members": np.array([len(entry.members) for entry in entries]),
-            **Strings.pack(member.extension for member in members).arrays("extensions"),
-            "offsets": np.array([member.offset for member in members]),
-            "sizes": np.array([member.size for member in members]),
-        }
-        _save(record, stamp=stamp, **arrays)
-    keys, extensions = Strings.named("keys", arrays), Strings.named("extensions", arrays)
-    fields = (arrays[name] for name in ("offsets", "sizes"))
-    return Listing(shard, str(arrays["checksum"]), keys, arrays["members"], extensions, *fields)
+    if arrays is None or str(arrays["stamp"]) != stamp:
+        with source.open(shard, cache) as documents:
+            count = len(documents)
+        arrays = {"checksum": np.array(source.identity(shard, cache)), "documents": np.array(count)}
+        _save(record, stamp=np.array(stamp), **arrays)
+    return Listing(source, shard, str(arrays["checksum"]), int(arrays["documents"]))
 
 
 def shard_tokens(
@@ -159,7 +136,6 @@ def tokenize_shard(
     advance: Callable[[int], Any],
 ) -> None:
     """Make the tokens of a shard; `advance(1)` is called after each document. Decoding runs in threads."""
-    entries = listing.entries()
     keys, lengths, spans, skipped, runs = [], [], [], [], []
     start = 0
     record, flat = _names(listing, cache, fingerprint)
@@ -169,19 +145,20 @@ def tokenize_shard(
             for name, modality in modalities.items()
             if stored(modality.config.carries) is not None
         }
-        results = writing.enter_context(_tokenized(listing.shard, entries, modalities))
-        for entry, result in zip(entries, results, strict=True):
+        documents = writing.enter_context(listing.source.open(listing.shard, cache))
+        results = writing.enter_context(_tokenized(documents, modalities))
+        for document, result in zip(documents, results, strict=True):
             advance(1)
             if isinstance(result, str):
-                skipped += [shown(entry.key), shown(result, REASON)]
+                skipped += [shown(document.key), shown(result, REASON)]
                 continue
-            keys.append(entry.key)
+            keys.append(document.key)
             lengths.append(len(result.tokens))
-            spans += [(start + first, start + stop, modality) for first, stop, modality in result.spans]
+            spans += [(start + span.start, start + span.stop, span.modality) for span in result.spans]
             runs.append(result.tokens)
             start += len(result.tokens)
-            for name, content in result.content:
-                files[name].write(content.tobytes())
+            for carried in result.content:
+                files[carried.modality].write(carried.values.tobytes())
     with atomic_path(flat) as temporary, open(temporary, "wb") as file:
         np.save(file, np.concatenate([np.zeros(0, np.int32), *runs]))
     table = np.array(spans, dtype=np.int64).reshape(-1, 3)
@@ -196,31 +173,20 @@ def tokenize_shard(
 
 
 @contextlib.contextmanager
-def _tokenized(
-    shard: Path, entries: list[Entry], modalities: Mapping[str, Modality]
-) -> Iterator[Iterator[Tokens | str]]:
+def _tokenized(documents: Sequence[Document], modalities: Mapping[str, Modality]) -> Iterator[Iterator[Tokens | str]]:
     """What became of each document of a shard, in order: its tokens, or why it is broken."""
     rules = grammars({name: modality.config for name, modality in modalities.items()})
-    local = threading.local()
-    files = []
 
-    def work(entry: Entry) -> Tokens | str:
-        if not hasattr(local, "file"):
-            local.file = open(shard, "rb")
-            files.append(local.file)
+    def work(document: Document) -> Tokens | str:
         try:
-            return tokenize(local.file, entry, modalities, rules)
+            return tokenize(document, modalities, rules)
         except BrokenDocument as broken:
             return str(broken)
         except RecursionError:
             return "its JSON is nested too deeply"
 
-    try:
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            yield pool.map(work, entries)
-    finally:
-        for file in files:
-            file.close()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        yield pool.map(work, documents)
 
 
 def _names(listing: Listing, cache: Path, fingerprint: str) -> tuple[Path, Path]:

@@ -19,6 +19,7 @@ from pretrain.data.fitting import fingerprint, load_modalities
 from pretrain.data.index import Listing, ShardTokens, Skipped, list_shard, shard_tokens, tokenize_shard
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
+from pretrain.data.sources import DocumentShards, Shard
 from zoo.carries import Ids, Vectors
 from zoo.modalities import Grammar, Modalities, Modality, Vocabulary, grammars, vocabulary
 
@@ -120,12 +121,10 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
     check_length(config, modalities)
     train, validation = _shards(config)
     cache = cache_folder(Path(config.path), config.cache)
-    words = vocabulary(modalities)
+    source = DocumentShards(DocumentShards.Config(path=config.path))
     with locked(cache, log), room_for(cache):
-        listings = [
-            list_shard(shard, cache)
-            for shard in tqdm.tqdm(train + validation, desc="listing shards", unit="shard", disable=None, leave=False)
-        ]
+        shards = tqdm.tqdm(train + validation, desc="listing shards", unit="shard", disable=None, leave=False)
+        listings = [list_shard(source, Shard(str(shard)), cache) for shard in shards]
         ready = load_modalities(modalities, listings[: len(train)], cache, log)
         name = _token_name(ready)
         _index(listings, cache, name, ready, log)
@@ -134,25 +133,17 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
     assert len(tokens) == len(listings), "all have just been made"
     skipped = [broken for shard in tokens for broken in shard.skipped]
     _check_broken(skipped, config, log)
-    splits = {"train": tokens[: len(train)], "validation": tokens[len(train) :]}
-    streams = {
-        split: TokenStream(
-            _documents(split, shards, modalities), config.sequence_length, seed if split == "train" else None
-        )
-        for split, shards in splits.items()
-        if shards
-    }
-    for split, stream in streams.items():
-        log(_described(split, stream))
-    meant = fingerprint(ready)
+    count, length, meant = len(train), config.sequence_length, fingerprint(ready)
+    stream = _packed("train", tokens[:count], modalities, length, seed, log)
+    held_out = _packed("validation", tokens[count:], modalities, length, None, log) if validation else None
     return Data(
-        streams["train"],
-        streams.get("validation"),
-        words,
+        stream,
+        held_out,
+        vocabulary(modalities),
         ready,
         skipped,
-        _identity(meant, listings[: len(train)], tokens[: len(train)]),
-        _identity(meant, listings[len(train) :], tokens[len(train) :]),
+        _identity(meant, listings[:count], tokens[:count]),
+        _identity(meant, listings[count:], tokens[count:]),
     )
 
 
@@ -194,15 +185,6 @@ def _shards(config: DataConfig) -> tuple[list[Path], list[Path]]:
     return train, validation
 
 
-def _described(split: str, stream: TokenStream) -> str:
-    """How much there is of a split, for the log."""
-    return (
-        f"{split}: {len(stream.documents):,} documents, {stream.documents.total:,} tokens, "
-        f"{stream.rows_per_epoch:,} rows of {stream.sequence_length} an epoch, "
-        f"{stream.share_of_padding:.1%} padding"
-    )
-
-
 def _index(
     listings: list[Listing],
     cache: Path,
@@ -221,11 +203,28 @@ def _index(
             tokenize_shard(listing, cache, name, modalities, bar.update)
 
 
-def _documents(split: str, shards: list, modalities: Modalities) -> Documents:
+def _packed(
+    split: str,
+    shards: Sequence[ShardTokens],
+    modalities: Modalities,
+    length: int,
+    seed: int | None,
+    log: Callable[[str], None],
+) -> TokenStream:
+    """The documents of a split in rows of `length` tokens; `log` is told how much there is.
+
+    Raises:
+        DataError: none of the documents can be used.
+    """
     documents = Documents.join(shards, vocabulary(modalities), modalities)
     if not len(documents):
         raise DataError(f"data.{split}: none of the documents can be used; see the reasons of the skipped ones")
-    return documents
+    stream = TokenStream(documents, length, seed)
+    log(
+        f"{split}: {len(documents):,} documents, {documents.total:,} tokens, {stream.rows_per_epoch:,} rows of "
+        f"{length} an epoch, {stream.share_of_padding:.1%} padding"
+    )
+    return stream
 
 
 def _check_broken(skipped: list[Skipped], config: DataConfig, log: Callable[[str], None]) -> None:

@@ -18,15 +18,16 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tqdm
 
-from pretrain.data.errors import DataError
-from pretrain.data.reading import BrokenDocument, read_member, read_parts
-from pretrain.data.shards import Entry, find_shards, scan_shard
+from pretrain.data.errors import BrokenDocument, DataError
+from pretrain.data.reading import read_parts
+from pretrain.data.shards import find_shards
+from pretrain.data.sources import Content, Document, open_shards
 from zoo.config import UserError
 from zoo.modalities.pictures import open_picture
 
@@ -37,10 +38,8 @@ QUESTION = "Describe the picture."
 class Caption:
     """A document with pictures and a text."""
 
-    shard: Path
-    entry: Entry
-    files: tuple[str, ...]
-    """Members of the pictures, in order."""
+    pictures: tuple[Content, ...]
+    """In order; they can be read as long as the shards are open."""
     text: str
 
 
@@ -55,41 +54,67 @@ class Captions:
     """The others: which, and why."""
 
 
-def read_captions(shards: Sequence[Path]) -> Captions:
-    """All documents of the shards, in order; every picture is decoded once, to see that it can be.
-
-    Raises:
-        DataError: a shard is damaged.
-    """
-    entries = [(shard, entry) for shard in shards for entry in scan_shard(shard)]
+def read_captions(shards: Mapping[Path, Sequence[Document]]) -> Captions:
+    """All documents of the open shards, in order; every picture is decoded once, to see that it can be."""
+    documents = [(shard, document) for shard, each in shards.items() for document in each]
     captions, incomplete, broken = [], 0, []
-    for shard, entry in tqdm.tqdm(entries, desc="documents", disable=None, leave=False):
+    for shard, document in tqdm.tqdm(documents, desc="documents", disable=None, leave=False):
         try:
-            caption = _read(shard, entry)
+            caption = _read(document)
         except BrokenDocument as error:
-            broken.append(f"{shard.name}: {entry.key}: {error}")
+            broken.append(f"{shard.name}: {document.key}: {error}")
             continue
-        if caption.files and caption.text:
+        if caption.pictures and caption.text:
             captions.append(caption)
         else:
             incomplete += 1
     return Captions(captions, incomplete, broken)
 
 
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What has been written."""
+
+    captions: dict[str, int]
+    """How many of each split."""
+    read: tuple[Captions, Captions]
+    """What the training and the held-out shards hold."""
+
+
 def write(
     shards: Path, out: Path, train: str = "*train*.tar", held_out: str = "*val*.tar", question: str = QUESTION
-) -> tuple[dict[str, int], list[Captions]]:
+) -> Splits:
     """Write the folder `out`; nothing is written before all shards have been read.
 
     Args:
         train, held_out: patterns of the names of the shards of either side.
         question: asked about every picture.
-    Returns:
-        captions of each split; what was read of the training and of the held-out shards.
     Raises:
         UserError: `out` holds questions already, no shard matches or one matches both patterns, a shard is damaged, or
             there are too few captions.
     """
+    _check(shards, out, question)
+    sides = [find_shards(shards, train, "--train"), find_shards(shards, held_out, "--held-out")]
+    if both := set(sides[0]) & set(sides[1]):
+        raise UserError(
+            f"--held-out: {min(both).name} matches {held_out!r} and --train {train!r} alike; give narrower patterns"
+        )
+    with open_shards(sides[0]) as first, open_shards(sides[1]) as second:
+        training, held = read_captions(first), read_captions(second)
+        _check_enough("--train", training, 1, shards)
+        _check_enough("--held-out", held, 2, shards)
+        half = len(held.captions) // 2
+        splits = {"train": training.captions, "validation": held.captions[:half], "test": held.captions[half:]}
+        for split, captions in splits.items():
+            (out / split).mkdir(parents=True, exist_ok=True)
+            shown = tqdm.tqdm(captions, desc=split, disable=None, leave=False)
+            lines = [_save(caption, out, f"{split}/{number:06d}", question) for number, caption in enumerate(shown)]
+            (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Splits({split: len(captions) for split, captions in splits.items()}, (training, held))
+
+
+def _check(shards: Path, out: Path, question: str) -> None:
+    """Raise UserError where the shards are not a folder, `out` cannot be written to, or nothing is asked."""
     if not shards.is_dir():
         raise DataError(f"{shards}: does not exist, or is not a folder; give a folder of .tar shards")
     if out.exists() and not out.is_dir():
@@ -98,48 +123,34 @@ def write(
         raise UserError(f"{out} holds {', '.join(there)} already; give another folder")
     if not question.strip():
         raise UserError("--question: is empty; ask something")
-    sides = [find_shards(shards, train, "--train"), find_shards(shards, held_out, "--held-out")]
-    if both := set(sides[0]) & set(sides[1]):
-        raise UserError(
-            f"--held-out: {min(both).name} matches {held_out!r} and --train {train!r} alike; give narrower patterns"
-        )
-    training, held = read = [read_captions(side) for side in sides]
-    for option, side, least in (("--train", training, 1), ("--held-out", held, 2)):
-        if len(side.captions) < least:
-            total = len(side.captions) + side.incomplete + len(side.broken)
-            why = f", such as {side.broken[0]}" if side.broken else ""
-            raise DataError(
-                f"{option}: {len(side.captions)} of the {total} documents in its shards of {shards} have a picture and "
-                f"a text, at least {least} must; {side.incomplete} lack one of them, {len(side.broken)} are "
-                f"broken{why}"
-            )
-    half = len(held.captions) // 2
-    splits = {"train": training.captions, "validation": held.captions[:half], "test": held.captions[half:]}
-    for split, captions in splits.items():
-        (out / split).mkdir(parents=True, exist_ok=True)
-        shown = tqdm.tqdm(captions, desc=split, disable=None, leave=False)
-        lines = [_save(caption, out, f"{split}/{number:06d}", question) for number, caption in enumerate(shown)]
-        (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {split: len(captions) for split, captions in splits.items()}, read
 
 
-def _read(shard: Path, entry: Entry) -> Caption:
-    texts = []
-    with open(shard, "rb") as file:
-        for part in read_parts(file, entry, {"text": bytes.decode, "image": open_picture}):
-            if part.type == "text":
-                texts.append(part.item)
-        parts = json.loads(read_member(file, entry, "json"))["parts"]  # known to be sound by now
-    files = tuple(part["file"] for part in parts if part["type"] == "image")
-    return Caption(shard, entry, files, " ".join(" ".join(texts).split()))
+def _check_enough(option: str, side: Captions, least: int, shards: Path) -> None:
+    """Raise DataError where fewer than `least` documents of the shards that `option` names have a picture and a
+    text."""
+    if len(side.captions) >= least:
+        return
+    total = len(side.captions) + side.incomplete + len(side.broken)
+    why = f", such as {side.broken[0]}" if side.broken else ""
+    raise DataError(
+        f"{option}: {len(side.captions)} of the {total} documents in its shards of {shards} have a picture and a text, "
+        f"at least {least} must; {side.incomplete} lack one of them, {len(side.broken)} are broken{why}"
+    )
+
+
+def _read(document: Document) -> Caption:
+    texts = [
+        part.item for part in read_parts(document, {"text": bytes.decode, "image": open_picture}) if part.type == "text"
+    ]
+    pictures = tuple(part for part in document.contents().parts if part.type == "image")
+    return Caption(pictures, " ".join(" ".join(texts).split()))
 
 
 def _save(caption: Caption, out: Path, stem: str, question: str) -> dict[str, Any]:
     """Copy the pictures to `<stem>.<file>` in `out`; returns the line."""
-    names = [f"{stem}.{file}" for file in caption.files]
-    with open(caption.shard, "rb") as shard:
-        for name, file in zip(names, caption.files, strict=True):
-            (out / name).write_bytes(read_member(shard, caption.entry, file))
+    names = [f"{stem}.{picture.name}" for picture in caption.pictures]
+    for name, picture in zip(names, caption.pictures, strict=True):
+        (out / name).write_bytes(picture.read())
     shown = {"image": names[0]} if len(names) == 1 else {"images": names}
     return {**shown, "question": question, "answer": caption.text}
 
@@ -153,13 +164,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--question", default=QUESTION, help="asked about every picture (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        written, read = write(options.shards, options.out, options.train, options.held_out, options.question)
+        written = write(options.shards, options.out, options.train, options.held_out, options.question)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    broken = [each for side in read for each in side.broken]
-    print(f"{options.out}: captions: {', '.join(f'{split} {count:,}' for split, count in written.items())}")
-    print(f"passed over: {sum(side.incomplete for side in read):,} without picture or text, {len(broken):,} broken")
+    broken = [each for side in written.read for each in side.broken]
+    print(f"{options.out}: captions: {', '.join(f'{split} {count:,}' for split, count in written.captions.items())}")
+    incomplete = sum(side.incomplete for side in written.read)
+    print(f"passed over: {incomplete:,} without picture or text, {len(broken):,} broken")
     for each in broken[:5]:
         print(f"  {each}")
     return 0
