@@ -42,15 +42,15 @@ class About(Config):
     model: str = pydantic.Field(alias="class")
     """Name of the model's class in Transformers."""
     base: str | None = None
-    """Of adapters: where their base was loaded from."""
+    """Where the base of adapters was loaded from."""
     base_dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
-    """Of adapters: the type of numbers in which their base is loaded."""
+    """The type of numbers in which the base of adapters is loaded."""
     base_sha256: str | None = None
-    """Of adapters: hash of their base's weights, see `save.weights_hash`."""
+    """Hash of the weights of the base of adapters, see `save.weights_hash`."""
     quantization: dict[str, Any] | None = None
-    """Of adapters: how their base is quantised while it is loaded, as Transformers writes it into a config."""
+    """How the base of adapters is quantised while it is loaded, as Transformers writes it into a config."""
     prepared: bool = False
-    """Of adapters of a quantised base: whether its other weights were then widened to fp32, as PEFT's
+    """Whether what is not quantised of that base was then widened to fp32, as PEFT's
     `prepare_model_for_kbit_training` does."""
 
     @pydantic.model_validator(mode="after")

@@ -30,7 +30,7 @@ from zoo.routing.scorer import Scorer
 from zoo.routing.selection import TokenSelection
 
 UNKNOWN = -1
-"""Of a layer that has not returned anything yet."""
+"""How `RoutedDecoderLayer.returns` begins: the layer has not returned anything yet."""
 
 WHOLE = ("attention_mask", "past_key_values")
 """Arguments of a decoder layer that are not cut to the kept tokens by their shape."""
@@ -302,7 +302,7 @@ def _cut(args: tuple, kwargs: dict[str, Any], index: Tensor, tokens: int) -> tup
 
 
 def _taken(value: Any, index: Tensor, tokens: int) -> Any:
-    """Of what goes by token, the columns index (B, K): a tensor (B or 1, tokens, …), or several, such as rotary tables,
+    """The columns index (B, K) of what goes by token: a tensor (B or 1, tokens, …), or several, such as rotary tables,
     positions or a layer's own inputs. Anything else as it is."""
     if isinstance(value, tuple):
         return tuple(_taken(part, index, tokens) for part in value)
