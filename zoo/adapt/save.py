@@ -33,6 +33,9 @@ from zoo.adapt.folder import (
 from zoo.adapt.wrap import ROUTER, adapt, adaptation, routers
 from zoo.config import UserError
 
+INSIDE = (".token_adapter.base_layer.", ".base_layer.", ".original_module.")
+"""Where PEFT keeps a module of the base in what it puts round it."""
+
 
 def save_adapted(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
     """Write an adapted model to `folder`.
@@ -212,8 +215,10 @@ def _belongs(name: str, wrapped: tuple[str, ...]) -> bool:
         wrapped: beginnings of the names of all that PEFT has put round a module of the base.
     """
     inside = [name.removeprefix(part) for part in wrapped if name.startswith(part)]
-    return not _is_router(name) and all(rest.startswith(("base_layer.", "original_module.")) for rest in inside)
+    return not _is_router(name) and all(f".{rest}".startswith(INSIDE) for rest in inside)
 
 
 def _base_name(name: str) -> str:
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".").removeprefix("base_model.model.")
+    for part in INSIDE:
+        name = name.replace(part, ".")
+    return name.removeprefix("base_model.model.")

@@ -217,25 +217,28 @@ class LabelHook:
         labels = kwargs.get("labels")
         if not module.training:
             return args, kwargs
+        if torch.is_grad_enabled():
+            self._check_loss(labels, kwargs)
         if labels is None:
-            self._check_unlabelled(kwargs)
             return args, kwargs
         given = {"mod_trace": kwargs.get("mod_trace") or Trace()}
         if self.config.candidates == "image_and_answer" and kwargs.get("mod_answers") is None:
             given["mod_answers"] = labels != IGNORED
         return args, kwargs | given
 
-    def _check_unlabelled(self, kwargs: Mapping[str, Any]) -> None:
-        """Raise `UserError` where a training step without labels would go on without what the config asks for."""
-        if not torch.is_grad_enabled():
-            return
-        if self.config.auxiliary.type != "none" and kwargs.get("mod_trace") is None:
+    def _check_loss(self, labels: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+        """Raise `UserError` where a training step would go on without what the config asks for."""
+        auxiliary = self.config.auxiliary.type
+        if auxiliary != "none" and kwargs.get("mod_trace") is None and (labels is None or kwargs.get("fused_lm_head")):
+            why = "is given no labels (Trainer's label_smoothing_factor and compute_loss_func take them away)"
+            if labels is not None:
+                why = "gives log-probabilities of which TRL makes a loss of its own (fused_lm_head)"
             raise UserError(
-                f"auxiliary.type: {self.config.auxiliary.type}: the model is in training but is given no labels, so "
-                "that its loss would lack the auxiliary one (Trainer's label_smoothing_factor and compute_loss_func "
-                "take them away); give labels, or mod_trace=zoo.Trace() and add zoo.adapt.auxiliary_loss(trace, config)"
+                f"auxiliary.type: {auxiliary}: the model is in training and {why}, so that the loss would lack the "
+                "auxiliary one; use Trainer's own loss, or give mod_trace=zoo.Trace() and add "
+                "zoo.adapt.auxiliary_loss(trace, config), or set auxiliary.type: none"
             )
-        if self.config.candidates == "image_and_answer" and kwargs.get("mod_answers") is None:
+        if self.config.candidates == "image_and_answer" and labels is None and kwargs.get("mod_answers") is None:
             raise UserError(
                 "candidates: image_and_answer: the model is in training but nothing says which tokens are answers; "
                 "give labels, or mod_answers (B, T) bool"
@@ -278,7 +281,8 @@ def _check_expert_loss(module: Any, kwargs: Mapping[str, Any]) -> None:
     if asked is None:
         asked = getattr(module.config.get_text_config(decoder=True), "output_router_logits", False)
     family = sys.modules[type(module).__module__]
-    if asked and kwargs.get("attention_mask") is not None and hasattr(family, "load_balancing_loss_func"):
+    balances = hasattr(family, "load_balancing_loss_func") or kwargs.get("fused_lm_head")  # the latter: TRL
+    if asked and balances and kwargs.get("attention_mask") is not None:
         raise UserError(
             f"output_router_logits: {type(module).__name__} balances its experts over the tokens of attention_mask, but"
             " routed layers are given fewer; leave it out, or, where nothing is padded, leave attention_mask out"
