@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import re
 import zipfile
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from pretrain.data.errors import BrokenDocument, shown
+from pretrain.data.errors import BrokenDocument, DataError, shown
 from pretrain.data.items import stored
 from pretrain.data.reading import Tokens, tokenize
 from pretrain.data.sources import Document, Shard, Source
@@ -33,7 +35,7 @@ from zoo.modalities import Modality, grammars
 REASON = 500
 """Characters of the reason why a document is skipped, at most."""
 LISTING = ("stamp", "checksum", "documents")
-TOKENS = ("keys", "keys_stops", "starts", "spans", "modality", "skipped", "skipped_stops")
+TOKENS = ("keys", "keys_stops", "starts", "text_bytes", "spans", "modality", "skipped", "skipped_stops")
 """What a record holds."""
 
 
@@ -70,6 +72,8 @@ class ShardTokens:
     """The key of each of the d documents."""
     starts: np.ndarray
     """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
+    text_bytes: np.ndarray
+    """(d,) int64, UTF-8 bytes of the texts of each document."""
     spans: np.ndarray
     """(s, 2) int64, ascending: [start, stop) in `tokens` of what must never be cut."""
     modality: np.ndarray
@@ -87,7 +91,7 @@ def list_shard(source: Source, shard: Shard, cache: Path) -> Listing:
     """
     place = hashlib.sha256(f"{source.options} {shard.place}".encode()).hexdigest()[:16]  # folders may share a cache
     record = cache / f"{re.sub('[^A-Za-z0-9._-]', '_', shard.name)[-64:]}-{place}.listing.npz"
-    stamp = shard.stamp
+    stamp = source.stamp(shard)
     arrays = _load(record, LISTING)
     if arrays is None or str(arrays["stamp"]) != stamp:
         with source.open(shard, cache) as documents:
@@ -107,7 +111,7 @@ def shard_tokens(
         return None
     try:
         # An empty array cannot be mapped.
-        tokens = np.load(flat, mmap_mode="r") if arrays["starts"][-1] else np.zeros(0, np.int32)
+        tokens = _mapped_npy(flat) if arrays["starts"][-1] else np.zeros(0, np.int32)
         content = {}
         for number, (name, modality) in enumerate(modalities.items()):
             form = stored(modality.config.carries)
@@ -121,6 +125,7 @@ def shard_tokens(
         tokens,
         Strings.named("keys", arrays),
         arrays["starts"],
+        arrays["text_bytes"],
         arrays["spans"],
         arrays["modality"],
         [Skipped(shown(listing.shard.name), *each) for each in zip(skipped[::2], skipped[1::2], strict=True)],
@@ -136,7 +141,7 @@ def tokenize_shard(
     advance: Callable[[int], Any],
 ) -> None:
     """Make the tokens of a shard; `advance(1)` is called after each document. Decoding runs in threads."""
-    keys, lengths, spans, skipped, runs = [], [], [], [], []
+    keys, lengths, text_bytes, spans, skipped, runs = [], [], [], [], [], []
     start = 0
     record, flat = _names(listing, cache, fingerprint)
     with contextlib.ExitStack() as writing:
@@ -154,6 +159,7 @@ def tokenize_shard(
                 continue
             keys.append(document.key)
             lengths.append(len(result.tokens))
+            text_bytes.append(result.text_bytes)
             spans += [(start + span.start, start + span.stop, span.modality) for span in result.spans]
             runs.append(result.tokens)
             start += len(result.tokens)
@@ -166,6 +172,7 @@ def tokenize_shard(
         record,  # last: where it exists, the tokens do too
         **Strings.pack(keys).arrays("keys"),
         starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        text_bytes=np.array(text_bytes, dtype=np.int64),
         spans=table[:, :2],
         modality=table[:, 2].astype(np.int8),
         **Strings.pack(skipped).arrays("skipped"),
@@ -205,8 +212,39 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> n
     Raises:
         ValueError: it is of another size.
     """
-    content = np.memmap(path, dtype, "r") if rows else np.zeros(0, dtype)  # an empty file cannot be mapped
+    content = _map(path).view(dtype) if rows else np.zeros(0, dtype)  # an empty file cannot be mapped
     return content.reshape(rows, *shape)
+
+
+def _mapped_npy(path: Path) -> np.ndarray:
+    """(n,) int32 of a file that NumPy wrote.
+
+    Raises:
+        ValueError: it is none, or has lost its end.
+    """
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    if dtype != np.int32:
+        raise ValueError(f"{path} holds {dtype}")
+    return _map(path)[start:].view(np.int32).reshape(shape)
+
+
+def _map(path: Path) -> np.ndarray:
+    """The bytes of a file, read when they are needed.
+
+    Python's own maps keep the file open, and a data set has more shards than a process may have open files.
+
+    Raises:
+        DataError: the system allows no more maps.
+    """
+    try:
+        content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise DataError(f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]})") from None
+    content.flags.writeable = False
+    return content
 
 
 def _load(path: Path, names: Collection[str]) -> dict[str, np.ndarray] | None:
@@ -214,7 +252,9 @@ def _load(path: Path, names: Collection[str]) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as arrays:
             found = dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise DataError(f"{path}: cannot be opened ({error.strerror}); raise the limit with ulimit -n") from None
         return None  # whatever a file that lost its end, or a bit of it, makes numpy raise
     return found if found.keys() >= set(names) else None
 
