@@ -19,7 +19,6 @@ from zoo.adapt import adapt, auxiliary_loss, load_adapted, routers, save_adapted
 from zoo.adapt.select import ModRouter
 from zoo.adapt.wrap import adaptation
 
-pytest.importorskip("accelerate")
 LLAVA = FAMILIES["llava"]
 CONFIG: dict[str, Any] = {
     "layers": [1, 2],
@@ -135,10 +134,11 @@ def test_trls_losses_of_its_own() -> None:
     inputs = stack(samples(3, 5))
     with pytest.raises(UserError, match="auxiliary.type: membership: .* TRL makes a loss of its own"):
         model_of().train()(**inputs, fused_lm_head=True)
-    trl = pytest.importorskip("trl.trainer.utils")
+    from trl.trainer.utils import add_fused_lm_head
+
     model = model_of(CONFIG | {"auxiliary": {"type": "none"}}).train()
     expected = model(**inputs).loss
-    trl.add_fused_lm_head(model)
+    add_fused_lm_head(model)
     after = stepped(model, expected)
     loss = model(**inputs, fused_lm_head=True).loss
     torch.testing.assert_close(loss, expected)
@@ -329,7 +329,6 @@ BITS = {
 )
 def test_adapters_of_a_quantised_base(tmp_path: Path, bits: str, prepared: bool) -> None:
     """QLoRA: routers learn beside codes that do not, and the folder opens by itself, with the same answers."""
-    pytest.importorskip("bitsandbytes")
     import peft
 
     folder = quantized_base(tmp_path / "base")
