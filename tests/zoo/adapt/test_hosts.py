@@ -29,6 +29,16 @@ CONFIG: dict[str, Any] = {
 OWN = CONFIG | {"router": {"initial_scale": 3.0}}
 
 
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate keeps for the whole process is that of one test."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def model_of(config: dict[str, Any] | None = CONFIG) -> nn.Module:
     torch.manual_seed(0)
     model = LLAVA.build()
