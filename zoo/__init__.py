@@ -17,6 +17,7 @@ from zoo.calibrate import calibrate
 from zoo.config import Config, ConfigError, UserError
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.generate import Part
 from zoo.modality import Modality
 from zoo.model import Model, ModelConfig, initialise
 from zoo.objectives import autoregressive, denoising  # noqa: F401
@@ -40,6 +41,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Objective",
+    "Part",
     "Place",
     "Router",
     "Run",

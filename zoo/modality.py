@@ -18,13 +18,13 @@ import abc
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from zoo.carries import Carries
+from zoo.carries import Carries, Ids
 from zoo.place import BlockConfig, Configured
 
 PARTS = ("text", "image", "audio", "video")
@@ -42,6 +42,16 @@ class Positions:
     def fixed(self) -> bool:
         """Every item takes equally many."""
         return self.least == self.most
+
+
+@dataclasses.dataclass(frozen=True)
+class Following:
+    """What may follow in an item."""
+
+    ids: tuple[int, int] | None
+    """[start, stop) of the ids of another position, counted from 0; None: no position may follow."""
+    end: bool
+    """The item may end here."""
 
 
 class ModalityConfig(BlockConfig):
@@ -91,6 +101,17 @@ class ModalityConfig(BlockConfig):
         Raises:
             Exception: of any kind, where the bytes are no such item. The document is then skipped, counted and named.
         """
+
+    def following(self, before: Sequence[Any]) -> Following:
+        """What may follow in an item that is being written; by default any id, and its end, as `positions` has it.
+
+        Args:
+            before: what its positions carry so far.
+        """
+        positions, carries = self.positions, self.carries
+        assert positions is not None, "what may be cut anywhere has no end of its own"
+        ids = (0, carries.size if isinstance(carries, Ids) else 1) if len(before) < positions.most else None
+        return Following(ids, len(before) >= positions.least)
 
     @property
     def bidirectional(self) -> bool:

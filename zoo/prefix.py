@@ -14,7 +14,6 @@ from zoo.carries import Vectors
 from zoo.context import CAUSAL, TokenContext
 from zoo.modalities.grammar import Grammar, Piece
 from zoo.model import Model
-from zoo.states import State
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,20 +9,25 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from zoo import generate
 from zoo.build import build_block, build_model
+from zoo.choosing import Choosing
 from zoo.config import ConfigError, UserError, shown
+from zoo.generate import Part
 from zoo.kept import open_modalities
 from zoo.modalities import Grammar, Modality, Vocabulary, grammars, parse_modalities, vocabulary
 from zoo.model import Model, ModelConfig
+from zoo.sampling import Sampling
 from zoo.slots import Objective
 
 RECIPE, WEIGHTS = "recipe.yaml", "model.safetensors"
@@ -53,6 +58,52 @@ class Run:
     def grammars(self) -> dict[str, Grammar]:
         """How the items of each modality stand in the stream."""
         return grammars({name: modality.config for name, modality in self.modalities.items()})
+
+    def generate(
+        self, parts: Sequence[Part | str], then: str | Sequence[str] | None = None, **options: Any
+    ) -> list[Part]:
+        """What follows `parts`; everything else as `generate_all`."""
+        return self.generate_all([parts], then, **options)[0]
+
+    def generate_all(
+        self,
+        prompts: Sequence[Sequence[Part | str]],
+        then: str | Sequence[str] | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        drawing: Sampling = Sampling(),
+        batch: int = 32,
+        progress: bool = False,
+        **choosing: Any,
+    ) -> list[list[Part]]:
+        """What follows each of several prompts. What a prompt gets depends neither on the others nor on `batch`.
+
+        Args:
+            prompts: of each the parts that stand there; a string is text. None stands there in an empty one.
+            then: the modalities of the parts that follow, in order; None: the model decides, and ends the document.
+            max_tokens: most tokens to write after a prompt; default: as many as the model's context holds.
+            stop: texts that end a text; they are left out of it.
+            drawing: how items are drawn from noise that the model has learned to denoise.
+            batch: rows that are written at the same time.
+            progress: show a bar.
+            choosing: the keys of `zoo.choosing.Choosing`: temperature, top_k, top_p, repetition_penalty, guidance, seed.
+        Raises:
+            UserError: a part or `then` is of no modality of the run, a prompt leaves no room, a file or option is
+                wrong, or routed blocks have no auxiliary router.
+        """
+        options = Choosing.parse(choosing, "generate")
+        return generate.generate(self, prompts, then, options, drawing, max_tokens, stop, batch, progress)
+
+    def log_likelihoods(
+        self, documents: Sequence[tuple[Sequence[Part | str], str]], end: bool = True, batch: int = 64
+    ) -> np.ndarray:
+        """(n,) log-likelihood in nats of each text after its prompt, and of the document's end where `end`."""
+        return generate.log_likelihoods(self, documents, end, batch)
+
+    def read(self, part: str, path: str | Path) -> Part:
+        """The item in a file, for the modality that reads parts of that type: "image", "audio"."""
+        return generate.read_part(self, part, path)
 
 
 def load(folder: str | Path, *, imports: Iterable[str] = (), device: str = "cpu") -> Run:

@@ -13,7 +13,8 @@ What the model has seen lies in the prefix's states; nothing of the steps remain
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from pydantic import Field
@@ -43,6 +44,14 @@ class Sampling(Config):
     clip: float | None = Field(None, gt=0)
     """What the numbers of an item lie within, −clip to clip, at every step: 1 for pixels; null where they are
     unbounded."""
+
+
+class Denoises(Protocol):
+    """Something that items are drawn after."""
+
+    def denoise(self, model: Model, grammar: Grammar, mixture: Tensor, time: Tensor) -> Tensor:
+        """What the head says of an item (B, n, width) at a time, that would come next: (B, n, width)."""
+        ...
 
 
 @dataclasses.dataclass
@@ -128,12 +137,12 @@ class Prefix:
 def draw_item(
     model: Model,
     grammar: Grammar,
-    prefix: Prefix,
+    prefix: Denoises,
     process: Process,
     sampling: Sampling,
     noise: Tensor,
-    without: Prefix | None = None,
-    generator: torch.Generator | None = None,
+    without: Denoises | None = None,
+    fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Draw an item for each row, to stand next after `prefix`, which is left as it is.
 
@@ -141,22 +150,25 @@ def draw_item(
         grammar: of the item's modality.
         noise: (B, n, width) normal; what is drawn is a function of it where `sampling.eta` is 0.
         without: what the rows would hold without a caption, such as the begin marker alone; guidance needs it.
-        generator: of fresh noise, where `sampling.eta` is not 0; on the noise's device.
+        fresh: gives the noise of each step, as `noise`, where `sampling.eta` is not 0.
     Returns:
         (B, n, width).
     Raises:
-        ValueError: guidance without `without`.
+        ValueError: guidance without `without`, or `sampling.eta` without `fresh`.
     """
+    if sampling.eta and fresh is None:
+        raise ValueError(f"eta {sampling.eta} adds noise in every step; give it, fresh=…")
     if sampling.guidance != 1 and without is None:
         raise ValueError(f"guidance {sampling.guidance} compares with what would be drawn `without` a caption; give it")
     times = torch.linspace(1, 0, sampling.steps + 1, device=noise.device, dtype=noise.dtype).clamp_max(LATEST)
     mixture = noise
-    for time, after in zip(times[:-1], times[1:], strict=True):
+    for step, (time, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
         prediction = prefix.denoise(model, grammar, mixture, time).to(mixture.dtype)
         if sampling.guidance != 1 and without is not None:
             plain = without.denoise(model, grammar, mixture, time).to(mixture.dtype)
             prediction = plain + sampling.guidance * (prediction - plain)
-        mixture = _step(process, mixture, prediction, time, after, sampling, generator)
+        drawn = fresh(step) if sampling.eta and fresh is not None else torch.zeros_like(mixture)
+        mixture = _step(process, mixture, prediction, time, after, sampling, drawn)
     return mixture
 
 
@@ -167,7 +179,7 @@ def _step(
     time: Tensor,
     after: Tensor,
     sampling: Sampling,
-    generator: torch.Generator | None,
+    drawn: Tensor,
 ) -> Tensor:
     """From a mixture at `time` to one at `after`, earlier: DDIM (arXiv 2010.02502, eq. 12), of which Euler's step along
     a straight line is a case."""
@@ -180,5 +192,4 @@ def _step(
         return then.data * data + then.noise * believed
     ratio = (now.data / then.data).square()
     fresh = sampling.eta * then.noise * ((1 - ratio * (then.noise / now.noise).square()).clamp_min(0)).sqrt()
-    drawn = torch.randn(mixture.shape, generator=generator, device=mixture.device, dtype=mixture.dtype)
     return then.data * data + (then.noise.square() - fresh.square()).clamp_min(0).sqrt() * believed + fresh * drawn

@@ -85,9 +85,12 @@ class Row:
         """Ranges [start, stop) of the tokens that may come next."""
         rules, item = self.rules, self.inside
         if item is not None:
-            assert item.positions is not None and item.end is not None
-            more = [item.choice[:2]] if len(self.content) < self.most else []
-            return more + ([(item.end, item.end + 1)] if len(self.content) >= item.positions.least else [])
+            assert item.end is not None
+            following, start = item.config.following(self.content), item.choice.start
+            end = [(item.end, item.end + 1)] if following.end else []
+            if following.ids is None or (following.end and len(self.content) >= self.most):
+                return end
+            return [(start + following.ids[0], start + following.ids[1]), *end]
         if self.plan and self.plan[0] != rules.text.name:
             return [_marker(rules.grammars[self.plan[0]])]
         items = [each for each in rules.grammars.values() if each.begin is not None]
@@ -234,7 +237,9 @@ class _Writer:
         self.model, self.rules, self.rows = model, rules, rows
         self.choosing, self.process = choosing, process
         self.sampling = sampling.model_copy(update={"guidance": choosing.guidance})
-        length = max((row.position + row.room for row in rows), default=0) + MARKERS
+        longest = [each.positions.most for each in rules.grammars.values() if each.positions is not None]
+        # an item that may not end yet is written to its end
+        length = max((row.position + row.room for row in rows), default=0) + MARKERS + max(longest, default=0)
         self.prefix = Prefix(model, len(rows), length)
         # each item begins a document of its own there, whose begin marker may need a document's before it
         self.plain = Prefix(model, len(rows), 2 * length) if choosing.guidance != 1 else None
@@ -261,9 +266,7 @@ class _Writer:
 
     def _chosen(self) -> list[Piece | None]:
         said = self._guided()
-        keys = noise_keys(
-            self.choosing.seed, [row.sample for row in self.rows], [row.position for row in self.rows]
-        )
+        keys = noise_keys(self.choosing.seed, [row.sample for row in self.rows], [row.position for row in self.rows])
         tokens = choose(self._masked(said.logits), self.choosing, keys, "generate.token").tolist()
         predicted = {name: self._values(name, said.predicted[name], keys) for name in self.model.heads}
         pieces: list[Piece | None] = []
@@ -278,6 +281,7 @@ class _Writer:
         """Logits (B, V) with −inf where a token may not come next."""
         allowed = torch.zeros(logits.shape, dtype=torch.bool)
         penalty = self.choosing.repetition_penalty
+        logits = logits.clone() if penalty != 1 else logits
         for number, row in enumerate(self.rows):
             for start, stop in row.choices() if not row.done else [(0, 1)]:
                 allowed[number, start:stop] = True

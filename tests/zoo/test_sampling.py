@@ -44,9 +44,12 @@ class Known(Prefix):
 
 def draw(process: Process, known: Known, noise: Tensor, without: Known | None = None, **sampling: Any) -> Tensor:
     generator = torch.Generator().manual_seed(3)
-    return draw_item(
-        zoo.Model.__new__(zoo.Model), GRAMMAR, known, process, Sampling(**sampling), noise, without, generator
-    )
+
+    def fresh(step: int) -> Tensor:
+        return torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
+
+    model = zoo.Model.__new__(zoo.Model)
+    return draw_item(model, GRAMMAR, known, process, Sampling(**sampling), noise, without, fresh)
 
 
 def normal(*shape: int) -> Tensor:

@@ -68,7 +68,11 @@ def draw(
     prefix = Prefix.of(model, tokens, modality, room=count)
     begin = torch.full((len(captions), 1), image.begin)
     without = Prefix.of(model, begin, torch.zeros_like(begin), room=count) if sampling.guidance != 1 else None
-    return draw_item(model, image, prefix, objective.process, sampling, noise, without, generator).numpy()
+
+    def fresh(step: int) -> Tensor:
+        return torch.randn(noise.shape, generator=generator)
+
+    return draw_item(model, image, prefix, objective.process, sampling, noise, without, fresh).numpy()
 
 
 def decoded(data: Data, content: np.ndarray) -> np.ndarray:
