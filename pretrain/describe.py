@@ -11,6 +11,7 @@ from torch import nn
 import zoo
 from pretrain import recipe as recipes
 from pretrain.recipe import Recipe
+from zoo.modalities import vocabulary
 from zoo.roles import Role, parameter_roles
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -49,8 +50,16 @@ def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
         "flops_per_token": dict(zip(modalities, cost.flops, strict=True)),
         "router_flops_per_token": dict(zip(modalities, cost.router, strict=True)),
         "auxiliary_flops_per_token": dict(zip(modalities, cost.auxiliary, strict=True)),
+        "vocabulary": vocabulary_ranges(recipe),
         "memory_per_rank": memory(recipe, total, ranks),
     }
+
+
+def vocabulary_ranges(recipe: Recipe) -> dict[str, Any]:
+    """The ids of the special tokens by name, the range [start, stop) of each modality's, and how many there are."""
+    words = vocabulary(recipe.modalities)
+    ranges = {name: list(words.range(name)) for name in words.modalities}
+    return {"special": words.specials, "ranges": ranges, "size": words.size}
 
 
 def memory(recipe: Recipe, parameters: int, ranks: int) -> dict[str, Any]:

@@ -194,6 +194,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             self.recipe.train.micro_batch,
             self.engine.ranks,
             self.engine.device,
+            self.recipe.evaluate.bits_per_byte,
         )
         # the loss of the best constant guess: what any model must beat
         values |= {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}

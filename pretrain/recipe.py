@@ -86,6 +86,9 @@ class EvaluateConfig(Config):
 
     rows: int = Field(64, gt=0)
     """Rows of the validation split, from its beginning; fewer if it has fewer."""
+    bits_per_byte: bool = False
+    """Also report the loss of text in bits a byte of the documents' texts, by which runs with different tokenizers
+    compare. Exact where the rows hold whole documents."""
 
 
 def _section_or_path(section: Any) -> Any:

@@ -21,6 +21,8 @@ class Documents:
     vocabulary: Vocabulary
     starts: np.ndarray
     """(d + 1,) int64."""
+    text_bytes: np.ndarray
+    """(d,) int64, UTF-8 bytes of the texts of each document."""
     spans: np.ndarray
     """(s, 2) int64, ascending: [start, stop) of the parts that must never be cut."""
     shards: Sequence[np.ndarray]
@@ -46,6 +48,7 @@ class Documents:
         return cls(
             vocabulary,
             np.concatenate([[0], *(s.starts[1:] + first for s, first in base)]).astype(np.int64),
+            np.concatenate([np.zeros(0, np.int64), *(s.text_bytes for s in shards)]),
             np.concatenate([np.zeros((0, 2), np.int64), *(s.spans + first for s, first in base)]),
             [s.tokens for s in shards],
             shard_starts,
@@ -75,6 +78,23 @@ class Documents:
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         offset = start - int(self.shard_starts[shard])
         return self.shards[shard][offset : offset + length]
+
+    def bytes_in(self, start: int, length: int) -> float:
+        """UTF-8 bytes of the texts in a stretch of one document; where it is not the whole document, the share of its
+        text tokens."""
+        document = int(np.searchsorted(self.starts, start, side="right")) - 1
+        first, stop = self.starts[document : document + 2].tolist()
+        whole = float(self.text_bytes[document])
+        if length == stop - first:
+            return whole
+        inside, of_all = (self._text_tokens(*stretch) for stretch in ((start, length), (first, stop - first)))
+        return whole * inside / max(of_all, 1)
+
+    def _text_tokens(self, start: int, length: int) -> int:
+        """Ids of text in a stretch, special tokens apart."""
+        tokens = self.read(start, length)
+        own, stop = self.vocabulary.range(self.vocabulary.text)
+        return int(((tokens >= own) & (tokens < stop)).sum())
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """(n,) int32: the tokens at ascending `positions` (n,) of the whole."""

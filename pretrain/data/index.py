@@ -33,7 +33,7 @@ from zoo.modalities import Modality, grammars
 REASON = 500
 """Characters of the reason why a document is skipped, at most."""
 LISTING = ("stamp", "checksum", "documents")
-TOKENS = ("keys", "keys_stops", "starts", "spans", "modality", "skipped", "skipped_stops")
+TOKENS = ("keys", "keys_stops", "starts", "text_bytes", "spans", "modality", "skipped", "skipped_stops")
 """What a record holds."""
 
 
@@ -70,6 +70,8 @@ class ShardTokens:
     """The key of each of the d documents."""
     starts: np.ndarray
     """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
+    text_bytes: np.ndarray
+    """(d,) int64, UTF-8 bytes of the texts of each document."""
     spans: np.ndarray
     """(s, 2) int64, ascending: [start, stop) in `tokens` of what must never be cut."""
     modality: np.ndarray
@@ -121,6 +123,7 @@ def shard_tokens(
         tokens,
         Strings.named("keys", arrays),
         arrays["starts"],
+        arrays["text_bytes"],
         arrays["spans"],
         arrays["modality"],
         [Skipped(shown(listing.shard.name), *each) for each in zip(skipped[::2], skipped[1::2], strict=True)],
@@ -136,7 +139,7 @@ def tokenize_shard(
     advance: Callable[[int], Any],
 ) -> None:
     """Make the tokens of a shard; `advance(1)` is called after each document. Decoding runs in threads."""
-    keys, lengths, spans, skipped, runs = [], [], [], [], []
+    keys, lengths, text_bytes, spans, skipped, runs = [], [], [], [], [], []
     start = 0
     record, flat = _names(listing, cache, fingerprint)
     with contextlib.ExitStack() as writing:
@@ -154,6 +157,7 @@ def tokenize_shard(
                 continue
             keys.append(document.key)
             lengths.append(len(result.tokens))
+            text_bytes.append(result.text_bytes)
             spans += [(start + span.start, start + span.stop, span.modality) for span in result.spans]
             runs.append(result.tokens)
             start += len(result.tokens)
@@ -166,6 +170,7 @@ def tokenize_shard(
         record,  # last: where it exists, the tokens do too
         **Strings.pack(keys).arrays("keys"),
         starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        text_bytes=np.array(text_bytes, dtype=np.int64),
         spans=table[:, :2],
         modality=table[:, 2].astype(np.int8),
         **Strings.pack(skipped).arrays("skipped"),

@@ -13,7 +13,8 @@ from zoo.modalities.section import (
     parse_modalities,
     vocabulary,
 )
-from zoo.modalities.text import BPE, Bytes
+from zoo.modalities.speech import Codec, DMel, Units
+from zoo.modalities.text import BPE, Bytes, HuggingFace
 from zoo.modalities.vocabulary import Vocabulary
 from zoo.modality import (
     PARTS,
@@ -30,8 +31,11 @@ __all__ = [
     "Bytes",
     "Carries",
     "Channels",
+    "Codec",
     "ContinuousPatches",
+    "DMel",
     "Grammar",
+    "HuggingFace",
     "Ids",
     "Latents",
     "LearnedConfig",
@@ -42,6 +46,7 @@ __all__ = [
     "ModalityConfig",
     "Patches",
     "Positions",
+    "Units",
     "Vectors",
     "Vocabulary",
     "default_modalities",

@@ -46,6 +46,10 @@ class Latents(Picture, LearnedModality):
         """
 
         file: ClassVar[str] = ".safetensors"
+        image_size: pydantic.PositiveInt = 256
+        """Side in pixels of the square that every image is brought to (short side resized, centre cropped)."""
+        patch: pydantic.PositiveInt = 16
+        """Side of a patch in pixels; divides image_size, and is a multiple of `factor`."""
         factor: pydantic.PositiveInt = 8
         """Pixels on a side of a latent; the autoencoder decides it."""
         latents: pydantic.PositiveInt = 4

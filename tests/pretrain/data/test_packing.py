@@ -34,8 +34,8 @@ def make_documents(lengths: list[list[int]], shards: int = 1) -> Documents:
             starts.append(len(tokens))
         keys = Strings.pack(str(document) for document in share.tolist())
         spans = np.array(spans, np.int64).reshape(-1, 2)
-        kinds = np.ones(len(spans), np.int8)
-        made.append(ShardTokens(np.array(tokens, np.int32), keys, np.array(starts), spans, kinds, []))
+        kinds, text_bytes = np.ones(len(spans), np.int8), np.zeros(len(keys), np.int64)
+        made.append(ShardTokens(np.array(tokens, np.int32), keys, np.array(starts), text_bytes, spans, kinds, []))
     return Documents.join(made, VOCABULARY)
 
 
@@ -175,6 +175,7 @@ def test_padding_is_small_and_planning_is_fast():
     documents = Documents(
         VOCABULARY,
         starts,
+        np.zeros(len(lengths), np.int64),
         np.zeros((0, 2), np.int64),
         [np.zeros(starts[-1], np.int32)],
         starts[[0, -1]],
@@ -185,6 +186,21 @@ def test_padding_is_small_and_planning_is_fast():
     stream.row(0)
     assert time.perf_counter() - begin < 5
     assert stream.share_of_padding < 0.02
+
+
+def test_bytes_of_cut_documents_add_up():
+    """A piece has the share of its text tokens; all pieces together have all bytes."""
+    begin, end = VOCABULARY.begin("image"), VOCABULARY.end("image")
+    image = [begin, *[VOCABULARY.range("image")[0]] * 4, end]
+    text = VOCABULARY.range("text")[0]
+    tokens = np.array([0, text, text, text, *image, text, 1, 0, text, 1], np.int32)
+    spans = np.array([[4, 10]], np.int64)
+    keys = Strings.pack(["long", "short"])
+    shard = ShardTokens(tokens, keys, np.array([0, 12, 15]), np.array([80, 7]), spans, np.ones(1, np.int8), [])
+    stream = TokenStream(Documents.join([shard], VOCABULARY), 8, None)
+    assert stream.pieces.lengths.tolist() == [4, 8, 3]
+    shares = [stream.text_bytes(range(row, row + 1)) for row in range(stream.rows_per_epoch)]
+    assert sorted(shares) == [20.0, 67.0] and stream.text_bytes(range(stream.rows_per_epoch)) == 87.0
 
 
 def test_negative_rows_are_refused():
