@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import re
 import zipfile
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from pretrain.data.errors import BrokenDocument, shown
+from pretrain.data.errors import BrokenDocument, DataError, shown
 from pretrain.data.items import stored
 from pretrain.data.reading import Tokens, tokenize
 from pretrain.data.sources import Document, Shard, Source
@@ -109,7 +111,7 @@ def shard_tokens(
         return None
     try:
         # An empty array cannot be mapped.
-        tokens = np.load(flat, mmap_mode="r") if arrays["starts"][-1] else np.zeros(0, np.int32)
+        tokens = _mapped_npy(flat) if arrays["starts"][-1] else np.zeros(0, np.int32)
         content = {}
         for number, (name, modality) in enumerate(modalities.items()):
             form = stored(modality.config.carries)
@@ -210,8 +212,39 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], rows: int) -> n
     Raises:
         ValueError: it is of another size.
     """
-    content = np.memmap(path, dtype, "r") if rows else np.zeros(0, dtype)  # an empty file cannot be mapped
+    content = _map(path).view(dtype) if rows else np.zeros(0, dtype)  # an empty file cannot be mapped
     return content.reshape(rows, *shape)
+
+
+def _mapped_npy(path: Path) -> np.ndarray:
+    """(n,) int32 of a file that NumPy wrote.
+
+    Raises:
+        ValueError: it is none, or has lost its end.
+    """
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    if dtype != np.int32:
+        raise ValueError(f"{path} holds {dtype}")
+    return _map(path)[start:].view(np.int32).reshape(shape)
+
+
+def _map(path: Path) -> np.ndarray:
+    """The bytes of a file, read when they are needed.
+
+    Python's own maps keep the file open, and a data set has more shards than a process may have open files.
+
+    Raises:
+        DataError: the system allows no more maps.
+    """
+    try:
+        content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise DataError(f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]})") from None
+    content.flags.writeable = False
+    return content
 
 
 def _load(path: Path, names: Collection[str]) -> dict[str, np.ndarray] | None:
@@ -219,7 +252,9 @@ def _load(path: Path, names: Collection[str]) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as arrays:
             found = dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise DataError(f"{path}: cannot be opened ({error.strerror}); raise the limit with ulimit -n") from None
         return None  # whatever a file that lost its end, or a bit of it, makes numpy raise
     return found if found.keys() >= set(names) else None
 
