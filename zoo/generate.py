@@ -83,7 +83,9 @@ def generate(
     order = sorted(range(len(pieces)), key=lambda number: len(pieces[number]))  # alike in a batch: little padding
     written: dict[int, list[Part]] = {}
     process = run.objective.process if isinstance(run.objective, Denoising) else None
-    with tqdm.tqdm(total=sum(rooms), desc="generating", unit="token", disable=not progress, leave=False) as bar:
+    with tqdm.tqdm(
+        total=sum(rooms), desc="generating", unit="token", disable=None if progress else True, leave=False
+    ) as bar:
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             rows = write(
@@ -113,7 +115,9 @@ def log_likelihoods(
     """
     check_causal(run)
     eos = Piece.of([run.vocabulary.eos] if end else [], run.grammars[run.vocabulary.text].text)
-    pieces = [(document(run, prompt), Piece.join([_text(run, text), eos])) for prompt, text in documents]
+    prompts = {id(prompt): prompt for prompt, _ in documents}
+    read = {number: document(run, prompt) for number, prompt in prompts.items()}  # each once, however often it stands
+    pieces = [(read[id(prompt)], Piece.join([_text(run, text), eos])) for prompt, text in documents]
     result = np.zeros(len(pieces))
     for start in range(0, len(pieces), batch):
         chunk = pieces[start : start + batch]
@@ -209,8 +213,8 @@ def check_causal(run: Trained) -> None:
     ]
     if blind:
         raise UserError(
-            f"{run.folder}: {blind[0]} and {len(blind) - 1} other blocks choose among tokens that are still to come and "
-            f"have no auxiliary router; train them: python -m tools.train_routers {run.folder}"
+            f"{run.folder}: {blind[0]} and {len(blind) - 1} other blocks choose among tokens that are still to come, "
+            f"and have no auxiliary router; train them: python -m tools.train_routers {run.folder}"
         )
 
 

@@ -170,8 +170,9 @@ class Modality(Configured, abc.ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides what `encode` returns."""
-        return hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Hash of everything that decides what `encode` returns, wherever its file lies."""
+        said = self.config.model_dump(mode="json", exclude={"path"})
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @abc.abstractmethod
     def encode(self, item: Any) -> np.ndarray:

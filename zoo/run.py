@@ -72,7 +72,7 @@ class Run:
         *,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
-        drawing: Sampling = Sampling(),
+        drawing: Sampling | None = None,
         batch: int = 32,
         progress: bool = False,
         **choosing: Any,
@@ -86,14 +86,14 @@ class Run:
             stop: texts that end a text; they are left out of it.
             drawing: how items are drawn from noise that the model has learned to denoise.
             batch: rows that are written at the same time.
-            progress: show a bar.
-            choosing: the keys of `zoo.choosing.Choosing`: temperature, top_k, top_p, repetition_penalty, guidance, seed.
+            progress: show a bar, on a terminal.
+            choosing: keys of `zoo.choosing.Choosing`: temperature, top_k, top_p, repetition_penalty, guidance, seed.
         Raises:
             UserError: a part or `then` is of no modality of the run, a prompt leaves no room, a file or option is
                 wrong, or routed blocks have no auxiliary router.
         """
         options = Choosing.parse(choosing, "generate")
-        return generate.generate(self, prompts, then, options, drawing, max_tokens, stop, batch, progress)
+        return generate.generate(self, prompts, then, options, drawing or Sampling(), max_tokens, stop, batch, progress)
 
     def log_likelihoods(
         self, documents: Sequence[tuple[Sequence[Part | str], str]], end: bool = True, batch: int = 64

@@ -119,6 +119,8 @@ class Row:
                 self.done = True
                 return None
             return self._begin(begun)
+        if self.plan[0] != self.rules.text.name:
+            return self._begin(self.rules.grammars[self.plan[0]])
         return self._next()
 
     def take_item(self, content: np.ndarray) -> Piece:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import zoo
 from pretrain import recipe as recipes
-from pretrain import report, run_folder
-from pretrain.data import open_data
+from pretrain import report
 from tools.examples.judge_spoken_digits import TEMPERATURE, Spoken, evaluate
 from tools.examples.make_spoken_digits import takes
 from zoo.config import UserError
@@ -31,10 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
-        model, recipe = run_folder.load_model(recipe.folder)
-        data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
-        run_folder.check_ids(recipe.folder, data.modalities)
-        summary, spoken = evaluate(model, data, list(takes(options.takes)), recipe.seed)
+        trained = zoo.load(recipe.folder, imports=recipe.imports)
+        summary, spoken = evaluate(trained, list(takes(options.takes)), recipe.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary |= {"loss": causal_losses(run)}
     report.write_summary(run, summary)
     report.draw_losses(run)
-    write_sounds(run, spoken, data.modalities)
-    report.print_table(f"{run.name}: {sum(p.numel() for p in model.parameters()):,} parameters", table(summary))
+    write_sounds(run, spoken, trained.modalities)
+    report.print_table(f"{run.name}: {sum(p.numel() for p in trained.model.parameters()):,} parameters", table(summary))
     print(f"pictures, sounds and summary.json are in {report.folder_of(run)}")
     return 0
 
