@@ -21,7 +21,7 @@ class Said:
     """What the model says after the last token of each row; zeros where a row did not go on."""
 
     logits: Tensor
-    """(B, V)."""
+    """(B, V) of every id."""
     predicted: Mapping[str, Tensor]
     """What the head of each modality that has one of its own predicts of the position that comes next: (B, …)."""
 

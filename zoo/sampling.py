@@ -1,19 +1,12 @@
 """Drawing an item from noise: what stands before it is computed once, the item itself, whole, at every step.
 
-A model that is trained by `zoo.objectives.denoising` writes text until it has written a begin marker. Then
-
-    prefix = Prefix.of(model, tokens, modality, room=100)  # what has been read and written, to the begin marker
-    vectors = draw_item(model, grammar, prefix, objective.process, Sampling(), noise)
-    prefix.read_item(model, grammar, vectors)              # the finished item, without noise
-    prefix.read(model, end, text)                          # the end marker is never left to chance; then text again
-
-What the model has seen lies in the prefix's states; nothing of the steps remains there.
+`zoo.writing` calls it when a model that is trained by `zoo.objectives.denoising` has written a begin marker. What the
+model has seen lies in a `zoo.prefix.Prefix`; nothing of the steps remains there.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -21,11 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from zoo.config import Config
-from zoo.context import CAUSAL, TokenContext
 from zoo.modalities.grammar import Grammar
 from zoo.model import Model
 from zoo.objectives.processes import Process
-from zoo.states import State
 
 LATEST = 1 - 1e-3
 """The time at which drawing begins: just before pure noise, of which diffusion cannot say what data it holds."""
@@ -52,85 +43,6 @@ class Denoises(Protocol):
     def denoise(self, model: Model, grammar: Grammar, mixture: Tensor, time: Tensor) -> Tensor:
         """What the head says of an item (B, n, width) at a time, that would come next: (B, n, width)."""
         ...
-
-
-@dataclasses.dataclass
-class Prefix:
-    """What each of B rows holds so far: one document, and the states that have seen it."""
-
-    states: Sequence[State | None]
-    rows: int
-    length: int
-    """Columns that the states have seen, padding included."""
-
-    @classmethod
-    def of(cls, model: Model, tokens: Tensor, modality: Tensor, room: int) -> Prefix:
-        """Read the beginning of each row.
-
-        Args:
-            tokens, modality: (B, T); −1 for padding on the left, as in `zoo.generate`.
-            room: how many more columns will follow.
-        """
-        prefix = cls(model.init_state(len(tokens), tokens.shape[1] + room), len(tokens), 0)
-        prefix.read(model, tokens, modality)
-        return prefix
-
-    @torch.no_grad()
-    def read(self, model: Model, tokens: Tensor, modality: Tensor) -> Tensor:
-        """Go on with tokens (B, T) that carry ids; returns the logits (B, T, V)."""
-        logits = model(tokens, self._context(model, modality), self.states)
-        self.length += tokens.shape[1]
-        return logits
-
-    @torch.no_grad()
-    def read_item(self, model: Model, grammar: Grammar, content: Tensor) -> Tensor:
-        """Go on with an item a row, without noise: content (B, n, width); returns the logits (B, n, V)."""
-        count = content.shape[1]
-        logits = self._item(model, grammar, content, self.states)[0]
-        self.length += count
-        return logits
-
-    @torch.no_grad()
-    def denoise(self, model: Model, grammar: Grammar, mixture: Tensor, time: Tensor) -> Tensor:
-        """What the head says of an item that would come next, of which nothing is remembered.
-
-        Args:
-            mixture: (B, n, width).
-            time: scalar, from 0 (data) to 1 (noise).
-        Returns:
-            (B, n, width).
-        """
-        states = [None if state is None else state.clone() for state in self.states]
-        return self._item(model, grammar, mixture, states, time)[1]
-
-    def _item(
-        self,
-        model: Model,
-        grammar: Grammar,
-        content: Tensor,
-        states: Sequence[State | None],
-        time: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The logits of the positions of an item, and what its head says there."""
-        rows, count, _ = content.shape
-        kind = torch.full((rows, count), grammar.choice.modality, device=content.device)
-        context = self._context(model, kind, item=torch.zeros_like(kind))
-        name = model.modalities[grammar.choice.modality]
-        logits, predicted = model(
-            torch.full_like(kind, grammar.choice.start),
-            context,
-            states,
-            {name: content.flatten(0, 1)},
-            time=None if time is None else {name: time.expand(rows * count)},
-            read={other: context.index(model.modalities.index(other)) for other in model.heads},
-        )
-        return logits, predicted[name].unflatten(0, (rows, count))
-
-    def _context(self, model: Model, modality: Tensor, item: Tensor | None = None) -> TokenContext:
-        position = (self.length + torch.arange(modality.shape[1], device=modality.device)).expand(modality.shape)
-        return TokenContext.from_modality(
-            modality, position=position, modalities=model.modalities, routing=CAUSAL, item=item
-        )
 
 
 @torch.no_grad()

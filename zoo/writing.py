@@ -68,7 +68,7 @@ class Row:
         self.words: list[int] = []
         """Ids of the text being written."""
         self.inside: Grammar | None = None
-        """Of the item being written."""
+        """The grammar of the item being written; None between items."""
         self.most = 0
         self.content: list[np.ndarray] = []
         self.done = self.plan == [] or room < 1

@@ -26,7 +26,7 @@ class Piece:
     """n tokens of one row of the stream that follow each other."""
 
     tokens: np.ndarray
-    """(n,) int64."""
+    """(n,) int64 ids."""
     modality: np.ndarray
     """(n,) int64, the number of each token's modality."""
     item: np.ndarray
