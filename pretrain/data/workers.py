@@ -1,0 +1,166 @@
+"""Indexing many shards: in this process, or in several of this machine, shard by shard.
+
+A shard is the unit: its listing and its tokens are there as a whole or not at all, so that indexing which was
+interrupted goes on with the shards that are missing, and several machines can share the work.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from pretrain.data.cache import Waiting
+from pretrain.data.errors import DataError
+from pretrain.data.index import Listing, Split, TokenRecord, list_shard, tokenize_shard
+from pretrain.data.sources import Shard, Source
+from zoo.modalities import Modality
+
+PATIENCE = 20.0
+"""Seconds that indexing may take before it is worth it to start further processes, each of which needs a few."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A shard to be indexed."""
+
+    source: Source
+    shard: Shard
+    split: Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexer:
+    """What all shards are indexed with."""
+
+    cache: Path
+    fingerprint: str
+    """Of the modalities: names what is made of a shard."""
+    modalities: Mapping[str, Modality]
+
+    def find(self, task: Task, listing: Listing) -> list[TokenRecord] | None:
+        """The tokens of a shard, a record for each of its splits; None where they have not been made."""
+        found = [
+            TokenRecord.find(listing, split, self.cache, self.fingerprint, self.modalities)
+            for split in task.split.both
+        ]
+        records = [record for record in found if record is not None]
+        return records if len(records) == len(found) else None
+
+    def index(self, task: Task, advance: Callable[[int], Any], threads: int | None = None) -> None:
+        """List a shard and make its tokens, where they are not there; then its copy is not needed any more.
+
+        Args:
+            advance: is called with 1 after each document that is read.
+        """
+        listing = list_shard(task.source, task.shard, self.cache)
+        if self.find(task, listing) is None:
+            tokenize_shard(listing, task.split, self.cache, self.fingerprint, self.modalities, advance, threads)
+        task.shard.release(self.cache)
+
+
+def index_all(
+    indexer: Indexer, tasks: Sequence[Task], workers: int | None, log: Callable[[str], None], waiting: Waiting
+) -> None:
+    """Index shards. Begins in this process, and goes on in several where it takes long.
+
+    Args:
+        workers: processes at most; None: one a core.
+        log: is told what is being done.
+        waiting: is told how far it is, for other processes.
+    Raises:
+        DataError: a shard cannot be read, or a process has died.
+    """
+    todo = list(tasks)
+    if not todo:
+        return
+    workers = min(workers or _cores(), len(todo))
+    log(f"indexing {len(todo):,} shards into {indexer.cache}")
+    with tqdm.tqdm(total=len(todo), desc="indexing", unit="shard", disable=None, leave=False) as bar:
+        documents, begun = 0, time.monotonic()
+
+        def show(shards: int) -> None:
+            rate = documents / max(time.monotonic() - begun, 1e-9)
+            bar.update(shards - bar.n)
+            bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} a second", refresh=False)
+            waiting.tell(_progress(shards, len(todo), documents, time.monotonic() - begun))
+
+        def advance(count: int) -> None:
+            nonlocal documents
+            documents += count
+            if documents % 100 == 0:
+                show(bar.n)
+
+        for done, task in enumerate(todo):
+            seconds = time.monotonic() - begun
+            if workers > 1 and done and seconds / done * (len(todo) - done) > PATIENCE:
+                break
+            indexer.index(task, advance)
+            show(done + 1)
+        else:
+            return
+        for shards, documents in _in_processes(indexer, todo[done:], workers, documents):  # noqa: B007  `show` reads it
+            show(done + shards)
+
+
+def _in_processes(indexer: Indexer, tasks: Sequence[Task], workers: int, documents: int) -> Any:
+    """Index `tasks` in processes; yields now and then how many are done, and the documents read by then."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of this process hold
+    counter = context.Value("Q", documents)
+    try:
+        with concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (indexer, counter)) as pool:
+            running = {pool.submit(_work, task) for task in tasks}
+            try:
+                while running:
+                    finished, running = concurrent.futures.wait(running, 1.0, concurrent.futures.FIRST_COMPLETED)
+                    for future in finished:
+                        future.result()
+                    yield len(tasks) - len(running), counter.value
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except BrokenProcessPool:
+        raise DataError(
+            f"data.workers: one of {workers} processes that tokenise was killed, perhaps because the memory did not "
+            "suffice; set data.workers to less, and give the same command again: it goes on with the shards that are "
+            "missing"
+        ) from None
+
+
+_indexer: Indexer
+_counter: Any
+
+
+def _begin(indexer: Indexer, counter: Any) -> None:
+    """What a worker has from its begin on."""
+    import torch
+
+    global _indexer, _counter
+    _indexer, _counter = indexer, counter
+    torch.set_num_threads(1)
+
+
+def _work(task: Task) -> None:
+    def advance(count: int) -> None:
+        with _counter.get_lock():
+            _counter.value += count
+
+    _indexer.index(task, advance, threads=1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _progress(done: int, total: int, documents: int, seconds: float) -> str:
+    """How far indexing is, and how long it will take."""
+    left = f", about {seconds / done * (total - done) / 60:,.0f} minutes left" if done else ""
+    return f"{done:,} of {total:,} shards, {documents:,} documents read{left}"
