@@ -13,6 +13,7 @@ OURS = {"zoo", "pretrain", "tools", "tests"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Import name to package name, where they differ by more than a dash."""
 NOT_IMPORTED = {
+    "aiohttp": "fsspec opens URLs with it",
     "ninja": "a program: PyTorch and DeepSpeed compile their extensions with it",
     "pytest-timeout": "a plugin of pytest",
     "ruff": "a program",

@@ -87,7 +87,7 @@ def _blocks(seen: dict[type[Config], str]) -> Iterator[str]:
     for slot in registry.SLOTS:
         for name in registry.known(slot):
             config = registry.config_of(slot, name)
-            if not config.block.__module__.startswith("zoo."):  # a user's
+            if not config.block.__module__.startswith(("zoo.", "pretrain.")):  # a user's
                 continue
             text = vars(config).get("__doc__") or vars(config.block).get("__doc__")
             yield from _section(config, f"{slot}: {name}", f"{name}.", seen, text)

@@ -9,6 +9,7 @@ import zoo.kernels
 from zoo.config import Config, ConfigError
 from zoo.model import Model, ModelConfig, initialise
 from zoo.registry import SLOTS, BlockConfig, Place, parse_block
+from zoo.slots import Part
 
 ELSEWHERE = {
     "depth": "a depth block stands round another; build the layer that has `depth:`",
@@ -87,8 +88,9 @@ def build_block(
     zoo.kernels.check(kernels or {})
     if slot in ELSEWHERE:
         raise ConfigError(f"build: {ELSEWHERE[slot]}")
-    if slot not in SLOTS:
-        raise ConfigError(f"build: slot {slot!r} is not known; slots: {', '.join(('model', *SLOTS))}")
+    blocks = [name for name, base in SLOTS.items() if issubclass(base, Part)]
+    if slot not in blocks:
+        raise ConfigError(f"build: slot {slot!r} is not known; slots: {', '.join(('model', *blocks))}")
     if d_model < 1 and slot != "objective":
         raise ConfigError(f"build: d_model is {d_model}; give the width of the stream, d_model=…")
     block_config = parse_block(slot, config, name or slot)

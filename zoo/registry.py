@@ -25,7 +25,7 @@ SLOTS: dict[str, type] = {
     "objective": Objective,
     "modality": Modality,
 }
-"""The slots, and the base of what stands in each."""
+"""The slots, and the base of what stands in each. `open_slot` adds those of other packages."""
 _tables: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
 
 
@@ -166,6 +166,22 @@ StemSlot = _field("stem")
 HeadSlot = _field("head")
 ObjectiveSlot = _field("objective")
 ModalitySlot = _field("modality")
+
+
+def open_slot(slot: str, base: type) -> Any:
+    """Add a slot for what a package other than `zoo` looks up by name, such as its data sources.
+
+    Args:
+        base: what is registered for the slot derives from it.
+    Returns:
+        the type of a config's field that holds a block of the slot.
+    Raises:
+        ConfigError: the slot has another base already.
+    """
+    if SLOTS.setdefault(slot, base) is not base:
+        raise ConfigError(f"open_slot: slot {slot!r} has the base {SLOTS[slot].__qualname__} already; choose another")
+    _tables.setdefault(slot, {})
+    return _field(slot)
 
 
 def parse_block(slot: str, value: Any, path: str) -> BlockConfig:

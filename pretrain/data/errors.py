@@ -7,6 +7,10 @@ class DataError(UserError):
     """Shards, documents or their cache are not usable; the message names the file and the way out."""
 
 
+class BrokenDocument(Exception):
+    """This document cannot be used; the message says why."""
+
+
 def shown(text: str, limit: int = 200) -> str:
     """A text of unknown origin as a message can hold it: what cannot be printed is escaped, what is long is cut."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])

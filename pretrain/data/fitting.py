@@ -3,9 +3,10 @@ learned from the training shards."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import numpy as np
 
 from pretrain.data.cache import cache_folder
 from pretrain.data.config import DataConfig
-from pretrain.data.errors import DataError, shown
+from pretrain.data.errors import BrokenDocument, DataError, shown
 from pretrain.data.index import REASON, Listing, list_shard
-from pretrain.data.reading import BrokenDocument, read_parts
+from pretrain.data.reading import read_parts
 from pretrain.data.shards import find_shards
+from pretrain.data.sources import Document, DocumentShards, Shard
 from zoo.config import UserError
 from zoo.files import atomic_path
 from zoo.modalities import LearnedConfig, LearnedModality, Modalities, Modality, vocabulary
 from zoo.noise import hash32
 
+SHARDS = 256
+"""From so many shards it is learned at most."""
 NAMED = 5
 """How many broken documents an error lists."""
 
@@ -43,7 +47,7 @@ def load_modalities(
     learned = {name: _loaded(config, files[name]) for name, config in learning(modalities).items()}
     missing = [name for name, modality in learned.items() if modality is None]
     if missing:
-        for name, modality in fit(modalities, listings, missing, log).items():
+        for name, modality in fit(modalities, listings, missing, cache, log).items():
             with atomic_path(files[name]) as temporary:
                 modality.save(temporary)
     return {
@@ -68,12 +72,14 @@ def learning(modalities: Modalities) -> dict[str, LearnedConfig]:
 
 
 def fit(
-    modalities: Modalities, listings: list[Listing], names: Iterable[str], log: Callable[[str], None]
+    modalities: Modalities, listings: list[Listing], names: Iterable[str], cache: Path, log: Callable[[str], None]
 ) -> dict[str, LearnedModality]:
     """Let the modalities `names` learn from the shards of `listings`; a function of their content alone."""
+    if len(listings) > SHARDS:
+        listings = [listings[n] for n in sorted(np.argsort(hash32(np.arange(len(listings))))[:SHARDS])]
     chosen = {name: config for name, config in learning(modalities).items() if name in names}
     log(f"training the {' and the '.join(chosen)} tokenizer on {sum(map(len, listings)):,} documents")
-    items, broken = _sample(chosen, listings)
+    items, broken = _sample(chosen, listings, cache)
     for name, config in chosen.items():
         if not items[name] and broken:
             reasons = "\n  ".join(broken[:NAMED])
@@ -94,14 +100,16 @@ def fit_and_save(config: DataConfig, modalities: Modalities, out: Path, log: Cal
     """
     folder = Path(config.path)
     cache = cache_folder(folder, config.cache)
-    listings = [list_shard(shard, cache) for shard in find_shards(folder, config.train, "data.train")]
+    source = DocumentShards(DocumentShards.Config(path=config.path))
+    shards = [Shard(str(file)) for file in find_shards(folder, config.train, "data.train")]
+    listings = [list_shard(source, shard, cache) for shard in shards]
     names = list(learning(modalities))
     if not names:
         kinds = ", ".join(f"{name} is {modality.type_name!r}" for name, modality in modalities.items())
         raise UserError(f"modalities: {kinds}: none of them learns anything, there is nothing to do")
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, modality in fit(modalities, listings, names, log).items():
+    for name, modality in fit(modalities, listings, names, cache, log).items():
         files.append(out / f"{name}{learning(modalities)[name].file}")
         modality.save(files[-1])
     return files
@@ -120,28 +128,33 @@ def _cached(name: str, config: LearnedConfig, shards: list[str], cache: Path) ->
 
 
 def _sample(
-    modalities: Mapping[str, LearnedConfig], listings: Iterable[Listing]
+    modalities: Mapping[str, LearnedConfig], listings: Sequence[Listing], cache: Path
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """Items of each modality from documents of all shards alike, in a scattered order, up to `fit_limit`; and a line
     for each document that was met and cannot be used."""
-    places = [(listing.shard, entry) for listing in listings for entry in listing.entries()]
+    stops = np.cumsum([len(listing) for listing in listings])
     items: dict[str, list[Any]] = {name: [] for name in modalities}
     broken: list[str] = []
     room = {name: config.fit_limit for name, config in modalities.items()}
-    for place in np.argsort(hash32(np.arange(len(places)))).tolist():
-        shard, entry = places[place]
-        names = {config.part: name for name, config in modalities.items() if room[name] > 0}
-        if not names:
-            break
-        with open(shard, "rb") as file:
+    with contextlib.ExitStack() as stack:
+        opened: dict[int, Sequence[Document]] = {}
+        for place in np.argsort(hash32(np.arange(stops[-1] if len(stops) else 0))).tolist():
+            names = {config.part: name for name, config in modalities.items() if room[name] > 0}
+            if not names:
+                break
+            number = int(np.searchsorted(stops, place, side="right"))
+            listing = listings[number]
+            if number not in opened:
+                opened[number] = stack.enter_context(listing.source.open(listing.shard, cache))
+            document = opened[number][place - int(stops[number])]  # counted from its end
             try:
-                parts = list(read_parts(file, entry, {kind: modalities[name].read for kind, name in names.items()}))
+                parts = list(read_parts(document, {kind: modalities[name].read for kind, name in names.items()}))
             except BrokenDocument as error:
-                broken.append(f"{shown(shard.name)}: {shown(entry.key)}: {shown(str(error), REASON)}")
+                broken.append(f"{shown(listing.shard.name)}: {shown(document.key)}: {shown(str(error), REASON)}")
                 continue  # indexing counts and names it
-        for part in parts:
-            if part.type in names:
-                name = names[part.type]
-                items[name].append(part.item)
-                room[name] -= modalities[name].extent(part.item)
+            for part in parts:
+                if part.type in names:
+                    name = names[part.type]
+                    items[name].append(part.item)
+                    room[name] -= modalities[name].extent(part.item)
     return items, broken

@@ -19,6 +19,7 @@ from pretrain.data.fitting import fingerprint, load_modalities
 from pretrain.data.index import Listing, ShardTokens, Skipped, list_shard, shard_tokens, tokenize_shard
 from pretrain.data.packing import TokenStream
 from pretrain.data.shards import find_shards
+from pretrain.data.sources import DocumentShards, Shard
 from zoo.carries import Ids, Vectors
 from zoo.modalities import Grammar, Modalities, Modality, Vocabulary, grammars, vocabulary
 
@@ -121,9 +122,10 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
     train, validation = _shards(config)
     cache = cache_folder(Path(config.path), config.cache)
     words = vocabulary(modalities)
+    source = DocumentShards(DocumentShards.Config(path=config.path))
     with locked(cache, log), room_for(cache):
         listings = [
-            list_shard(shard, cache)
+            list_shard(source, Shard(str(shard)), cache)
             for shard in tqdm.tqdm(train + validation, desc="listing shards", unit="shard", disable=None, leave=False)
         ]
         ready = load_modalities(modalities, listings[: len(train)], cache, log)

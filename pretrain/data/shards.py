@@ -65,18 +65,20 @@ def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
     return shards
 
 
-def scan_shard(path: Path) -> list[Entry]:
+def scan_shard(path: Path, name: str | None = None) -> list[Entry]:
     """The documents of a shard, in the order in which they begin.
 
     Files without an extension belong to no document, nor do those that macOS hides (`._…`). Files that belong to no
     `.json` are documents too, up to the first dot of their name, so that somebody counts them.
 
+    Args:
+        name: what messages call it; default: its path.
     Raises:
         DataError: the shard is empty, truncated, damaged or no tar file; names the file and the byte.
     """
-    entries = _documents(list_tar(path))
+    entries = _documents(list_tar(path, name))
     if not entries:
-        raise DataError(f"{path}: the shard holds no document; write it again or remove it")
+        raise DataError(f"{name or path}: the shard holds no document; write it again or remove it")
     return entries
 
 

@@ -36,24 +36,26 @@ class TarFile:
     """Bytes, or UNREADABLE."""
 
 
-def list_tar(path: Path) -> list[TarFile]:
+def list_tar(path: Path, name: str | None = None) -> list[TarFile]:
     """All files in a tar file, in order; folders are left out. A link is the file it leads to.
 
+    Args:
+        name: what messages call it; default: its path.
     Raises:
         DataError: it is empty, truncated, damaged, followed by other bytes, or not a tar file; names
             the file and the byte.
     """
-    size = path.stat().st_size
+    name, size = name or str(path), path.stat().st_size
     if size == 0:
-        raise DataError(f"{path}: the shard is empty (0 bytes); write it again or remove it")
+        raise DataError(f"{name}: the shard is empty (0 bytes); write it again or remove it")
     found: list[tuple[TarFile, str]] = []
     with open(path, "rb") as file:
         start: int | None = 0
         while start is not None:
-            for info in _headers(path, _Bounded(file, size), start):
+            for info in _headers(name, _Bounded(file, size), start):
                 if not info.isdir():
                     found.append((_file(info), _target(info)))
-            start = _next_archive(path, file)
+            start = _next_archive(name, file)
     if any(target for _, target in found):
         places = {posixpath.normpath(each.name): each for each, target in found if not target}
         return [_followed(each, target, places) for each, target in found]
@@ -87,7 +89,7 @@ class _Header(tarfile.TarInfo):
         return info
 
 
-def _headers(path: Path, file: _Bounded, start: int) -> Iterator[tarfile.TarInfo]:
+def _headers(name: str, file: _Bounded, start: int) -> Iterator[tarfile.TarInfo]:
     """What the archive that begins at byte `start` holds; `file` stands at its end afterwards."""
     file.seek(start)
     last = start - 1
@@ -97,7 +99,7 @@ def _headers(path: Path, file: _Bounded, start: int) -> Iterator[tarfile.TarInfo
         while (info := tar.next()) is not None:
             if info.size < 0 or tar.offset <= last:
                 raise DataError(
-                    f"{path}: damaged header at byte {info.offset}: it claims {info.size} bytes; write it again"
+                    f"{name}: damaged header at byte {info.offset}: it claims {info.size} bytes; write it again"
                 )
             last = tar.offset
             yield info
@@ -106,17 +108,17 @@ def _headers(path: Path, file: _Bounded, start: int) -> Iterator[tarfile.TarInfo
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
         # `tarfile` raises whatever its parsing comes upon
         if tar is None and start == 0:
-            raise DataError(f"{path}: not a plain tar file ({error}); shards are uncompressed tar files") from None
-        raise DataError(_truncated(path, error)) from None
+            raise DataError(f"{name}: not a plain tar file ({error}); shards are uncompressed tar files") from None
+        raise DataError(_truncated(name, file.size, error)) from None
     if tar.offset == start and start > 0:
         raise DataError(
-            f"{path}: the bytes from {start} on, after the end of the archive, are no tar file; write it "
+            f"{name}: the bytes from {start} on, after the end of the archive, are no tar file; write it "
             "again, or cut it there"
         )
     file.seek(tar.offset)
 
 
-def _next_archive(path: Path, file: BinaryIO) -> int | None:
+def _next_archive(name: str, file: BinaryIO) -> int | None:
     """The first byte that is not zero of what follows an archive, as the start of its block; None where there is none.
 
     Raises:
@@ -125,9 +127,9 @@ def _next_archive(path: Path, file: BinaryIO) -> int | None:
     start = file.tell()
     marker = file.read(BLOCK)
     if len(marker) < BLOCK:
-        raise DataError(_truncated(path, f"no end-of-archive marker at byte {start}"))
+        raise DataError(_truncated(name, os.fstat(file.fileno()).st_size, f"no end-of-archive marker at byte {start}"))
     if marker.strip(b"\0"):
-        raise DataError(f"{path}: damaged header at byte {start}, the rest of the shard cannot be read; write it again")
+        raise DataError(f"{name}: damaged header at byte {start}, the rest of the shard cannot be read; write it again")
     place = start + BLOCK
     while chunk := file.read(BLOCK * 1024):
         rest = chunk.lstrip(b"\0")
@@ -154,5 +156,5 @@ def _followed(file: TarFile, target: str, places: dict[str, TarFile]) -> TarFile
     return file if found is None else TarFile(file.name, found.offset, found.size)
 
 
-def _truncated(path: Path, why: object) -> str:
-    return f"{path}: the shard is truncated, it ends at byte {path.stat().st_size} ({why}); copy or write it again"
+def _truncated(name: str, size: int, why: object) -> str:
+    return f"{name}: the shard is truncated, it ends at byte {size} ({why}); copy or write it again"

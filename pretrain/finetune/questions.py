@@ -19,9 +19,10 @@ from typing import Any
 
 from PIL import Image
 
-from pretrain.data.errors import DataError
-from pretrain.data.reading import BrokenDocument, read_parts
-from pretrain.data.shards import Entry, find_shards, scan_shard
+from pretrain.data.errors import BrokenDocument, DataError
+from pretrain.data.reading import read_parts
+from pretrain.data.shards import find_shards
+from pretrain.data.sources import Document, open_shards
 from zoo.modalities.pictures import open_picture
 
 KEYS = ("image", "images", "question", "answer", "turns")
@@ -182,37 +183,35 @@ def _turns(item: Mapping[str, Any], source: str) -> Iterator[tuple[str, str]]:
 
 def _sample_shards(folder: Path, split: str, count: int, seed: int) -> list[Question]:
     """Documents are drawn from all shards; those without an image, or broken, are passed over."""
-    entries = [
-        (shard, entry) for shard in find_shards(folder, f"*{split}*.tar", "split") for entry in scan_shard(shard)
-    ]
-    total = len(entries)
-    random.Random(seed).shuffle(entries)
     questions: list[Question] = []
     broken: list[str] = []
-    for shard, entry in entries:
-        if len(questions) == count:
-            break
-        try:
-            question = _document(shard, entry)
-        except BrokenDocument as error:
-            broken.append(f"{shard.name}: {entry.key}: {error}")
-            continue
-        if question.images:
-            questions.append(question)
+    with open_shards(find_shards(folder, f"*{split}*.tar", "split")) as shards:
+        documents = [(shard, document) for shard, each in shards.items() for document in each]
+        random.Random(seed).shuffle(documents)
+        for shard, document in documents:
+            if len(questions) == count:
+                break
+            try:
+                question = _question_of(shard, document)
+            except BrokenDocument as error:
+                broken.append(f"{shard.name}: {document.key}: {error}")
+                continue
+            if question.images:
+                questions.append(question)
     if not questions:
         why = f"; {len(broken)} are broken, such as {broken[0]}" if broken else ""
         raise DataError(
-            f"{folder}: none of the {total} documents of *{split}*.tar has an image that can be read{why}; some must"
+            f"{folder}: none of the {len(documents)} documents of *{split}*.tar has an image that can be read{why}; "
+            "some must"
         )
     return questions
 
 
-def _document(shard: Path, entry: Entry) -> Question:
+def _question_of(shard: Path, document: Document) -> Question:
     texts, images = [], []
-    with open(shard, "rb") as file:
-        for part in read_parts(file, entry, {"text": bytes.decode, "image": open_picture}):
-            if part.type == "text":
-                texts.append(part.item)
-            elif part.type == "image":
-                images.append(part.item)
-    return Question(tuple(images), (("\n".join(texts), ""),), f"{shard.name}: {entry.key}")
+    for part in read_parts(document, {"text": bytes.decode, "image": open_picture}):
+        if part.type == "text":
+            texts.append(part.item)
+        elif part.type == "image":
+            images.append(part.item)
+    return Question(tuple(images), (("\n".join(texts), ""),), f"{shard.name}: {document.key}")

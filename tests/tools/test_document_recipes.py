@@ -35,7 +35,7 @@ def test_every_block_is_there() -> None:
     text = page()
     for slot in registry.SLOTS:
         for name in registry.known(slot):
-            if registry.config_of(slot, name).block.__module__.startswith("zoo."):
+            if registry.config_of(slot, name).block.__module__.startswith(("zoo.", "pretrain.")):
                 assert f"### `{slot}: {name}`" in text
 
 

@@ -18,15 +18,16 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tqdm
 
-from pretrain.data.errors import DataError
-from pretrain.data.reading import BrokenDocument, read_member, read_parts
-from pretrain.data.shards import Entry, find_shards, scan_shard
+from pretrain.data.errors import BrokenDocument, DataError
+from pretrain.data.reading import read_parts
+from pretrain.data.shards import find_shards
+from pretrain.data.sources import Content, Document, open_shards
 from zoo.config import UserError
 from zoo.modalities.pictures import open_picture
 
@@ -37,10 +38,8 @@ QUESTION = "Describe the picture."
 class Caption:
     """A document with pictures and a text."""
 
-    shard: Path
-    entry: Entry
-    files: tuple[str, ...]
-    """Members of the pictures, in order."""
+    pictures: tuple[Content, ...]
+    """In order; they can be read as long as the shards are open."""
     text: str
 
 
@@ -55,21 +54,17 @@ class Captions:
     """The others: which, and why."""
 
 
-def read_captions(shards: Sequence[Path]) -> Captions:
-    """All documents of the shards, in order; every picture is decoded once, to see that it can be.
-
-    Raises:
-        DataError: a shard is damaged.
-    """
-    entries = [(shard, entry) for shard in shards for entry in scan_shard(shard)]
+def read_captions(shards: Mapping[Path, Sequence[Document]]) -> Captions:
+    """All documents of the open shards, in order; every picture is decoded once, to see that it can be."""
+    documents = [(shard, document) for shard, each in shards.items() for document in each]
     captions, incomplete, broken = [], 0, []
-    for shard, entry in tqdm.tqdm(entries, desc="documents", disable=None, leave=False):
+    for shard, document in tqdm.tqdm(documents, desc="documents", disable=None, leave=False):
         try:
-            caption = _read(shard, entry)
+            caption = _read(document)
         except BrokenDocument as error:
-            broken.append(f"{shard.name}: {entry.key}: {error}")
+            broken.append(f"{shard.name}: {document.key}: {error}")
             continue
-        if caption.files and caption.text:
+        if caption.pictures and caption.text:
             captions.append(caption)
         else:
             incomplete += 1
@@ -103,7 +98,13 @@ def write(
         raise UserError(
             f"--held-out: {min(both).name} matches {held_out!r} and --train {train!r} alike; give narrower patterns"
         )
-    training, held = read = [read_captions(side) for side in sides]
+    with open_shards(sides[0]) as first, open_shards(sides[1]) as second:
+        return _write(shards, out, question, [read_captions(first), read_captions(second)])
+
+
+def _write(shards: Path, out: Path, question: str, read: list[Captions]) -> tuple[dict[str, int], list[Captions]]:
+    """The same for what was `read` of the training and of the held-out shards, while they are open."""
+    training, held = read
     for option, side, least in (("--train", training, 1), ("--held-out", held, 2)):
         if len(side.captions) < least:
             total = len(side.captions) + side.incomplete + len(side.broken)
@@ -123,23 +124,19 @@ def write(
     return {split: len(captions) for split, captions in splits.items()}, read
 
 
-def _read(shard: Path, entry: Entry) -> Caption:
-    texts = []
-    with open(shard, "rb") as file:
-        for part in read_parts(file, entry, {"text": bytes.decode, "image": open_picture}):
-            if part.type == "text":
-                texts.append(part.item)
-        parts = json.loads(read_member(file, entry, "json"))["parts"]  # known to be sound by now
-    files = tuple(part["file"] for part in parts if part["type"] == "image")
-    return Caption(shard, entry, files, " ".join(" ".join(texts).split()))
+def _read(document: Document) -> Caption:
+    texts = [
+        part.item for part in read_parts(document, {"text": bytes.decode, "image": open_picture}) if part.type == "text"
+    ]
+    pictures = tuple(part for part in document.contents().parts if part.type == "image")
+    return Caption(pictures, " ".join(" ".join(texts).split()))
 
 
 def _save(caption: Caption, out: Path, stem: str, question: str) -> dict[str, Any]:
     """Copy the pictures to `<stem>.<file>` in `out`; returns the line."""
-    names = [f"{stem}.{file}" for file in caption.files]
-    with open(caption.shard, "rb") as shard:
-        for name, file in zip(names, caption.files, strict=True):
-            (out / name).write_bytes(read_member(shard, caption.entry, file))
+    names = [f"{stem}.{picture.name}" for picture in caption.pictures]
+    for name, picture in zip(names, caption.pictures, strict=True):
+        (out / name).write_bytes(picture.read())
     shown = {"image": names[0]} if len(names) == 1 else {"images": names}
     return {**shown, "question": question, "answer": caption.text}
 

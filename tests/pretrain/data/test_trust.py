@@ -107,7 +107,7 @@ def test_where_no_picture_is_usable_the_reasons_are_shown(config, folder):
 def test_a_folder_of_img2dataset_says_what_it_is(config, folder):
     captioned = {"json": json.dumps({"caption": "a dog", "url": "x"}).encode(), "txt": b"a dog", "jpg": png(0)}
     write_shard(folder / "a-train-0.tar", [{"__key__": f"{n:09}", **captioned} for n in range(3)])
-    message = 'has no "parts"; it looks like a picture and its caption as img2dataset writes them: list both as parts'
+    message = 'has no "parts"; it looks like a picture and its caption .* read it by type: img2dataset'
     with pytest.raises(DataError, match=message):
         opened(config)
 
