@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pretrain.data import TokenStream, micro_batches
+from pretrain.data import Mixture, micro_batches
 from pretrain.process_group import ALONE, Ranks
 from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import RoutedBlock
@@ -61,7 +61,7 @@ def evaluate(
     forward: nn.Module,
     model: Model,
     objective: Objective,
-    stream: TokenStream,
+    stream: Mixture,
     rows: int,
     micro_batch: int,
     ranks: Ranks = ALONE,

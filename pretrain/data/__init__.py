@@ -5,6 +5,7 @@ from pretrain.data.config import DataConfig, check_length
 from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
 from pretrain.data.index import Skipped
+from pretrain.data.mixture import Mixture
 from pretrain.data.opening import Data, open_data
 from pretrain.data.packing import Row, TokenStream
 
@@ -13,6 +14,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "Documents",
+    "Mixture",
     "Row",
     "Skipped",
     "TokenStream",

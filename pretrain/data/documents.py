@@ -32,6 +32,8 @@ class Documents:
     """The modalities whose positions see all of their item."""
     name: str = ""
     """Hash of what the shards hold."""
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Tokens of each modality; empty where they were not counted."""
 
     @classmethod
     def join(
@@ -53,6 +55,7 @@ class Documents:
         vocabulary: Vocabulary,
         modalities: Modalities,
         name: str = "",
+        counts: Mapping[str, int] | None = None,
     ) -> Documents:
         """The same without opening a shard: `sizes` (shards, 2) int64 are the tokens and the documents of each."""
         forms = {each: stored(modality.carries) for each, modality in modalities.items()}
@@ -63,6 +66,7 @@ class Documents:
             {each: form for each, form in forms.items() if form is not None},
             tuple(each for each, modality in modalities.items() if modality.bidirectional),
             name,
+            counts or {},
         )
 
     def __len__(self) -> int:

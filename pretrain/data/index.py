@@ -69,17 +69,30 @@ def list_shard(source: Source, shard: Shard, cache: Path) -> Listing:
     Raises:
         DataError: see `Source.open`.
     """
-    place = hashlib.sha256(f"{source.options} {shard.place}".encode()).hexdigest()[:16]  # folders may share a cache
-    record = cache / f"{place}.listing.npz"
+    known = known_listing(source, shard, cache)
+    if known is not None:
+        return known
     stamp = shard.stamp
-    arrays = _load(record, LISTING)
-    if arrays is None or str(arrays["stamp"]) != stamp:
-        with source.open(shard, cache) as documents:
-            count = len(documents)
-        arrays = {"checksum": np.array(source.identity(shard, cache)), "documents": np.array(count)}
-        with atomic_path(record) as temporary, open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, stamp=np.array(stamp), **arrays)
+    with source.open(shard, cache) as documents:
+        count = len(documents)
+    checksum = source.identity(shard, cache)
+    with atomic_path(_listing(source, shard, cache)) as temporary, open(temporary, "wb") as file:
+        arrays = {"stamp": np.array(stamp), "checksum": np.array(checksum), "documents": np.array(count)}
+        np.savez(file, allow_pickle=False, **arrays)
+    return Listing(source, shard, checksum, count)
+
+
+def known_listing(source: Source, shard: Shard, cache: Path) -> Listing | None:
+    """The listing of a shard in the cache, or None where there is none that is up to date."""
+    arrays = _load(_listing(source, shard, cache), LISTING)
+    if arrays is None or str(arrays["stamp"]) != shard.stamp:
+        return None
     return Listing(source, shard, str(arrays["checksum"]), int(arrays["documents"]))
+
+
+def _listing(source: Source, shard: Shard, cache: Path) -> Path:
+    place = hashlib.sha256(f"{source.options} {shard.place}".encode()).hexdigest()[:16]  # folders may share a cache
+    return cache / f"{place}.listing.npz"
 
 
 def _load(path: Path, names: Collection[str]) -> dict[str, np.ndarray] | None:

@@ -52,15 +52,33 @@ def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:
         raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
 
 
+class Span(NamedTuple):
+    """A stretch of a document's tokens that must never be cut: one item of a modality with its markers."""
+
+    start: int
+    stop: int
+    """The token after the last."""
+    modality: int
+    """Its number in the order of the vocabulary."""
+
+
+class Carried(NamedTuple):
+    """What the positions of one item carry where they carry no ids."""
+
+    modality: str
+    values: np.ndarray
+    """(n, …), one row a position, as it is kept on disk."""
+
+
 class Tokens(NamedTuple):
     """A document, tokenised."""
 
     tokens: np.ndarray
     """(n,) int32; where a position carries no id, the one that holds its place."""
-    spans: list[tuple[int, int, int]]
-    """(start, stop, number of the modality) in the tokens of each part that must never be cut, markers included."""
-    content: list[tuple[str, np.ndarray]]
-    """(modality, (n, …)) of each part whose positions carry no ids: what they carry, as it is kept on disk."""
+    spans: list[Span]
+    """Of each part that must never be cut, in order."""
+    content: list[Carried]
+    """Of each part whose positions carry no ids, in order."""
 
 
 def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: Mapping[str, Grammar]) -> Tokens:
@@ -83,7 +101,7 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
         grammar, content = grammars[name], np.asarray(modalities[name].encode(part.item))
         allowed, form = grammar.positions, stored(grammar.carries)
         if form is not None:
-            made.content.append((name, _checked(content, form, part.type)))
+            made.content.append(Carried(name, _checked(content, form, part.type)))
         if allowed is not None and not allowed.least <= len(content) <= allowed.most:
             raise BrokenDocument(
                 f"its {part.type} takes {len(content)} positions, modalities.{name} allows {allowed.least} to "
@@ -91,7 +109,7 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
             )
         ids = grammar.tokens(content)
         if allowed is not None:
-            made.spans.append((length, length + len(ids), grammar.choice.modality))
+            made.spans.append(Span(length, length + len(ids), grammar.choice.modality))
         runs.append(ids)
         length += len(ids)
     runs.append(np.array([Vocabulary.eos]))

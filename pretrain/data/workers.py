@@ -19,8 +19,9 @@ from typing import Any
 import tqdm
 
 from pretrain.data.cache import Waiting
+from pretrain.data.config import DataConfig
 from pretrain.data.errors import DataError
-from pretrain.data.index import Listing, Split, TokenRecord, list_shard, tokenize_shard
+from pretrain.data.index import Listing, Split, TokenRecord, known_listing, list_shard, tokenize_shard
 from pretrain.data.sources import Shard, Source
 from zoo.modalities import Modality
 
@@ -37,6 +38,33 @@ class Task:
     split: Split
 
 
+def find_tasks(config: DataConfig) -> dict[str, list[Task]]:
+    """The shards of each source.
+
+    Raises:
+        DataError: a source has none, or one is in both splits.
+    """
+    found: dict[str, list[Task]] = {}
+    for name, entry in config.entries.items():
+        found[name] = [
+            Task(source, shard, Split(split, entry.held_out))
+            for split, (source, shards) in entry.shards().items()
+            for shard in shards
+        ]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexed:
+    """A shard that has been indexed."""
+
+    task: Task
+    checksum: str
+    """Hash of its content."""
+    records: Mapping[str, TokenRecord]
+    """By split."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Indexer:
     """What all shards are indexed with."""
@@ -46,14 +74,20 @@ class Indexer:
     """Of the modalities: names what is made of a shard."""
     modalities: Mapping[str, Modality]
 
-    def find(self, task: Task, listing: Listing) -> list[TokenRecord] | None:
-        """The tokens of a shard, a record for each of its splits; None where they have not been made."""
-        found = [
-            TokenRecord.find(listing, split, self.cache, self.fingerprint, self.modalities)
-            for split in task.split.both
-        ]
-        records = [record for record in found if record is not None]
-        return records if len(records) == len(found) else None
+    def find(self, task: Task, listing: Listing | None = None) -> Indexed | None:
+        """What is known of a shard; None where something of it is still to be made.
+
+        Args:
+            listing: of the shard; default: the one in the cache.
+        """
+        listing = listing or known_listing(task.source, task.shard, self.cache)
+        records = {}
+        for split in task.split.both if listing is not None else ():
+            record = TokenRecord.find(listing, split, self.cache, self.fingerprint, self.modalities)
+            if record is None:
+                return None
+            records[split.name] = record
+        return None if listing is None else Indexed(task, listing.checksum, records)
 
     def index(self, task: Task, advance: Callable[[int], Any], threads: int | None = None) -> None:
         """List a shard and make its tokens, where they are not there; then its copy is not needed any more.
