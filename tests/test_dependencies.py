@@ -16,6 +16,7 @@ NOT_IMPORTED = {
     "aiohttp": "fsspec opens URLs with it",
     "ninja": "a program: PyTorch and DeepSpeed compile their extensions with it",
     "pytest-timeout": "a plugin of pytest",
+    "pytest-xdist": "a plugin of pytest",
     "ruff": "a program",
     "pyrefly": "a program",
 }

@@ -1,8 +1,8 @@
 """Measure how redundant each layer of a multimodal LLM is, and propose which ones to make Mixture-of-Depths layers.
 
     python -m tools.arank MODEL DATA --threshold 0.3
-    python -m tools.arank MODEL DATA --skip-ratio 0.3 --keep 0.5
-    python -m tools.arank --measured arank.json --flops 0.7 --keep 0.5
+    python -m tools.arank MODEL DATA --skip-ratio 0.3 --capacity 0.5
+    python -m tools.arank --measured arank.json --flops 0.7 --capacity 0.5
 
 MODEL is a folder of Hugging Face weights with its processor. DATA is a folder of JSON lines (`image, question, answer`)
 or of WebDataset shards. ARank is the numerical rank of attention maps over the prompt, divided by its length. Without
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             result = measure(options.model, options.data, settings)
         else:
             result = read(options.measured)
-        propose(result, options.threshold, options.skip_ratio, options.flops, options.keep, options.last_layer)
+        propose(result, options.threshold, options.skip_ratio, options.flops, options.capacity, options.last_layer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,8 +57,12 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("samples", "batch", "heads"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-    if not 0 < options.keep < 1:
-        raise UserError(f"--keep {options.keep:g}: must be between 0 and 1, the share of image tokens a layer keeps")
+    if options.keep is not None:
+        raise UserError(f"--keep is called --capacity now; write --capacity {options.keep}")
+    if not 0 < options.capacity < 1:
+        raise UserError(
+            f"--capacity {options.capacity:g}: must be between 0 and 1, the share of image tokens a layer keeps"
+        )
     for name in ("threshold", "skip_ratio", "flops"):
         if (value := getattr(options, name)) is not None and not 0 < value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be between 0 and 1")
@@ -76,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--threshold", type=float, metavar="T", help="route layers with rank / length below T")
     rule.add_argument("--skip-ratio", type=float, metavar="R", help="skip this share of image tokens, over all layers")
     rule.add_argument("--flops", type=float, metavar="F", help="leave this share of the decoder's prefill FLOPs")
-    parser.add_argument("--keep", type=float, default=0.5, help="share of image tokens a routed layer keeps (0.5)")
+    parser.add_argument("--capacity", type=float, default=0.5, help="share of image tokens a routed layer keeps (0.5)")
+    parser.add_argument("--keep", help=argparse.SUPPRESS)
     parser.add_argument("--last-layer", action="store_true", help="the last layer may be routed too")
     new = parser.add_argument_group("measurement")
     new.add_argument("--samples", type=int, metavar="N", help="how many samples, drawn at random (50)")

@@ -17,6 +17,7 @@ slow | gpu)
     }
     ruff check --quiet zoo pretrain tools tests
     pyrefly check --output-format min-text
-    exec python -m pytest "$@"
+    # a test file may start two processes of its own: more workers than this only make tests wait for each other
+    exec python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
     ;;
 esac

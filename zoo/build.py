@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import zoo.kernels
 from zoo.config import Config, ConfigError
+from zoo.context import TEXT_AND_IMAGE
 from zoo.model import Model, ModelConfig, initialise
 from zoo.registry import SLOTS, BlockConfig, Place, parse_block
 from zoo.slots import Part
@@ -60,7 +61,7 @@ def build_block(
     config: Mapping[str, Any] | Config,
     *,
     d_model: int = 0,
-    modalities: tuple[str, ...] = ("text", "image"),
+    modalities: tuple[str, ...] = TEXT_AND_IMAGE,
     name: str = "",
     norm: str = "pre",
     layers: int = 1,

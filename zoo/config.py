@@ -28,6 +28,16 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     largest: ClassVar[int] = 2**53
     """The largest whole number in any key, far above what can be meant; so nothing overflows, or is built for ever."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Former name of a key → its name now, for a refusal that tells it."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _has_no_former_names(cls, data: Any) -> Any:
+        for former, name in cls.renamed.items():
+            if isinstance(data, Mapping) and former in data:
+                raise ValueError(f"{former} is called {name} now; write {name}: {shown(data[former])}")
+        return data
 
     @pydantic.field_validator("*")
     @classmethod

@@ -23,6 +23,9 @@ from zoo.trace import Trace
 
 TOPK, CAUSAL = "topk", "causal"
 
+TEXT_AND_IMAGE = ("text", "image")
+"""The modalities where a caller in Python names none: those of the papers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
@@ -83,7 +86,7 @@ class TokenContext:
         document: Tensor | None = None,
         position: Tensor | None = None,
         *,
-        modalities: tuple[str, ...] = ("text", "image"),
+        modalities: tuple[str, ...] = TEXT_AND_IMAGE,
         step: int = 0,
         routing: str = TOPK,
         trace: Trace | None = None,
@@ -103,35 +106,17 @@ class TokenContext:
             ValueError: a modality out of range, a document or an item in two pieces, an item that is not inside one
                 document, or padding that `modality` and `document` see differently.
         """
-        modality = modality.to(torch.int64)
         if modality.dim() != 2:
             raise ValueError(f"modality: shape {tuple(modality.shape)}; it must be (B, T)")
-        padding = modality < 0
-        if document is None:
-            document = torch.where(padding, -1, 0)
-        document = document.to(torch.int64)
+        modality = modality.to(torch.int64)
+        document = (torch.where(modality < 0, -1, 0) if document is None else document).to(torch.int64)
         host_modality, host_document = modality.cpu(), document.cpu()
-        if host_modality.numel() and int(host_modality.max()) >= len(modalities):
-            raise ValueError(
-                f"modality: {int(host_modality.max())} is out of range; modalities are {', '.join(modalities)}"
-            )
-        if not torch.equal(host_modality < 0, host_document < 0):
-            raise ValueError("modality and document disagree about padding; both are −1 exactly there")
-        if item is not None:
-            if item.shape != modality.shape:
-                raise ValueError(
-                    f"item: shape {tuple(item.shape)}; it must be that of modality, {tuple(modality.shape)}"
-                )
-            item = item.to(torch.int64)
+        _check(host_modality, host_document, item, modalities)
         spans = Spans.of(host_document, item)
         if position is None:
-            position = torch.zeros_like(host_document)
-            for row, start, length in spans.documents:
-                position[row, start : start + length] = torch.arange(length)
-            position = position.to(modality.device)
+            position = send(_positions(spans, host_modality), modality.device)
         if key is None:
-            keys = token_keys(0, np.arange(modality.shape[0]), modality.shape[1])
-            key = torch.from_numpy(keys).to(modality.device)
+            key = send(token_keys(0, np.arange(modality.shape[0]), modality.shape[1]), modality.device)
         return cls(
             modalities=tuple(modalities),
             modality=modality,
@@ -139,9 +124,8 @@ class TokenContext:
             document=document,
             key=key,
             counts=_on_host(_counts(host_modality, len(modalities))),
-            single_document=len({row for row, _, _ in spans.documents}) == len(spans.documents)
-            and all(start == 0 for _, start, _ in spans.documents),
-            item=item if spans.items else None,
+            single_document=spans.single_document,
+            item=None if item is None or not spans.items else item.to(torch.int64),
             spans=spans,
             step=step,
             routing=routing,
@@ -292,6 +276,24 @@ class TokenContext:
         if self.item is not None:
             moved["item"] = send(self.item, device)
         return dataclasses.replace(self, **moved, derived={})
+
+
+def _check(modality: Tensor, document: Tensor, item: Tensor | None, modalities: tuple[str, ...]) -> None:
+    """Raise ValueError where modality, document and item, all (B, T), do not go together."""
+    if modality.numel() and int(modality.max()) >= len(modalities):
+        raise ValueError(f"modality: {int(modality.max())} is out of range; modalities are {', '.join(modalities)}")
+    if not torch.equal(modality < 0, document < 0):
+        raise ValueError("modality and document disagree about padding; both are −1 exactly there")
+    if item is not None and item.shape != modality.shape:
+        raise ValueError(f"item: shape {tuple(item.shape)}; it must be that of modality, {tuple(modality.shape)}")
+
+
+def _positions(spans: Spans, like: Tensor) -> Tensor:
+    """(B, T) int64: index of every token inside its document, counted in its row; 0 for padding."""
+    position = torch.zeros_like(like)
+    for row, start, length in spans.documents:
+        position[row, start : start + length] = torch.arange(length)
+    return position
 
 
 def _counts(modality: Tensor, modalities: int) -> Tensor:

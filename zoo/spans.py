@@ -30,6 +30,12 @@ class Spans:
         documents = _runs(ids, "document")
         return cls(documents, () if item is None else _items(item.cpu().numpy(), ids))
 
+    @property
+    def single_document(self) -> bool:
+        """Every row holds at most one document, which begins in its first column."""
+        rows = {row for row, _, _ in self.documents}
+        return len(rows) == len(self.documents) and all(start == 0 for _, start, _ in self.documents)
+
     def boundaries(self, columns: int) -> list[int]:
         """Three places for each span, documents first: where its row begins, where it begins, and where it ends.
 

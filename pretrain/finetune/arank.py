@@ -17,7 +17,7 @@ from pretrain.finetune.model_folder import open_dense
 from pretrain.finetune.prompts import collate, encode, padding_id
 from pretrain.finetune.questions import sample_questions
 from zoo.adapt import arank
-from zoo.adapt.proposal import Choice, by_budget, by_threshold, flops_savings, skip_savings
+from zoo.adapt.proposal import Proposal, by_budget, by_threshold, flops_savings, skip_savings
 from zoo.config import UserError
 
 MEASURING = {
@@ -81,7 +81,7 @@ def propose(
     threshold: float | None,
     skip_ratio: float | None,
     flops: float | None,
-    keep: float,
+    capacity: float,
     last_layer: bool,
 ) -> None:
     """Write the proposal into `result`: `chosen` and `reason` of each layer, `proposed`, `settings.proposal`."""
@@ -92,16 +92,16 @@ def propose(
         choices = by_threshold(ranks, threshold, last_layer)
         made_by["threshold"] = threshold
     elif skip_ratio is not None:
-        goal = f"skip ratio {skip_ratio:g} at keep {keep:g}"
-        choices = by_budget(ranks, skip_savings(len(ranks), keep), skip_ratio, goal, last_layer)
-        made_by |= {"skip_ratio": skip_ratio, "keep": keep}
+        goal = f"skip ratio {skip_ratio:g} at capacity {capacity:g}"
+        choices = by_budget(ranks, skip_savings(len(ranks), capacity), skip_ratio, goal, last_layer)
+        made_by |= {"skip_ratio": skip_ratio, "capacity": capacity}
     elif flops is not None:
-        goal = f"{flops:g} of dense FLOPs at keep {keep:g}"
-        savings = flops_savings(layers, result["tokens"], result["image_tokens"], keep)
+        goal = f"{flops:g} of dense FLOPs at capacity {capacity:g}"
+        savings = flops_savings(layers, result["tokens"], result["image_tokens"], capacity)
         choices = by_budget(ranks, savings, 1 - flops, goal, last_layer)
-        made_by |= {"flops": flops, "keep": keep}
+        made_by |= {"flops": flops, "capacity": capacity}
     else:
-        choices = [Choice(False, f"rank_over_length {rank:.3f}; no threshold or budget given") for rank in ranks]
+        choices = [Proposal(False, f"rank_over_length {rank:.3f}; no threshold or budget given") for rank in ranks]
     for layer, choice in zip(layers, choices, strict=True):
         layer["chosen"], layer["reason"] = choice.chosen, choice.reason
     result["proposed"] = [layer["index"] for layer in layers if layer["chosen"]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from pretrain.finetune.model_folder import cannot_open, open_folder
 from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.tuning import freeze, lora_config, tuned
 from zoo.adapt.family import parts, picture_ids
-from zoo.adapt.save import CONFIG, check_complete, weights_hash
+from zoo.adapt.save import CONFIG, check_complete, read_about, weights_hash
 from zoo.config import ConfigError, UserError
 from zoo.files import atomic_path
 
@@ -88,8 +87,7 @@ def open_base(recipe: FinetuneRecipe) -> Base:
         raise ConfigError(f"base: {error}") from None
     except Exception as error:  # Transformers raises anything for a config it does not take
         raise ConfigError(f"base: {cannot_open(name, error)}") from None
-    about = Path(name) / CONFIG
-    before = za.AdaptConfig.parse(json.loads(about.read_text())["adapt"], str(about)) if about.is_file() else None
+    before = read_about(Path(name))[1] if (Path(name) / CONFIG).is_file() else None
     if before is not None and recipe.adapt not in (None, before):
         raise ConfigError(
             f"adapt: the base {name!r} is adapted already, in another way; leave adapt out to go on with its routers, "

@@ -182,7 +182,7 @@ LLAVA = {
 
 def test_groups_of_an_adapted_model() -> None:
     model = llava()
-    za.adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.5}})
+    za.adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "value": 0.5}})
     found: dict[str, set[str]] = {}
     for name, role in roles(model).items():
         found.setdefault(group_of(role, muon=True), set()).add(name)

@@ -77,15 +77,15 @@ def test_proposes_anew_from_a_file(model: Path, data: Path, out: Path, capsys: p
     first = json.loads(out.read_text())
     assert "no threshold or budget given" in first["layers"][1]["reason"] and len(first["layers"][0]["heads"]) == 2
     again = out.with_name("again.json")
-    assert call("--measured", out, "--skip-ratio", 0.3, "--keep", 0.5, "--last-layer", "--out", again) == 0
+    assert call("--measured", out, "--skip-ratio", 0.3, "--capacity", 0.5, "--last-layer", "--out", again) == 0
     second = json.loads(again.read_text())
     assert len(second["proposed"]) == 3 and 0 not in second["proposed"]
     assert second["layers"][1]["stable_rank"] == first["layers"][1]["stable_rank"]
-    assert call("--measured", out, "--flops", 0.9, "--keep", 0.25, "--out", again) == 0
+    assert call("--measured", out, "--flops", 0.9, "--capacity", 0.25, "--out", again) == 0
     assert len(json.loads(again.read_text())["proposed"]) == 2
     capsys.readouterr()
     assert call("--measured", out, "--flops", 0.3, "--out", again) == 2
-    assert "0.3 of dense FLOPs at keep 0.5: needs a saving of 0.700, but all 2 layers" in capsys.readouterr().err
+    assert "0.3 of dense FLOPs at capacity 0.5: needs a saving of 0.700, but all 2 layers" in capsys.readouterr().err
 
 
 def test_shards(model: Path, tmp_path: Path, out: Path) -> None:
@@ -124,7 +124,8 @@ def test_bad_input(model: Path, data: Path, out: Path, tmp_path: Path, capsys: p
         ((model, data, "--samples", 0), "--samples 0: must be at least 1"),
         ((model, data, "--flops", 1.5), "--flops 1.5: must be between 0 and 1"),
         ((model, data, "--threshold", 2), "--threshold 2: must be between 0 and 1"),
-        ((model, data, "--keep", 1), "--keep 1: must be between 0 and 1"),
+        ((model, data, "--keep", 0.5), "--keep is called --capacity now; write --capacity 0.5"),
+        ((model, data, "--capacity", 1), "--capacity 1: must be between 0 and 1"),
         ((model, data, "--rtol", 0), "rtol: 0.0 must be between 0 and 1"),
         ((model, data, "--device", "tpu7"), "--device tpu7: is not to be had"),
         ((model,), "MODEL and DATA are needed"),

@@ -26,7 +26,7 @@ from tests.pretrain.runs import ROOT
 from tools.evaluate_answers import main
 
 ONE_TOKEN = ROOT / "recipes" / "adapt" / "one_token.yaml"
-HALF = {"capacity": {"type": "constant", "keep": 0.5}, "gate": {"activation": "none"}}
+HALF = {"capacity": {"type": "constant", "value": 0.5}, "gate": {"activation": "none"}}
 RECIPES = {
     "random": {"layers": [1, 2], **HALF, "router": {"type": "random", "seed": 3}},
     "attention": {"layers": [2, 3], **HALF, "group": "sample", "router": {"type": "attention"}},
@@ -155,7 +155,7 @@ def test_adapters_find_their_base(folder: Path) -> None:
 
 
 def test_untrained_routers_are_said_to_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    values = call(folder, "--adapt", folder / "learned.yaml", "adapt.capacity.keep=0.25", "adapt.layers=[2]")["values"]
+    values = call(folder, "--adapt", folder / "learned.yaml", "adapt.capacity.value=0.25", "adapt.layers=[2]")["values"]
     assert values["eval/skip/layers.2"] == 0.75 and "eval/skip/layers.1" not in values
     assert "note: these routers are untrained" in capsys.readouterr().out
 

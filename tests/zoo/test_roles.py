@@ -80,7 +80,7 @@ def test_the_shape_is_that_of_the_whole_parameter():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_roles_in_a_pretrained_model(family):
     model = FAMILIES[family].build()
-    za.adapt(model, {"layers": list(FAMILIES[family].layers), "capacity": {"type": "constant", "keep": 0.5}})
+    za.adapt(model, {"layers": list(FAMILIES[family].layers), "capacity": {"type": "constant", "value": 0.5}})
     roles, modules = parameter_roles(model), dict(model.named_modules())
     assert {Role.EMBEDDING, Role.MATRIX, Role.BIAS, Role.ADDED_ROUTER} <= set(roles.values())
     for name, parameter in model.named_parameters():

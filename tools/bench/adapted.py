@@ -17,7 +17,7 @@ from tools.bench.measure import FORWARD, Task
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "adapt"
 METHODS = {
-    "γ-MoD": ("gamma_mod", ["adapt.layers={first: 1, leave_last: 1}", "adapt.inference={rule: topk}"], "keep"),
+    "γ-MoD": ("gamma_mod", ["adapt.layers={first: 1, leave_last: 1}", "adapt.inference={rule: topk}"], "value"),
     "p-MoD": ("p_mod", [], "centre"),
 }
 """Name → recipe, what is changed in it (all layers but the first and last, and the share of training), and the key of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 from pydantic import Discriminator, Field, Tag
@@ -30,11 +30,12 @@ class Layers(Config):
 
 
 class Constant(Config):
-    """Every routed layer keeps the same share of each group."""
+    """Every routed layer has the same capacity."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"keep": "value"}
     type: Literal["constant"] = "constant"
-    keep: Capacity
-    """Share of a group's tokens that is kept: 1 − the skip ratio of the γ-MoD paper."""
+    value: Capacity
+    """The capacity: share of a group's tokens that is kept, 1 − the skip ratio of the γ-MoD paper."""
 
 
 class Progressive(Config):
@@ -49,7 +50,7 @@ class Progressive(Config):
     """No layer keeps less."""
 
     def of(self, layer: int, layers: int) -> Fraction:
-        """Share kept in `layer` of `layers`; 1 where it is dense."""
+        """Capacity of `layer` of `layers`; 1 where it is dense."""
         centre, half = number(self.centre), Fraction(1, 2)
         curve = OverLayers(
             type="cosine", first=str(centre + half), last=str(centre - half), dense_above=self.dense_above
@@ -58,11 +59,12 @@ class Progressive(Config):
 
 
 class PerLayer(Config):
-    """A share for each routed layer, in the order of `layers`."""
+    """A capacity for each routed layer, in the order of `layers`."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"keep": "values"}
     type: Literal["list"]
-    keep: list[Capacity]
-    """Share of each group that is kept, a number a layer."""
+    values: list[Capacity]
+    """The capacities: share of each group that is kept, a number a layer."""
 
 
 class RouterConfig(Config):
@@ -206,8 +208,8 @@ class AdaptConfig(Config):
                 "gate.activation and auxiliary.type are both none, so that no router learns; choose one of them"
             )
         if isinstance(self.capacity, PerLayer):
-            if not isinstance(self.layers, list) or len(self.layers) != len(self.capacity.keep):
-                raise ValueError("capacity.keep needs as many entries as layers, and layers as a list")
+            if not isinstance(self.layers, list) or len(self.layers) != len(self.capacity.values):
+                raise ValueError("capacity.values needs as many entries as layers, and layers as a list")
         return self
 
     def _without_weights(self) -> None:
@@ -225,7 +227,7 @@ class AdaptConfig(Config):
                 )
 
     def plan(self, depth: int) -> dict[int, Fraction]:
-        """Share of each group that the routed layers of a decoder of `depth` layers keep, by layer number.
+        """Capacity of the routed layers of a decoder of `depth` layers, by layer number.
 
         Raises:
             ConfigError: a layer out of range, the last one unasked, or nothing left to route.
@@ -243,9 +245,9 @@ class AdaptConfig(Config):
             plan = {i: self.capacity.of(i, depth) for i in numbers}
             plan = {i: capacity for i, capacity in plan.items() if capacity < 1}
         elif isinstance(self.capacity, PerLayer):
-            plan = {i: number(keep) for i, keep in zip(numbers, self.capacity.keep, strict=True)}
+            plan = {i: number(value) for i, value in zip(numbers, self.capacity.values, strict=True)}
         else:
-            plan = dict.fromkeys(numbers, number(self.capacity.keep))
+            plan = dict.fromkeys(numbers, number(self.capacity.value))
         if not plan:
             raise ConfigError(f"layers: no layer of {depth} is left to route; lower first, leave_last or dense_above")
         if depth - 1 in plan and not self.last_layer and self.router.learned:

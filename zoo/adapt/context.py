@@ -19,6 +19,7 @@ from torch import Tensor
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.family import ANSWER, IMAGE, PADDING, TEXT, VIDEO, has_pictures, lengths, may_follow
 from zoo.config import UserError
+from zoo.host import send
 from zoo.noise import token_keys
 from zoo.routing.candidates import Candidates
 from zoo.trace import Trace
@@ -132,50 +133,47 @@ class AdaptContext:
         rows, columns = like.shape[:2]
         cache = inputs.get("past_key_values")
         start = cache.get_seq_length() if cache is not None else 0
-        threshold = not training and config.inference.text == "threshold"
-        everything = torch.arange(rows * columns if threshold else 0, device=like.device)
         options: dict[str, Any] = {"shape": (rows, columns), "start": start, "training": training, "trace": trace}
         answers = answers if training and config.candidates == "image_and_answer" else None
         if not has_pictures(inputs) and answers is None:
+            threshold = not training and config.inference.text == "threshold"
+            everything = torch.arange(rows * columns if threshold else 0, device=like.device)
             return dataclasses.replace(cls.text(like), by_threshold=everything, **options)
-        found = _placeholders(ids, inputs, like, embed)
-        kind = _masked(found, inputs).cpu()
+        kind = _kinds(ids, inputs, like, embed, answers)
         key = _keys(config.router.seed, kind, inputs, training) if config.router.type == "random" else None
-        if has_pictures(inputs) and not bool((kind > TEXT).any()) and not bool(found.any()):  # all masked is no mistake
-            names = " or ".join(map(str, ids))
-            raise UserError(
-                f"the batch has pictures but no token of them: the id {names} never occurs in input_ids; build "
-                "the prompt with the model's own processor, which puts one id for each picture token"
-            )
-        if answers is not None:
-            kind = torch.where((kind == TEXT) & answers.cpu(), ANSWER, kind)
-        host = kind.numpy().reshape(-1)
-        competing, pools = _pools(config, host, columns, inputs, model_config)
-        by_threshold = np.empty(0, np.int64)
-        if threshold:
-            by_threshold = np.flatnonzero((host != PADDING) & ~np.isin(np.arange(host.size), competing))
-        if not training and config.inference.rule == "threshold":
-            by_threshold, competing, pools = np.sort(np.concatenate((competing, by_threshold))), competing[:0], []
-        dense = host != PADDING
-        dense[competing], dense[by_threshold] = False, False
+        division = _divided(config, kind, inputs, model_config, training)
         frames = config.group == "frame"
-        starts = np.cumsum([0, *pools[:-1]]) if pools else np.empty(0, np.int64)
-
-        def device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(like.device, non_blocking=True)
-
         return cls(
             **options,
-            competing=device(competing),
-            pools=tuple(map(int, pools)),
-            pool_rows=tuple((competing[starts] // columns).tolist()),
-            by_threshold=device(by_threshold),
-            dense_mask=device(dense),
-            dense_counts=tuple(dense.reshape(rows, columns).sum(1).tolist()),
+            competing=send(division.competing, like.device),
+            pools=division.pools,
+            pool_rows=division.pool_rows(columns),
+            by_threshold=send(division.by_threshold, like.device),
+            dense_mask=send(division.dense, like.device),
+            dense_counts=tuple(division.dense.reshape(rows, columns).sum(1).tolist()),
             kind=kind,
             indivisible=tuple(k for k in _pictures(config) if not may_follow(k, frames, inputs, model_config)),
-            key=None if key is None else device(key),
+            key=None if key is None else send(key, like.device),
         )
+
+
+def _kinds(
+    ids: Mapping[int, int],
+    inputs: Mapping[str, Any],
+    like: Tensor,
+    embed: Callable[[Tensor], Tensor] | None,
+    answers: Tensor | None,
+) -> Tensor:
+    """(B, T) int64 on the host: what each token is."""
+    found = _placeholders(ids, inputs, like, embed)
+    kind = _masked(found, inputs).cpu()
+    if has_pictures(inputs) and not bool((kind > TEXT).any()) and not bool(found.any()):  # all masked is no mistake
+        names = " or ".join(map(str, ids))
+        raise UserError(
+            f"the batch has pictures but no token of them: the id {names} never occurs in input_ids; build "
+            "the prompt with the model's own processor, which puts one id for each picture token"
+        )
+    return kind if answers is None else torch.where((kind == TEXT) & answers.cpu(), ANSWER, kind)
 
 
 def _placeholders(
@@ -222,6 +220,42 @@ def _keys(seed: int, kind: Tensor, inputs: Mapping[str, Any], training: bool) ->
 def _pictures(config: AdaptConfig) -> tuple[int, ...]:
     """Kinds of tokens that compete."""
     return (VIDEO,) if config.candidates == "video" else (IMAGE, VIDEO)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Division:
+    """The tokens of a forward by what happens to them, on the host; indices are flat, into B·T."""
+
+    competing: np.ndarray
+    """(n,) int64, pool after pool."""
+    pools: tuple[int, ...]
+    """Tokens of each pool."""
+    by_threshold: np.ndarray
+    """(m,) int64, ascending: kept where their probability is above the threshold."""
+    dense: np.ndarray
+    """(B·T,) bool: those that go through every layer; padding does not."""
+
+    def pool_rows(self, columns: int) -> tuple[int, ...]:
+        """Row of each pool, in rows of `columns` tokens."""
+        starts = np.cumsum([0, *self.pools[:-1]]) if self.pools else np.empty(0, np.int64)
+        return tuple((self.competing[starts] // columns).tolist())
+
+
+def _divided(
+    config: AdaptConfig, kind: Tensor, inputs: Mapping[str, Any], model_config: Any, training: bool
+) -> _Division:
+    """Who competes, who is held against the threshold, and who does neither; kind (B, T)."""
+    columns, flat = kind.shape[1], kind.numpy().reshape(-1)
+    competing, pools = _pools(config, flat, columns, inputs, model_config)
+    dense = flat != PADDING
+    dense[competing] = False
+    by_threshold = np.empty(0, np.int64)
+    if not training and config.inference.text == "threshold":
+        by_threshold = np.flatnonzero(dense)
+    if not training and config.inference.rule == "threshold":
+        by_threshold, competing, pools = np.sort(np.concatenate((competing, by_threshold))), competing[:0], []
+    dense[by_threshold] = False
+    return _Division(competing, tuple(map(int, pools)), by_threshold, dense)
 
 
 def _pools(

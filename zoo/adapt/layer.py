@@ -82,12 +82,16 @@ class RoutedDecoderLayer(DecoderLayer):
     """Mixin. The class it precedes is a decoder layer of Transformers: `layer(hidden, **kwargs)`, hidden (B, T, D)."""
 
     routing: Routing
+    mod_router: Scorer | None
+    """The layer's own router, a child of it; None where all layers share one or none has weights."""
     mod_shared: Scorer | None
-    """The router of all layers, registered on the decoder; None where the layer has its own, `mod_router`."""
+    """The router of all layers, registered on the decoder; None where there is none."""
+    gradient_checkpointing = False
+    """Transformers sets it on a layer that it recomputes."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         context: AdaptContext = kwargs.pop("mod_context", None) or AdaptContext.text(hidden_states)
-        checkpoint = getattr(self, "gradient_checkpointing", False) and self.training
+        checkpoint = self.gradient_checkpointing and self.training
         if checkpoint:  # the layer's own class would drop the cache too: a recomputation must not fill it again
             kwargs |= {name: off for name, off in (("past_key_values", None), ("use_cache", False)) if name in kwargs}
         cache = kwargs.get("past_key_values")
@@ -110,7 +114,7 @@ class RoutedDecoderLayer(DecoderLayer):
     @property
     def router(self) -> Scorer | None:
         """None where it has no weights."""
-        return getattr(self, "mod_router", None) if self.mod_shared is None else self.mod_shared
+        return self.mod_router if self.mod_shared is None else self.mod_shared
 
     def _score(self, x: Tensor, context: AdaptContext) -> tuple[Tensor | None, Tensor | None]:
         """Scores of the candidates and then whoever else is gated, None where nobody needs one; the gate (B, T), None
@@ -180,22 +184,24 @@ class RoutedDecoderLayer(DecoderLayer):
         y, rest = _split(self._gradient_checkpointing_func(run, packed, inner) if checkpoint else run(packed, inner))
         if weight is not None and not self.routing.gated:
             y = packed + weight.unsqueeze(-1).to(y.dtype) * (y - packed)
-        if chosen is None:
-            return _join(y, rest)
-        others = x
+        return _join(y if chosen is None else self._unpacked(y, x, gate, chosen), rest)
+
+    def _unpacked(self, y: Tensor, x: Tensor, gate: Tensor | None, chosen: TokenSelection) -> Tensor:
+        """(B, T, D): y (B, K, D) of the kept tokens, among the others of x (B, T, D)."""
+        width, flat_index, others = x.shape[-1], chosen.flat_index, x
         if self.routing.config.gate.symmetric and gate is not None:
             skipped = chosen.kept.logical_not()
             others = x * torch.where(skipped, gate, 1.0).to(x.dtype).unsqueeze(-1)
         others = others.reshape(-1, width)
-        if valid is not None:  # the places past a row's count hold tokens that are skipped
-            y = torch.where(valid.unsqueeze(-1), y, F.embedding(chosen.flat_index, others).view_as(y))
-        return _join(others.index_copy(0, chosen.flat_index, y.reshape(-1, width)).view_as(x), rest)
+        if chosen.valid is not None:  # the places past a row's count hold tokens that are skipped
+            y = torch.where(chosen.valid.unsqueeze(-1), y, F.embedding(flat_index, others).view_as(y))
+        return others.index_copy(0, flat_index, y.reshape(-1, width)).view_as(x)
 
     def _run(self, kwargs: dict[str, Any], x: Tensor, gate: Tensor | None) -> Any:
         """The family's own layer, its MLP branch times the gate (B, K), if there is one."""
         if gate is None:
             return super().forward(x, **kwargs)
-        with _weighed(getattr(self, self.routing.gated), gate):
+        with _weighed(self.get_submodule(self.routing.gated), gate):
             return super().forward(x, **kwargs)
 
 

@@ -14,14 +14,14 @@ from zoo.config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Proposal:
     """What is proposed for one layer, and why."""
 
     chosen: bool
     reason: str
 
 
-def by_threshold(ranks: Sequence[float], threshold: float, last_layer: bool = False) -> list[Choice]:
+def by_threshold(ranks: Sequence[float], threshold: float, last_layer: bool = False) -> list[Proposal]:
     """Route every layer whose rank_over_length is below `threshold` (the published rule).
 
     Args:
@@ -33,20 +33,20 @@ def by_threshold(ranks: Sequence[float], threshold: float, last_layer: bool = Fa
         dense = _stays_dense(layer, len(ranks), last_layer)
         below = rank < threshold
         said = f"rank_over_length {rank:.3f} {'below' if below else 'not below'} threshold {threshold:g}"
-        choices.append(dense or Choice(below, said))
+        choices.append(dense or Proposal(below, said))
     return choices
 
 
 def by_budget(
     ranks: Sequence[float], savings: Sequence[float], target: float, goal: str, last_layer: bool = False
-) -> list[Choice]:
+) -> list[Proposal]:
     """Route the layers of lowest rank_over_length, as few as save `target` together.
 
     Args:
         ranks: rank_over_length of each layer; of equal ones the deeper layer is taken first.
         savings: what routing each layer saves; see `skip_savings` and `flops_savings`.
         target: the sum to reach.
-        goal: says it in words, for reasons and errors: "skip ratio 0.3 at keep 0.5".
+        goal: says it in words, for reasons and errors: "skip ratio 0.3 at capacity 0.5".
     Raises:
         UserError: all layers together do not reach it.
     """
@@ -72,11 +72,11 @@ def by_budget(
             choices.append(dense)
         elif place <= len(taken):
             said = f"rank_over_length {rank:.3f} is number {place} from below; {goal} takes the lowest {len(taken)}"
-            choices.append(Choice(True, said))
+            choices.append(Proposal(True, said))
         else:
             highest = max((ranks[other] for other in taken), default=0.0)
             said = f"rank_over_length {rank:.3f}: {goal} is met by {len(taken)} layers of up to {highest:.3f}"
-            choices.append(Choice(False, said))
+            choices.append(Proposal(False, said))
     return choices
 
 
@@ -111,9 +111,9 @@ def flops_savings(
     return [(whole - flops(layer, kept)) / total for layer, whole in zip(layers, dense, strict=True)]
 
 
-def _stays_dense(layer: int, depth: int, last_layer: bool) -> Choice | None:
+def _stays_dense(layer: int, depth: int, last_layer: bool) -> Proposal | None:
     if layer == 0:
-        return Choice(False, "kept dense: layer 0 alone holds keys and values of every token")
+        return Proposal(False, "kept dense: layer 0 alone holds keys and values of every token")
     if layer == depth - 1 and not last_layer:
-        return Choice(False, "kept dense: the last layer's router gets next to no gradient; not asked for")
+        return Proposal(False, "kept dense: the last layer's router gets next to no gradient; not asked for")
     return None

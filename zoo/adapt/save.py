@@ -23,7 +23,7 @@ from zoo.adapt.family import parts
 from zoo.adapt.wrap import ROUTER, adapt, adaptation, routers
 from zoo.config import UserError
 
-WEIGHTS, CONFIG, VERSION = "mod_routers.safetensors", "mod_config.json", 1
+WEIGHTS, CONFIG, VERSION = "mod_routers.safetensors", "mod_config.json", 2
 
 
 def save_adapted(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
@@ -71,12 +71,7 @@ def load_adapted(folder: str | Path, base: str | Path | None = None, **options: 
         UserError: no adapted folder, it lacks weights, or the base's have changed.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: no {CONFIG} in it; save_adapted writes one, tools.arank starts from a dense model")
-    about = json.loads((folder / CONFIG).read_text())
-    if about.get("version") != VERSION:
-        raise UserError(f"{folder / CONFIG}: version {about.get('version')!r}; this library reads {VERSION}")
-    config = AdaptConfig.parse(about["adapt"], "adapt")
+    about, config = read_about(folder)
     cls = getattr(transformers, about["class"])
     if "base_sha256" not in about:
         model, loaded = cls.from_pretrained(folder, output_loading_info=True, **options)
@@ -97,6 +92,26 @@ def load_adapted(folder: str | Path, base: str | Path | None = None, **options: 
         model = PeftModel.from_pretrained(adapt(model, config), folder)
     load_routers(model, folder)
     return model.eval()
+
+
+def read_about(folder: Path) -> tuple[dict[str, Any], AdaptConfig]:
+    """What stands in the mod_config.json of an adapted folder, and how its model is adapted.
+
+    Version 1 had the capacities under `keep`.
+
+    Raises:
+        UserError: there is none, or another version's.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: no {CONFIG} in it; save_adapted writes one, tools.arank starts from a dense model")
+    about = json.loads(path.read_text())
+    if about.get("version") not in (1, VERSION):
+        raise UserError(f"{path}: version {about.get('version')!r}; this library reads 1 and {VERSION}")
+    capacity = about["adapt"]["capacity"]
+    if about["version"] == 1 and "keep" in capacity:
+        capacity["values" if capacity["type"] == "list" else "value"] = capacity.pop("keep")
+    return about, AdaptConfig.parse(about["adapt"], f"{path}: adapt")
 
 
 def check_complete(what: str, loaded: Mapping[str, Any]) -> None:

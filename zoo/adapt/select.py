@@ -38,7 +38,8 @@ class ModRouter(LinearScorer, counter_noise=True):
             tanh_scale=config.gate.tanh_scale,
             initial_scale=config.router.initial_scale,
         )
-        super().__init__(linear, Place(d_model, ("text", "image")), 2 if softmax else 1)
+        place = Place(d_model, modalities=())  # of a model that is not ours, and tells tokens apart by kind
+        super().__init__(linear, place, 2 if softmax else 1)
         self.bias = nn.Parameter(torch.zeros(2 if softmax else 1)) if config.router.bias else None
 
     @property

@@ -10,10 +10,12 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -35,7 +37,7 @@ class Adaptation:
     """What was done to a model; its attribute `mod_adaptation`."""
 
     config: AdaptConfig
-    handles: list[Any]
+    handles: list[RemovableHandle]
     """Handles that take the hooks away again."""
 
 
@@ -69,8 +71,15 @@ def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int =
             f"candidates: video, but {type(found.top).__name__} has no video token (config.video_token_id): frames are "
             "images to it; choose candidates: image"
         )
-    width = found.text_config.hidden_size
-    shared = None
+    _route(found, plan, config, seed)
+    top: Any = found.top
+    top.mod_adaptation = Adaptation(config, _hooked(found, config, ids))
+    return model
+
+
+def _route(found: Parts, plan: Mapping[int, Fraction], config: AdaptConfig, seed: int) -> None:
+    """Make the layers of the plan routed ones, each with its capacity and its router or the one that all share."""
+    width, shared = found.text_config.hidden_size, None
     if config.router.type == "attention":
         watch(found.layers[min(plan) - 1])
     if config.router.shared:
@@ -79,19 +88,22 @@ def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int =
     unlearned = None if config.router.learned else UNLEARNED[config.router.type]()
     for number, capacity in plan.items():
         layer: Any = found.layers[number]
-        name = gated(layer) if config.gate.branch == "mlp" else ""
-        if shared is None and config.router.learned:
-            layer.add_module(ROUTER, _router(config, width, layer, f"{seed}:layers.{number}.{ROUTER}"))
+        own = shared is None and config.router.learned
+        router = _router(config, width, layer, f"{seed}:layers.{number}.{ROUTER}") if own else None
+        layer.register_module(ROUTER, router)
         object.__setattr__(layer, "mod_shared", shared)  # not registered: one copy of it is saved
+        name = gated(layer) if config.gate.branch == "mlp" else ""
         layer.routing = Routing(number, capacity, config, name, unlearned)
         layer.__class__ = routed_class(type(layer))
+
+
+def _hooked(found: Parts, config: AdaptConfig, ids: dict[int, int]) -> list[RemovableHandle]:
+    """Hang the hooks round the model in which ids and pictures meet, and round the one with the head."""
     handles = [found.base.register_forward_pre_hook(ContextHook(config, ids, _names(found.base)), with_kwargs=True)]
     if found.top is not found.base:
         handles.append(found.top.register_forward_pre_hook(LabelHook(config), with_kwargs=True))
         handles.append(found.top.register_forward_hook(LossHook(config), with_kwargs=True))
-    top: Any = found.top
-    top.mod_adaptation = Adaptation(config, handles)
-    return model
+    return handles
 
 
 def adaptation(model: nn.Module) -> AdaptConfig | None:
@@ -225,7 +237,7 @@ def _router(config: AdaptConfig, width: int, layer: nn.Module, name: str) -> Mod
     return router.to(device=beside.device, dtype=beside.dtype)
 
 
-def _check_layers(found: Parts, plan: Mapping[int, Any], config: AdaptConfig) -> None:
+def _check_layers(found: Parts, plan: Mapping[int, Fraction], config: AdaptConfig) -> None:
     caches = DynamicCache(config=found.top.config).layers
     plain = [number for number, cache in enumerate(caches) if type(cache) is DynamicLayer]
     windows = [number for number in plan if number not in plain]

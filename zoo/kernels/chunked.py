@@ -6,6 +6,7 @@ every step, and indexing a tensor step by step makes each gradient a zero tensor
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -146,54 +147,83 @@ def ssd(
     Every exponent is masked before its exponential, which would overflow where it looks ahead.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    heads, sets = x.shape[1], B.shape[1]
     delta = F.softplus(layout.biased(dt.to(dtype), bias.to(dtype)))
-    wide = x.to(dtype)
-    sequences, steps = layout.row.shape
-    extra = -steps % chunk
+    wide, chunks = x.to(dtype), _Chunks.of(layout, chunk)
+    inputs = chunks.cut(wide * delta.unsqueeze(-1)).transpose(2, 3)  # (B, c, H, chunk, K)
+    into, out = (chunks.cut(v.to(dtype)).transpose(2, 3) for v in (B, C))  # (B, c, S, chunk, N)
+    decay = chunks.cut(delta * A).transpose(2, 3).cumsum(-1)  # (B, c, H, chunk)
+    spans = (decay[..., :, None] - decay[..., None, :]).masked_fill(~chunks.seen.unsqueeze(2), -torch.inf)
+    y = (_by_head(out @ into.transpose(-1, -2), x.shape[1]) * spans.exp()) @ inputs
+    h = wide.new_zeros(len(layout.row), *x.shape[1:], B.shape[2]) if state is None else state.to(dtype)
+    entering, h = _states(inputs, into, decay, chunks, h)
+    reached = decay.masked_fill(~chunks.entered.unsqueeze(2), -torch.inf).exp().unsqueeze(-1)
+    y = y + (_by_head(out, x.shape[1]) @ entering.transpose(-1, -2)) * reached
+    skip = D.to(dtype)[:, None] * wide
+    if layout.padded:
+        skip = skip.masked_fill((layout.step == layout.row.numel())[:, None, None], 0.0)
+    return (layout.to_rows(chunks.joined(y.transpose(2, 3))) + skip).to(x.dtype), h
 
-    def chunks(values: Tensor) -> Tensor:
-        """(R, …) → (B, chunks, chunk, …), with zeros after the last token: Δ = 0 leaves the state as it is."""
-        values = layout.to_time(values)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chunks:
+    """B sequences of T steps, cut into c chunks; and which steps of a chunk share a document. Build with `of`."""
+
+    layout: Layout
+    size: int
+    """Steps of a chunk. The last one of a sequence is filled up."""
+    seen: Tensor
+    """(B, c, size, size) bool: step t sees step s of its chunk, s ≤ t, as both are of one document."""
+    entered: Tensor
+    """(B, c, size) bool: the step is of the document with which the chunk before ended, and sees the state it left."""
+    left: Tensor
+    """(B, c, size) bool: the step is of the document with which its chunk ends, and counts in the state it leaves."""
+
+    @classmethod
+    def of(cls, layout: Layout, size: int) -> _Chunks:
+        extra = -layout.row.shape[1] % size
+        document = F.pad(layout.document, (0, extra), mode="replicate") if extra else layout.document
+        document = document.view(len(document), -1, size)
+        causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
+        seen = causal & (document[..., :, None] == document[..., None, :])
+        before = torch.cat((torch.zeros_like(document[:, :1, -1]), document[:, :-1, -1]), dim=1)[..., None]
+        return cls(layout, size, seen, document == before, document == document[..., -1:])
+
+    def cut(self, values: Tensor) -> Tensor:
+        """(R, …) → (B, c, size, …), with zeros after the last token: Δ = 0 leaves the state as it is."""
+        values = self.layout.to_time(values)
+        extra = -values.shape[1] % self.size
         if extra:
-            values = torch.cat((values, values.new_zeros(sequences, extra, *values.shape[2:])), dim=1)
-        return values.view(sequences, -1, chunk, *values.shape[2:])
+            values = torch.cat((values, values.new_zeros(len(values), extra, *values.shape[2:])), dim=1)
+        return values.view(len(values), -1, self.size, *values.shape[2:])
 
-    inputs = chunks(wide * delta.unsqueeze(-1)).transpose(2, 3)  # (B, c, H, chunk, K)
-    into, out = (chunks(v.to(dtype)).transpose(2, 3) for v in (B, C))  # (B, c, S, chunk, N)
-    decay = chunks(delta * A).transpose(2, 3).cumsum(-1)  # (B, c, H, chunk)
-    document = F.pad(layout.document, (0, extra), mode="replicate") if extra else layout.document
-    document = document.view(sequences, -1, chunk)
-    before = torch.cat((torch.zeros_like(document[:, :1, -1]), document[:, :-1, -1]), dim=1)[
-        ..., None
-    ]  # of the chunk before
-    through = document == before  # the state that enters the chunk still counts
-    to_end = document == document[..., -1:]
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    seen = causal & (document[..., :, None] == document[..., None, :])  # (B, c, chunk, chunk)
+    def joined(self, values: Tensor) -> Tensor:
+        """(B, c, size, …) → (B, T, …)."""
+        return values.reshape(len(values), -1, *values.shape[3:])[:, : self.layout.row.shape[1]]
 
-    def by_head(values: Tensor) -> Tensor:
-        """(B, c, S, …) → (B, c, H, …) without a copy where one set serves all heads."""
-        if sets == 1:
-            return values.expand(-1, -1, heads, *values.shape[3:])
-        return values.repeat_interleave(heads // sets, dim=2)
 
-    spans = (decay[..., :, None] - decay[..., None, :]).masked_fill(~seen.unsqueeze(2), -torch.inf)
-    weights = by_head(out @ into.transpose(-1, -2)) * spans.exp()
-    y = weights @ inputs
+def _states(inputs: Tensor, into: Tensor, decay: Tensor, chunks: _Chunks, h: Tensor) -> tuple[Tensor, Tensor]:
+    """From chunk to chunk: the states that enter them (B, c, H, K, N), and the last one (B, H, K, N).
+
+    Args:
+        inputs: (B, c, H, chunk, K), Δ x.
+        into: (B, c, S, chunk, N), B of every set.
+        decay: (B, c, H, chunk), Σ Δ A from the chunk's first step on.
+        h: (B, H, K, N) the first state.
+    """
     last = decay[..., -1:]
-    kept = (last - decay).masked_fill(~to_end.unsqueeze(2), -torch.inf).exp()
-    added = (inputs * kept.unsqueeze(-1)).transpose(-1, -2) @ by_head(into)  # (B, c, H, K, N)
-    carried = last.masked_fill(~through[..., -1:].unsqueeze(2), -torch.inf).exp().unsqueeze(-1)
-    h = wide.new_zeros(sequences, heads, x.shape[2], B.shape[2]) if state is None else state.to(dtype)
+    kept = (last - decay).masked_fill(~chunks.left.unsqueeze(2), -torch.inf).exp()
+    added = (inputs * kept.unsqueeze(-1)).transpose(-1, -2) @ _by_head(into, inputs.shape[2])  # (B, c, H, K, N)
+    carried = last.masked_fill(~chunks.entered[..., -1:].unsqueeze(2), -torch.inf).exp().unsqueeze(-1)
     entering = []
     for addition, factor in zip(added.unbind(1), carried.unbind(1), strict=True):
         entering.append(h)
         h = torch.addcmul(addition, h, factor)
-    reached = decay.masked_fill(~through.unsqueeze(2), -torch.inf).exp().unsqueeze(-1)
-    y = y + (by_head(out) @ torch.stack(entering, dim=1).transpose(-1, -2)) * reached
-    y = y.transpose(2, 3).reshape(sequences, -1, *x.shape[1:])[:, :steps]
-    skip = D.to(dtype)[:, None] * wide
-    if layout.padded:
-        skip = skip.masked_fill((layout.step == layout.row.numel())[:, None, None], 0.0)
-    return (layout.to_rows(y) + skip).to(x.dtype), h
+    return torch.stack(entering, dim=1), h
+
+
+def _by_head(values: Tensor, heads: int) -> Tensor:
+    """(B, c, S, …) → (B, c, H, …), without a copy where one set serves all heads."""
+    sets = values.shape[2]
+    if sets == 1:
+        return values.expand(-1, -1, heads, *values.shape[3:])
+    return values.repeat_interleave(heads // sets, dim=2)

@@ -85,26 +85,16 @@ def selective_scan(
     u_t, dt_t, z_t, B_t, C_t = (layout.to_time(value) for value in values)
     if layout.padded:
         dt_t = dt_t.masked_fill((layout.row < 0).unsqueeze(-1), NEVER)
-    place, columns = layout.apart if layout.many_documents else (None, 0)
-    if place is not None:
-        ends = torch.arange(columns, device=u.device) > place[:, -1:]
+    place = None
+    if layout.many_documents:
+        place, columns = layout.apart
         u_t, z_t, B_t, C_t = (_spread(value, place, columns, 0.0) for value in (u_t, z_t, B_t, C_t))
-        dt_t = _spread(dt_t, place, columns, FORGET)
-        dt_t = dt_t.masked_fill(ends.unsqueeze(-1), NEVER)
+        ends = torch.arange(columns, device=u.device) > place[:, -1:]
+        dt_t = _spread(dt_t, place, columns, FORGET).masked_fill(ends.unsqueeze(-1), NEVER)
     # one set of B and C for all channels: (B, 1, N, T)
     u_t, dt_t, z_t, B_t, C_t = (value.transpose(1, 2).contiguous() for value in (u_t, dt_t, z_t, B_t, C_t))
-    y, h = selective_scan_fn(
-        u_t,
-        dt_t,
-        A.float().contiguous(),
-        B_t.unsqueeze(1),
-        C_t.unsqueeze(1),
-        D.float(),
-        z_t,
-        delta_bias,
-        delta_softplus=True,
-        return_last_state=True,
-    )
+    B_t, C_t, options = B_t.unsqueeze(1), C_t.unsqueeze(1), {"delta_softplus": True, "return_last_state": True}
+    y, h = selective_scan_fn(u_t, dt_t, A.float().contiguous(), B_t, C_t, D.float(), z_t, delta_bias, **options)
     y = y.transpose(1, 2)
     if place is not None:
         y = y.gather(1, place.unsqueeze(-1).expand(-1, -1, y.shape[-1]))

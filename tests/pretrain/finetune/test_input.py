@@ -117,7 +117,7 @@ WRONG = {
     "adapt.layers=[1, 4]": ("adapt: layers: 4 is out of range; the decoder has layers 0 to 3; leave it out",),
     "adapt.layers=[0, 1]": ("adapt.layers: [0, 1]: layer 0 stays dense", "leave it out"),
     "adapt.layers=[1, 3]": ("adapt: layers: 3 is the last layer", "set last_layer: true"),
-    "adapt.capacity.keep=0": ("adapt.capacity.constant.keep: 0: must be above 0 and at most 1",),
+    "adapt.capacity.value=0": ("adapt.capacity.constant.value: 0: must be above 0 and at most 1",),
     "adapt.capacity.kept=1": ("kept: unknown key",),
     "freeze=[vision]": ("freeze: 'vision' is not part of the model; among its parts are model.vision_tower",),
     "freeze=[model, lm_head]": ("freeze: ['model', 'lm_head'] leaves nothing to train",),
@@ -163,7 +163,7 @@ def test_a_part_that_is_frozen_and_trained_in_full(refused: Callable[..., str], 
 
 
 def test_a_base_that_is_adapted_in_another_way(refused: Callable[..., str]) -> None:
-    message = refused("base=adapted", "adapt.capacity.keep=0.25")
+    message = refused("base=adapted", "adapt.capacity.value=0.25")
     assert message.startswith("adapt: the base 'adapted' is adapted already, in another way; leave adapt out")
 
 
@@ -363,11 +363,11 @@ def test_long_samples_are_cut_or_refused(folder: Path) -> None:
 def test_extends_several(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(tuning_recipe("base", "data", "run", adapt=None)))
     (tmp_path / "b.yaml").write_text(
-        "adapt: {layers: [1], capacity: {type: constant, keep: 0.25}, gate: {activation: sigmoid}}\n"
+        "adapt: {layers: [1], capacity: {type: constant, value: 0.25}, gate: {activation: sigmoid}}\n"
     )
     (tmp_path / "c.yaml").write_text("extends: [a.yaml, b.yaml]\nname: c\nadapt: {layers: [2]}\n")
     recipe = finetune_recipe.load(tmp_path / "c.yaml")
-    assert recipe.name == "c" and recipe.adapt.layers == [2] and recipe.adapt.capacity.keep == 0.25
+    assert recipe.name == "c" and recipe.adapt.layers == [2] and recipe.adapt.capacity.value == 0.25
     (tmp_path / "d.yaml").write_text("extends: [a.yaml, e.yaml]\n")
     with pytest.raises(ConfigError, match="e.yaml' does not exist"):
         finetune_recipe.load(tmp_path / "d.yaml")

@@ -26,7 +26,7 @@ from tests.zoo.adapt.pictures import PAD, UNSAID
 from tools.sweep.adapt.threshold import tune_threshold
 from zoo.adapt.family import picture_ids
 
-HALF = {"type": "constant", "keep": 0.5}
+HALF = {"type": "constant", "value": 0.5}
 UNLEARNED = {"group": "sample", "capacity": HALF, "gate": {"activation": "none"}}
 ADAPTED: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -141,7 +141,7 @@ def test_a_threshold_meets_the_target(tmp_path: Path) -> None:
     prompts = Prompts.encode(asked, AutoProcessor.from_pretrained(tmp_path / "base"), 5)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     assert judge(model, prompts)["flops"] == 1
-    za.adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.5}})
+    za.adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "value": 0.5}})
     weights = {name: router.weight.clone() for name, router in za.routers(model)}
     topk = judge(model, prompts)
     assert topk["skip"] == {"layers.1": 0.5, "layers.2": 0.5} and topk["logits"].numel() == 2 * 12 * 16

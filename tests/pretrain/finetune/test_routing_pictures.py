@@ -27,7 +27,7 @@ LINES = [
     {"image": "0.png", "question": "how many $?", "answer": "two"},
     {"images": ["1.png", "2.png"], "question": "are they equal?", "answer": "no"},
 ]
-ROUTED = {"layers": [1, 2], "capacity": {"type": "list", "keep": [0.5, 0.25]}}
+ROUTED = {"layers": [1, 2], "capacity": {"type": "list", "values": [0.5, 0.25]}}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tests.zoo.adapt.families import llava
 
 ADAPT = {
     "layers": [1, 2],
-    "capacity": {"type": "constant", "keep": 0.5},
+    "capacity": {"type": "constant", "value": 0.5},
     "gate": {"activation": "softmax"},
     "auxiliary": {"type": "membership", "weight": 0.1},
 }

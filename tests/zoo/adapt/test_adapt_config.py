@@ -13,7 +13,7 @@ from zoo.adapt import AdaptConfig
 from zoo.config import ConfigError
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "adapt"
-HALF = {"type": "constant", "keep": 0.5}
+HALF = {"type": "constant", "value": 0.5}
 
 
 def parse(**changes: Any) -> AdaptConfig:
@@ -29,17 +29,25 @@ def parse(**changes: Any) -> AdaptConfig:
         ({"layers": []}, r"adapt\.layers: .*no layer is named"),
         ({"layers": {"first": 0}}, r"^adapt\.layers\.rule\.first: 0: must be greater than or equal to 1$"),
         (
-            {"capacity": {"type": "constant", "keep": 0}},
-            r"^adapt\.capacity\.constant\.keep: 0: must be above 0 and at most 1$",
+            {"capacity": {"type": "constant", "value": 0}},
+            r"^adapt\.capacity\.constant\.value: 0: must be above 0 and at most 1$",
         ),
-        ({"capacity": {"type": "list", "keep": [0.5, 0]}}, r"^adapt\.capacity\.list\.keep\[1\]: 0: must be above 0"),
+        (
+            {"capacity": {"type": "list", "values": [0.5, 0]}},
+            r"^adapt\.capacity\.list\.values\[1\]: 0: must be above 0",
+        ),
         (
             {"capacity": {"type": "progressive", "floor": 0}},
             r"^adapt\.capacity\.progressive\.floor: 0: must be above 0",
         ),
-        ({"capacity": {"type": "constant", "keep": 1.5}}, r"above 0 and at most 1"),
+        ({"capacity": {"type": "constant", "value": 1.5}}, r"above 0 and at most 1"),
+        (
+            {"capacity": {"type": "constant", "keep": 0.5}},
+            r"^adapt\.capacity\.constant: keep is called value now; write value: 0\.5$",
+        ),
+        ({"capacity": {"type": "list", "keep": [0.5, 1.0]}}, r"list: keep is called values now; write values: \[0\.5"),
         ({"capacity": {"type": "cosine"}}, r"adapt\.capacity.*constant.*progressive"),
-        ({"capacity": {"type": "list", "keep": [0.5]}}, r"as many entries as layers"),
+        ({"capacity": {"type": "list", "values": [0.5]}}, r"as many entries as layers"),
         ({"candidates": "images"}, r"adapt\.candidates: 'images': must be 'image', 'image_and_answer' or 'video'"),
         ({"gate": {"activation": "none"}}, r"no router learns"),
         ({"gate": {"activation": "softmax", "tanh_scale": 0.2}}, r"tanh_scale has no meaning"),
@@ -82,7 +90,7 @@ def test_plans() -> None:
     assert list(parse(layers=[1, 3], last_layer=True).plan(4)) == [1, 3]
     without_weights = {"router": {"type": "random"}, "gate": {"activation": "none"}}
     assert list(parse(layers=[1, 3], **without_weights).plan(4)) == [1, 3], "no router is there to learn"
-    by_layer = parse(capacity={"type": "list", "keep": ["1/3", 1.0]}).plan(5)
+    by_layer = parse(capacity={"type": "list", "values": ["1/3", 1.0]}).plan(5)
     assert by_layer[1] * 3 == 1 and by_layer[3] == 1
 
 

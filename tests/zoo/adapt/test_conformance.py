@@ -61,7 +61,7 @@ def config(family: Family, keep: float = 0.4, method: str = "gamma_mod", **chang
     return {
         "layers": list(family.layers),
         "group": "frame",
-        "capacity": {"type": "constant", "keep": keep},
+        "capacity": {"type": "constant", "value": keep},
         **METHODS[method],
         **changes,
     }

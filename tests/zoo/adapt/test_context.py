@@ -20,7 +20,7 @@ def context(rows: list[str], model_type: str = "other", training: bool = False, 
     ids = torch.tensor([[LETTERS[letter] for letter in row] for row in rows])
     names = set(AdaptConfig.model_fields) & set(options)
     config = AdaptConfig.parse(
-        {"layers": [1], "capacity": {"type": "constant", "keep": 0.5}} | {name: options.pop(name) for name in names}
+        {"layers": [1], "capacity": {"type": "constant", "value": 0.5}} | {name: options.pop(name) for name in names}
     )
     vision = types.SimpleNamespace(spatial_merge_size=2, image_size=8, patch_size=4)
     answers = options.pop("answers", None)

@@ -24,7 +24,7 @@ def test_prefill_is_what_torch_counts(method: str) -> None:
     tokens, images = inputs["input_ids"].shape[1], int((inputs["input_ids"] == IMAGE).sum())
     for keep in (None, 0.25):
         if keep is not None:
-            adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "keep": keep}, **METHODS[method]})
+            adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "value": keep}, **METHODS[method]})
         groups = () if keep is None else (16, 16)
         counted = decoder_flops(model, tokens, groups)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -50,7 +50,7 @@ def test_prefill_is_what_torch_counts(method: str) -> None:
 def test_generated_tokens_meet_a_shorter_cache() -> None:
     torch.manual_seed(0)
     model = LLAVA.build()
-    adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.25}, **METHODS["p_mod"]})
+    adapt(model, {"layers": [1, 2], "capacity": {"type": "constant", "value": 0.25}, **METHODS["p_mod"]})
     one = decoder_flops(model, 40, (16,), generated=1).decode
     weights = sum(m.weight.numel() for m in model.get_decoder().layers[0].modules() if isinstance(m, torch.nn.Linear))
     assert one == 4 * 2 * weights + 4 * 32 * (2 * 41 + 2 * 29)

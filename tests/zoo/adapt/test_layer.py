@@ -31,7 +31,7 @@ def model() -> nn.Module:
 
 
 def config(method: str = "gamma_mod", **changes: Any) -> dict[str, Any]:
-    return {"layers": [1, 2], "capacity": {"type": "constant", "keep": KEEP}, **METHODS[method], **changes}
+    return {"layers": [1, 2], "capacity": {"type": "constant", "value": KEEP}, **METHODS[method], **changes}
 
 
 def reference(model: nn.Module, inputs: dict[str, Tensor], method: str) -> Tensor:

@@ -22,7 +22,7 @@ LLAVA = FAMILIES["llava"]
 
 
 def config(method: str = "gamma_mod", **changes: Any) -> dict[str, Any]:
-    return {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.4}, **METHODS[method], **changes}
+    return {"layers": [1, 2], "capacity": {"type": "constant", "value": 0.4}, **METHODS[method], **changes}
 
 
 @pytest.fixture
@@ -82,6 +82,25 @@ def test_the_hash_is_of_the_base_alone(base: Path) -> None:
     expected = weights_hash(plain)
     assert weights_hash(with_adapters(base, "p_mod")) == expected
     assert weights_hash(plain.bfloat16()) != expected
+
+
+@pytest.mark.parametrize("now, former", [("constant", 0.4), ("list", [0.4, "1/4"])])
+def test_a_folder_from_before_capacities_had_their_name(base: Path, tmp_path: Path, now: str, former: Any) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    key = "values" if now == "list" else "value"
+    capacity = {"type": now, key: former}
+    model = adapt(LlavaForConditionalGeneration.from_pretrained(base), config(capacity=capacity))
+    save_adapted(model, tmp_path / "out")
+    file = tmp_path / "out" / "mod_config.json"
+    about = json.loads(file.read_text())
+    assert about["version"] == 2 and about["adapt"]["capacity"] == capacity
+    about["adapt"]["capacity"] = {"type": now, "keep": former}
+    file.write_text(json.dumps(about | {"version": 1}))
+    assert adaptation(load_adapted(tmp_path / "out")) == adaptation(model)
+    file.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=rf"mod_config\.json: adapt\.capacity\.{now}: keep is called {key} now"):
+        load_adapted(tmp_path / "out")
 
 
 def test_what_cannot_be_saved_or_loaded(base: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def config(kind: str, **changes: Any) -> dict[str, Any]:
     """FastV's where kind is attention: every layer from 2 on, one decision for all images of a sample."""
     router = {"type": kind, **changes.pop("router", {})}
     options = {"layers": [2, 3] if kind == "attention" else [1, 2], "group": "sample", "gate": {"activation": "none"}}
-    return options | {"capacity": {"type": "constant", "keep": KEEP}, "router": router} | changes
+    return options | {"capacity": {"type": "constant", "value": KEEP}, "router": router} | changes
 
 
 def kept(model: nn.Module, inputs: dict[str, Tensor], layer: int) -> Tensor:

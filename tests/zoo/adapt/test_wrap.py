@@ -17,7 +17,7 @@ LLAVA = FAMILIES["llava"]
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    return {"layers": [1, 2], "capacity": {"type": "constant", "keep": 0.4}, **METHODS["p_mod"], **changes}
+    return {"layers": [1, 2], "capacity": {"type": "constant", "value": 0.4}, **METHODS["p_mod"], **changes}
 
 
 def test_a_text_only_model() -> None:

@@ -36,7 +36,7 @@ def scorers() -> dict[str, tuple[torch.nn.Module, int]]:
     for name in known("router"):
         config = parse_block("router", {"type": name}, "router")
         found[name] = config.block(config, PLACE, EXPERTS), EXPERTS
-    adapted = {"layers": [1], "capacity": {"type": "constant", "keep": 0.5}}
+    adapted = {"layers": [1], "capacity": {"type": "constant", "value": 0.5}}
     for activation in ("softmax", "tanh", "none"):
         options = {"gate": {"activation": activation}, "auxiliary": {"type": "membership"}}
         found[f"adapted, {activation}"] = ModRouter(AdaptConfig.parse(adapted | options, "adapt"), D_MODEL), 1

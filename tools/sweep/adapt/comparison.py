@@ -56,7 +56,7 @@ def paired(metric: Metric, ours: Row[Point], theirs: Row[Point]) -> tuple[dict[i
     """Scores after tuning of the seeds that both have, and how many of these route the same layers."""
     other = {point.seed: (point, result) for point, result in theirs.results}
     both = [(point, result, *other[point.seed]) for point, result in ours.results if point.seed in other]
-    same = sum(mine.keep.keys() == his.keep.keys() for mine, _, his, _ in both)
+    same = sum(mine.capacities.keys() == his.capacities.keys() for mine, _, his, _ in both)
     pairs = {point.seed: [(metric.questions(r["after"]), metric.questions(q["after"]))] for point, r, _, q in both}
     return pairs, same
 

@@ -58,7 +58,9 @@ def draw_skip(rows: Sequence[Row[Point]], path: Path, depth: int = 0) -> Path:
 
     targets = sorted({target_of(row) for row in rows if target_of(row) < 1}, reverse=True) or [1.0]
     arms = list(dict.fromkeys(row.arm for row in rows if target_of(row) < 1))
-    depth = max(depth, 1 + max((layer for row in rows for point in row.points for layer in point.keep), default=0))
+    depth = max(
+        depth, 1 + max((layer for row in rows for point in row.points for layer in point.capacities), default=0)
+    )
     figure = Figure(figsize=(1 + 0.45 * depth * len(targets), 1.5 + 0.35 * max(len(arms), 1)), layout="constrained")
     panels = figure.subplots(1, len(targets), squeeze=False)[0]
     image = None

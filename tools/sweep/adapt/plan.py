@@ -1,4 +1,4 @@
-"""Which layers each arm routes, and how much they keep, so that its decoder FLOPs meet the target."""
+"""Which layers each arm routes, and with what capacity, so that its decoder FLOPs meet the target."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Point:
     adapt: dict[str, Any] | None
     """What `zoo.adapt.adapt` gets; None for the dense control, and where no run is possible."""
     train: bool
-    keep: dict[int, float]
-    """Share kept of each routed layer."""
+    capacities: dict[int, float]
+    """Capacity of each routed layer, by its number."""
     flops: float
     """Nominal, over the dense model's."""
     void: bool = False
@@ -47,7 +47,8 @@ class Point:
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Point:
         """From what JSON made of it."""
-        values: dict[str, Any] = {**data, "keep": {int(layer): share for layer, share in data["keep"].items()}}
+        capacities = {int(layer): capacity for layer, capacity in data["capacities"].items()}
+        values: dict[str, Any] = {**data, "capacities": capacities}
         return cls(**values)
 
     @property
@@ -149,35 +150,35 @@ class Planner:
 
     def _point(self, arm: str, config: ArmConfig, target: float, seed: int) -> Point:
         sets = list(self._adaptations(config, seed))
-        value = {"keep": (0.0, 1.0), "centre": (-0.5, 1.5)}[config.solve]
+        value = {"value": (0.0, 1.0), "centre": (-0.5, 1.5)}[config.solve]
         best: tuple[float, dict[str, Any]] | None = None
         for number, adapt in enumerate(sets):
             low, high = value
             if number < len(sets) - 1:  # another set follows, with more layers
-                low = self.sweep.min_keep
+                low = self.sweep.min_capacity
                 if self.ratio(self._with(adapt, config.solve, low)) > target:
                     continue
 
             def ratio(share: float, adapt: dict[str, Any] = adapt) -> float:
                 return self.ratio(self._with(adapt, config.solve, share))
 
-            # a share of 0 keeps nothing and is refused
-            least = low if low or config.solve != "keep" else 10**-DIGITS
+            # a capacity of 0 keeps nothing and is refused
+            least = low if low or config.solve != "value" else 10**-DIGITS
             chosen = self._with(adapt, config.solve, solve(ratio, target, least, high))
             best = (self.ratio(chosen), chosen)
             if abs(best[0] / target - 1) <= self.sweep.tolerance:
                 break
         assert best is not None, "the last set is always tried"
         reached, adapt = best
-        keep = self._measured(adapt)[1]
-        void = config.layers not in ("recipe", "all") and len(keep) == len(self.candidates(config))
+        capacities = self._measured(adapt)[1]
+        void = config.layers not in ("recipe", "all") and len(capacities) == len(self.candidates(config))
         if abs(reached / target - 1) > self.sweep.tolerance:
             problem = (
-                f"{len(keep)} layers give {reached:.3f} of dense FLOPs, not {target:g} within "
+                f"{len(capacities)} layers give {reached:.3f} of dense FLOPs, not {target:g} within "
                 f"{self.sweep.tolerance:.0%}"
             )
-            return Point(arm, target, seed, None, config.train, keep, reached, void, problem)
-        return Point(arm, target, seed, adapt, config.train, keep, reached, void)
+            return Point(arm, target, seed, None, config.train, capacities, reached, void, problem)
+        return Point(arm, target, seed, adapt, config.train, capacities, reached, void)
 
     def candidates(self, config: ArmConfig) -> list[int]:
         """Layers that the arm may route; those of a control in which a draw replaces the routers are the recipe's."""
@@ -213,7 +214,7 @@ class Planner:
             yield adapt | {"layers": layers, "last_layer": self.depth - 1 in layers}
 
     def _with(self, adapt: Mapping[str, Any], key: str, value: float) -> dict[str, Any]:
-        capacity = {"type": "constant"} if key == "keep" else adapt.get("capacity", {"type": "progressive"})
+        capacity = {"type": "constant"} if key == "value" else adapt.get("capacity", {"type": "progressive"})
         return {**adapt, "capacity": {**capacity, key: value}}
 
     def ratio(self, adapt: Mapping[str, Any]) -> float:

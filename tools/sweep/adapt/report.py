@@ -44,7 +44,7 @@ def results(config: SweepConfig, rows: Sequence[Row[Point]], times: dict[str, An
         "arm",
         "target",
         "layers",
-        "keep",
+        "capacity",
         "FLOPs",
         "before",
         "after",
@@ -92,9 +92,9 @@ def _cells(
     seconds: float | None,
     tolerance: float,
 ) -> list[str]:
-    counts = sorted({len(p.keep) for p in row.points})
-    shares = [share for p in row.points for share in p.keep.values()]
-    keep = (
+    counts = sorted({len(p.capacities) for p in row.points})
+    shares = [share for p in row.points for share in p.capacities.values()]
+    capacity = (
         ""
         if not shares
         else f"{min(shares):.3f}"
@@ -104,7 +104,7 @@ def _cells(
     void = " (void)" if all(p.void for p in row.points) else ""
     flops = row.each(lambda r: r["after"]["flops"])
     untrained = "" if any(p.train for p in row.points) or not flops else " (not tuned)"
-    cells = [row.arm, f"{row.setting}", "–".join(map(str, counts)) + void, keep, _mean(flops, "{:.3f}")]
+    cells = [row.arm, f"{row.setting}", "–".join(map(str, counts)) + void, capacity, _mean(flops, "{:.3f}")]
     cells.append(metric.show(row.each(lambda r: metric.of(r["before"])), row.runs if target_of(row) < 1 else 1))
     cells.append(metric.show(row.each(lambda r: metric.of(r["after"])), row.runs) + untrained)
     cells += [metric.show(row.each(lambda r, kind=kind: r["after"]["kinds"].get(kind)), row.runs) for kind in kinds]
@@ -140,7 +140,7 @@ def layers_of(rows: Sequence[Row[Point]]) -> str:
             skip = ", ".join(f"{share:.2f}" for share in after.get("skip", {}).values())
             taught = point.adapt is not None and point.adapt.get("auxiliary", {}).get("type", "none") != "none"
             right = after.get("routers", {}).get("accuracy") if taught else None
-            layers, share = ", ".join(map(str, point.keep)), "" if right is None else f"{right:.1%}"
+            layers, share = ", ".join(map(str, point.capacities)), "" if right is None else f"{right:.1%}"
             lines.append([point.name, layers, skip, share, point.same_as])
     return "## Layers\n\n" + report.table(heads, lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field
@@ -23,13 +23,13 @@ class ArmConfig(Config):
     """Keys of an `adapt` section, laid over the recipe's."""
     layers: Literal["recipe", "all", "every_second", "alternate", "random", "arank", "arank_high"] = "recipe"
     """Which layers are routed. "recipe": those of `adapt`; "all" that may be; "every_second" of them, where that does
-    not reach the target all. The others take as few as let each keep `min_keep`: "alternate" spreads them evenly,
+    not reach the target all. The others take as few as let each have `min_capacity`: "alternate" spreads them evenly,
     "random" draws them for each seed, "arank" takes the lowest ARank, "arank_high" the highest."""
     tokens: Literal["learned", "random", "attention"] = "learned"
     """What ranks a layer's tokens: routers as in `adapt`, a draw for each seed, or FastV's attention scores."""
     train: bool = True
     """Whether the adapted model is tuned before it is judged."""
-    solve: Literal["keep", "centre"] = "keep"
+    solve: Literal["value", "centre"] = "value"
     """The key of `adapt.capacity` that is set so that the target is met."""
 
     @property
@@ -38,7 +38,7 @@ class ArmConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> ArmConfig:
-        if self.dense and (self.layers, self.tokens, self.train, self.solve) != ("recipe", "learned", True, "keep"):
+        if self.dense and (self.layers, self.tokens, self.train, self.solve) != ("recipe", "learned", True, "value"):
             raise ValueError(
                 "without recipe and adapt an arm is the dense control, which has no other keys; give adapt"
             )
@@ -118,6 +118,7 @@ class TimingConfig(Config):
 class SweepConfig(Config):
     """A whole sweep."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"min_keep": "min_capacity"}
     base: str
     """Folder of the dense model."""
     data: str
@@ -139,8 +140,8 @@ class SweepConfig(Config):
     """How far, relative to it, an arm may be from a target."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     """Every arm is run with each of them."""
-    min_keep: float = Field(0.1, gt=0, lt=1)
-    """The least share that a layer keeps, where fewer layers would do."""
+    min_capacity: float = Field(0.1, gt=0, lt=1)
+    """The least capacity of a layer, where fewer layers would do."""
     last_layer: bool = False
     """Whether arms may route the last layer, those with a learned router only under an auxiliary loss."""
     arms: dict[str, ArmConfig] = Field(min_length=1)

@@ -71,7 +71,7 @@ class Counting(http.server.SimpleHTTPRequestHandler):
         super().do_GET()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """A test has nothing to say about it."""
 
 
 @pytest.fixture

@@ -97,22 +97,26 @@ def test_points_meet_their_targets(tmp_path: Path) -> None:
             assert planner.ratio(point.adapt) == point.flops
     by = {(p.arm, p.target, p.seed): p for p in points}
     few = by["arank", 0.7, 0]
-    assert list(few.keep) == [2, 6, 7] and min(few.keep.values()) >= 0.1 and not few.void, "lowest ARank, fewest layers"
+    assert list(few.capacities) == [2, 6, 7] and min(few.capacities.values()) >= 0.1 and not few.void, (
+        "lowest ARank, fewest layers"
+    )
     assert few.adapt["last_layer"] and few.adapt["inference"] == {"rule": "topk", "text": "keep"}
     all_of_them = [by[arm, 0.3, 0] for arm in ("arank", "random", "alternate")]
-    assert all(p.void and list(p.keep) == [1, 2, 3, 4, 5, 6, 7] for p in all_of_them)
+    assert all(p.void and list(p.capacities) == [1, 2, 3, 4, 5, 6, 7] for p in all_of_them)
     assert [p.same_as for p in all_of_them] == ["", "arank-0.3-0", "arank-0.3-0"]
-    assert by["random", 0.7, 0].keep.keys() != by["random", 0.7, 1].keep.keys()
-    assert list(by["fastv", 0.5, 0].keep) == [2, 3, 4, 5, 6, 7] and by["fastv", 0.5, 1].same_as == "fastv-0.5-0"
+    assert by["random", 0.7, 0].capacities.keys() != by["random", 0.7, 1].capacities.keys()
+    assert list(by["fastv", 0.5, 0].capacities) == [2, 3, 4, 5, 6, 7] and by["fastv", 0.5, 1].same_as == "fastv-0.5-0"
     assert by["blind", 0.5, 1].adapt["router"] == {"type": "random", "seed": 1} and not by["blind", 0.5, 1].same_as
-    falling = list(by["p_mod", 0.5, 0].keep.values())
+    falling = list(by["p_mod", 0.5, 0].capacities.values())
     assert falling == sorted(falling, reverse=True) and falling[0] > falling[-1]
     assert Point.read(json.loads(json.dumps(dataclasses.asdict(few)))) == few
 
 
 def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
     _, points = planned(tmp_path, arms={"arank": ARMS["arank"]}, targets=[0.3, 0.25], seeds=[0])
-    assert points[0].flops == pytest.approx(0.3, rel=0.02) and min(points[0].keep.values()) < 0.1, "less than min_keep"
+    assert points[0].flops == pytest.approx(0.3, rel=0.02) and min(points[0].capacities.values()) < 0.1, (
+        "less than min_capacity"
+    )
     assert re.match(r"6 layers give 0\.26\d of dense FLOPs, not 0\.25 within 2%", points[1].problem)
 
 
