@@ -17,7 +17,6 @@ from zoo.config import Config, ConfigError
 from zoo.modalities import Modalities
 from zoo.registry import BlockConfig
 
-
 SHORT = "data"
 """Key of the short form of one source, and its name."""
 
@@ -44,7 +43,7 @@ class DataConfig(Config):
     max_broken_documents: pydantic.NonNegativeInt = 0
     """How many unusable documents may be skipped, over all shards. Each is named."""
     workers: pydantic.PositiveInt | None = None
-    """Processes that tokenise, at most; default: one a core of this machine. None are started where it takes seconds."""
+    """Processes that tokenise, at most; default: one a core. None are started where it is done in seconds."""
     cache: str | None = None
     """Folder for indexes and what modalities learn; default: a hidden folder inside `path`, or, where that cannot be
     written or there is more than one, one under the user's cache folder."""
@@ -74,9 +73,11 @@ class DataConfig(Config):
     @property
     def folder(self) -> Path | None:
         """The one folder on this machine in which the data lie, if there is one."""
-        places = [self.path] if self.path is not None else [source.path for source in self.sources.values()]
-        single = isinstance(places[0], str) and len(places) == 1 and not is_remote(places[0])
-        return Path(places[0]) if single and Path(places[0]).is_dir() else None
+        paths = [entry.config.path for entry in self.entries.values()]
+        path = paths[0]
+        if len(paths) > 1 or not isinstance(path, str) or is_remote(path) or not Path(path).is_dir():
+            return None
+        return Path(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,10 +59,12 @@ class Documents:
     ) -> Documents:
         """The same without opening a shard: `sizes` (shards, 2) int64 are the tokens and the documents of each."""
         forms = {each: stored(modality.carries) for each, modality in modalities.items()}
+        tokens, documents = np.concatenate([np.zeros((2, 1), np.int64), np.cumsum(sizes.T, axis=1)], axis=1)
         return cls(
             vocabulary,
             shards,
-            *np.concatenate([np.zeros((2, 1), np.int64), np.cumsum(sizes.T, axis=1)], axis=1),
+            tokens,
+            documents,
             {each: form for each, form in forms.items() if form is not None},
             tuple(each for each, modality in modalities.items() if modality.bidirectional),
             name,

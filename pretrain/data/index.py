@@ -154,17 +154,21 @@ class TokenRecord:
         """That of a shard under the modalities of `fingerprint`, or None where it has not been made or is damaged."""
         folder = _folder(listing, split, cache, fingerprint)
         try:
-            about = json.loads((folder / "record.json").read_text())
-            record = cls(folder, shown(listing.shard.name), **about)
+            content, _, check = (folder / "record.json").read_bytes().partition(b"\n")
+            if zlib.crc32(content) != int(check, 16):
+                return None
+            record = cls(folder, shown(listing.shard.name), **json.loads(content))
             whole = all((folder / name).stat().st_size == size for name, size in record._sizes(modalities).items())
-        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        except (OSError, ValueError):
             return None
         return record if whole else None
 
     def open(self, modalities: Mapping[str, Modality]) -> ShardTokens:
         """The tokens, mapped."""
         positions = self._positions(modalities)
-        items = {name: Items(_mapped(self.folder / f"{name}.items", np.int64, (3, n))) for name, n in self.items.items()}
+        items = {
+            name: Items(_mapped(self.folder / f"{name}.items", np.int64, (3, n))) for name, n in self.items.items()
+        }
         forms = {name: stored(modality.config.carries) for name, modality in modalities.items()}
         content = {
             name: _mapped(self.folder / f"{name}.content", form[0], (positions[name], *form[1]))
@@ -223,6 +227,10 @@ class OpenShards(Sequence[ShardTokens]):
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
         return self._open(range(len(self))[number])
+
+    def keys(self) -> list[str]:
+        """The key of every document, in order; they are read from disk."""
+        return [key for record in self._records for key in record.keys()]
 
 
 def tokenize_shard(
@@ -310,7 +318,8 @@ class Writer:
             "skipped": len(self.skipped) // 2,
             "digest": hashlib.sha256(json.dumps(self.skipped[::2]).encode()).hexdigest(),
         }
-        (self.folder / "record.json").write_text(json.dumps(about))
+        content = json.dumps(about).encode()
+        (self.folder / "record.json").write_bytes(content + b"\n%08x" % zlib.crc32(content))
 
 
 @contextlib.contextmanager

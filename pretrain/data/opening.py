@@ -183,7 +183,9 @@ def _all_indexed(
     waiting: Waiting,
 ) -> dict[str, list[Indexed]]:
     """The shards of each source, indexed."""
-    index_all(indexer, [t for source in tasks.values() for t in source if indexer.find(t) is None], workers, log, waiting)
+    index_all(
+        indexer, [t for source in tasks.values() for t in source if indexer.find(t) is None], workers, log, waiting
+    )
     found = {name: [indexer.find(task) for task in source] for name, source in tasks.items()}
     whole = {name: [shard for shard in shards if shard is not None] for name, shards in found.items()}
     if whole != found:
@@ -222,7 +224,9 @@ class _Making:
     def _stream(self, source: str, split: str, records: Sequence[TokenRecord], seed: int | None) -> TokenStream:
         words = vocabulary(self.modalities)
         sizes = np.array([(record.tokens, record.documents) for record in records], np.int64)
-        name = hashlib.sha256("".join(record.folder.name + record.digest for record in records).encode()).hexdigest()[:32]
+        name = hashlib.sha256("".join(record.folder.name + record.digest for record in records).encode()).hexdigest()[
+            :32
+        ]
         counts = {modality: sum(record.counts[modality] for record in records) for modality in words.modalities}
         opened = OpenShards(records, self.indexer.modalities)
         documents = Documents.of(opened, sizes, words, self.modalities, name, counts)
@@ -240,7 +244,11 @@ class _Making:
     def identity(self, split: str, mixture: Mixture | None) -> str:
         """Hash of what the shards of a split hold, what was made of it and how it is mixed, wherever they lie."""
         content = [
-            [[shard.checksum, shard.records[split].digest, shard.task.split.held_out] for shard in shards if split in shard.records]
+            [
+                [shard.checksum, shard.records[split].digest, shard.task.split.held_out]
+                for shard in shards
+                if split in shard.records
+            ]
             for shards in self.found.values()
         ]
         shares = [] if mixture is None else mixture.rows_per_block.tolist()

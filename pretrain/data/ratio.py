@@ -38,9 +38,10 @@ def weights_for(
     excess = (rows - rows.sum(1, keepdims=True) * share) / max(rows.sum(1).max(), 1.0)
     found = _tilted(np.array([weights[name] for name in streams], np.float64), excess)
     if found is None:
+        shares = (rows / np.maximum(rows.sum(1, keepdims=True), 1e-9)).tolist()
         held = "; ".join(
-            f"{name} {', '.join(f'{value / max(row.sum(), 1e-9):.1%} {m}' for m, value in zip(ratio, row, strict=True))}"
-            for name, row in zip(streams, rows, strict=True)
+            f"{name} {', '.join(f'{part:.1%} {modality}' for modality, part in zip(ratio, row, strict=True))}"
+            for name, row in zip(streams, shares, strict=True)
         )
         raise DataError(
             f"data.token_ratio: {dict(ratio)}: no weights of these sources give it ({held}); add a source that holds "
@@ -69,8 +70,8 @@ def _tilted(weights: np.ndarray, excess: np.ndarray) -> np.ndarray | None:
 def deal(counts: np.ndarray, batches: int) -> np.ndarray:
     """(batches, rows / batches) which rows go to which micro-batch, so that all hold modalities alike.
 
-    Rows go one by one, those that differ most from the mean first, to the micro-batch that is then nearest to its share.
-    The result depends on the rows alone, so it is the same on every rank and for any number of ranks.
+    Rows go one by one, those that differ most from the mean first, to the micro-batch that is then nearest its share. The
+    result depends on the rows alone, so it is the same on every rank and for any number of ranks.
 
     Args:
         counts: (rows, M) tokens of each modality.

@@ -1,8 +1,8 @@
 """Permutations that are arithmetic: of any number of things, without holding more than the things themselves.
 
-Number i has the key h(h(i) ⊕ s), where h is a bijection of 32-bit integers (`zoo.noise.hash32`) and s a state made from a
-seed and a stream. A permutation lists the numbers by ascending key. Since keys are distinct and can be turned back into
-numbers, it is had by sorting the keys in place, and the order of any subset by sorting the keys of that subset alone.
+Number i has the key h(h(i) ⊕ s), where h is a bijection of 32-bit integers (`zoo.noise.hash32`) and s a state made from
+a seed and a stream. A permutation lists the numbers by ascending key. Since keys are distinct and lead back to numbers,
+it is had by sorting the keys in place, and the order of any subset by sorting the keys of that subset alone.
 """
 
 from __future__ import annotations
@@ -78,3 +78,10 @@ class Shuffle:
 def chunks(count: int) -> list[slice]:
     """0 to `count` in stretches of at most CHUNK."""
     return [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+
+
+def shuffled(count: int, seed: int, stream: int) -> np.ndarray:
+    """(count,) int64: a permutation of range(count), see `Shuffle`."""
+    numbers = np.arange(count, dtype=np.uint32)
+    Shuffle.of(seed, stream).sort(numbers)
+    return numbers.astype(np.int64)

@@ -11,7 +11,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,15 @@ class Indexer:
             listing: of the shard; default: the one in the cache.
         """
         listing = listing or known_listing(task.source, task.shard, self.cache)
+        if listing is None:
+            return None
         records = {}
-        for split in task.split.both if listing is not None else ():
+        for split in task.split.both:
             record = TokenRecord.find(listing, split, self.cache, self.fingerprint, self.modalities)
             if record is None:
                 return None
             records[split.name] = record
-        return None if listing is None else Indexed(task, listing.checksum, records)
+        return Indexed(task, listing.checksum, records)
 
     def index(self, task: Task, advance: Callable[[int], Any], threads: int | None = None) -> None:
         """List a shard and make its tokens, where they are not there; then its copy is not needed any more.
@@ -99,6 +101,44 @@ class Indexer:
         if self.find(task, listing) is None:
             tokenize_shard(listing, task.split, self.cache, self.fingerprint, self.modalities, advance, threads)
         task.shard.release(self.cache)
+
+
+class _Report:
+    """How far indexing is: as a bar, and for processes that wait.
+
+    Args:
+        total: shards.
+    """
+
+    def __init__(self, total: int, waiting: Waiting) -> None:
+        self.bar = tqdm.tqdm(total=total, desc="indexing", unit="shard", disable=None, leave=False)
+        self.waiting, self.total = waiting, total
+        self.shards = self.documents = 0
+        self._begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the begin."""
+        return time.monotonic() - self._begun
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the end, if the rest goes like what is done; 0 while nothing is."""
+        return self.seconds / max(self.shards, 1) * (self.total - self.shards) if self.shards else 0.0
+
+    def show(self, shards: int, documents: int) -> None:
+        """So many have been done."""
+        self.bar.update(shards - self.shards)
+        self.shards, self.documents = shards, documents
+        self.bar.set_postfix_str(f"{documents:,} documents, {documents / self.seconds:,.0f} a second", refresh=False)
+        left = f", about {self.seconds_left / 60:,.0f} minutes left" if shards else ""
+        self.waiting.tell(f"{shards:,} of {self.total:,} shards, {documents:,} documents read{left}")
+
+    def advance(self, documents: int) -> None:
+        """So many documents more."""
+        self.documents += documents
+        if self.documents % 100 == 0:
+            self.show(self.shards, self.documents)
 
 
 def index_all(
@@ -113,42 +153,26 @@ def index_all(
     Raises:
         DataError: a shard cannot be read, or a process has died.
     """
-    todo = list(tasks)
-    if not todo:
+    if not tasks:
         return
-    workers = min(workers or _cores(), len(todo))
-    log(f"indexing {len(todo):,} shards into {indexer.cache}")
-    with tqdm.tqdm(total=len(todo), desc="indexing", unit="shard", disable=None, leave=False) as bar:
-        documents, begun = 0, time.monotonic()
-
-        def show(shards: int) -> None:
-            rate = documents / max(time.monotonic() - begun, 1e-9)
-            bar.update(shards - bar.n)
-            bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} a second", refresh=False)
-            waiting.tell(_progress(shards, len(todo), documents, time.monotonic() - begun))
-
-        def advance(count: int) -> None:
-            nonlocal documents
-            documents += count
-            if documents % 100 == 0:
-                show(bar.n)
-
-        for done, task in enumerate(todo):
-            seconds = time.monotonic() - begun
-            if workers > 1 and done and seconds / done * (len(todo) - done) > PATIENCE:
-                break
-            indexer.index(task, advance)
-            show(done + 1)
-        else:
-            return
-        for shards, documents in _in_processes(indexer, todo[done:], workers, documents):  # noqa: B007  `show` reads it
-            show(done + shards)
+    workers = min(workers or _cores(), len(tasks))
+    log(f"indexing {len(tasks):,} shards into {indexer.cache}")
+    report = _Report(len(tasks), waiting)
+    with report.bar:
+        for done, task in enumerate(tasks):
+            if workers > 1 and report.seconds_left > PATIENCE:
+                before = report.documents
+                for shards, documents in _in_processes(indexer, tasks[done:], workers):
+                    report.show(done + shards, before + documents)
+                return
+            indexer.index(task, report.advance)
+            report.show(done + 1, report.documents)
 
 
-def _in_processes(indexer: Indexer, tasks: Sequence[Task], workers: int, documents: int) -> Any:
-    """Index `tasks` in processes; yields now and then how many are done, and the documents read by then."""
+def _in_processes(indexer: Indexer, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, int]]:
+    """Index `tasks` in processes; yields now and then how many are done, and how many documents have been read."""
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of this process hold
-    counter = context.Value("Q", documents)
+    counter = context.Value("Q", 0)
     try:
         with concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (indexer, counter)) as pool:
             running = {pool.submit(_work, task) for task in tasks}
@@ -192,9 +216,3 @@ def _work(task: Task) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _progress(done: int, total: int, documents: int, seconds: float) -> str:
-    """How far indexing is, and how long it will take."""
-    left = f", about {seconds / done * (total - done) / 60:,.0f} minutes left" if done else ""
-    return f"{done:,} of {total:,} shards, {documents:,} documents read{left}"

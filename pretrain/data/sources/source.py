@@ -82,8 +82,8 @@ class SourceConfig(BlockConfig):
     weight: pydantic.PositiveFloat = 1.0
     """Rows of this source in a mixture, relative to those of the others."""
     validation: float | str | None = None
-    """What is held out: the pattern of the names of further files in the folder, or a share of the documents, by hash of
-    their keys; null for nothing."""
+    """What is held out: the pattern of the names of further files in the folder, or a share of the documents, by hash
+    of their keys; null for nothing."""
 
     @pydantic.field_validator("validation")
     @classmethod
@@ -117,7 +117,9 @@ class Source(abc.ABC):
     @property
     def options(self) -> str:
         """What decides, beside the files, which documents they are: its type, and its keys without places."""
-        return json.dumps(self.config.model_dump(mode="json", exclude={"path", "files", "weight", "validation"}), sort_keys=True)
+        return json.dumps(
+            self.config.model_dump(mode="json", exclude={"path", "files", "weight", "validation"}), sort_keys=True
+        )
 
     @abc.abstractmethod
     def open(self, shard: Shard, cache: Path) -> AbstractContextManager[Sequence[Document]]:
