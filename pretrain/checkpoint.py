@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from zoo.config import UserError
 from zoo.files import atomic_write, remove_leftovers, sync
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine
+    from pretrain.engine import Engine, Written
 
 STATE = "trainer.json"
 _NAME = r"step-(?:0|[1-9]\d*)"
@@ -103,21 +103,12 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
 
         _on_rank_zero(engine, prepare, failure)
-        checksums, problems = engine.save(temporary)
-        reports = engine.ranks.gather((checksums, problems))
-        problem = next((f"rank {rank}: {p[0]}" for rank, (_, p) in enumerate(reports) if p), None)
+        reports = engine.ranks.gather(engine.save(temporary))
 
         def commit() -> None:
-            if problem:
-                raise OSError(problem)
-            written = {name: crc for files, _ in reports for name, crc in files.items()}
             loss = self._loss_of(target) if validation_loss is None else validation_loss
             record = CheckpointRecord(step, engine.ranks.world, loss, Identity.of(engine))
-            self._seal(temporary, record, state, written)
-            self._put_in_place(temporary, target)
-            atomic_write(self.folder / "latest", target.name + "\n")
-            if loss is not None and loss < self._best_loss():
-                atomic_write(self.folder / "best", target.name + "\n")
+            self._commit(temporary, record, state, reports)
 
         try:
             _on_rank_zero(engine, commit, failure)
@@ -130,6 +121,27 @@ class CheckpointStore:
             self._prune(step)
         engine.ranks.barrier()
         return target
+
+    def _commit(
+        self, temporary: Path, record: CheckpointRecord, state: Mapping[str, Any], reports: Sequence[Written]
+    ) -> None:
+        """Make a checkpoint of what the ranks have written into `temporary`; on rank 0.
+
+        Args:
+            reports: of every rank, in order.
+        Raises:
+            OSError: a rank could not write all of its files.
+        """
+        target = self._of(record.step)
+        problem = next((f"rank {rank}: {each.problems[0]}" for rank, each in enumerate(reports) if each.problems), None)
+        if problem:
+            raise OSError(problem)
+        checksums = {name: checksum for each in reports for name, checksum in each.checksums.items()}
+        self._seal(temporary, record, state, checksums)
+        self._put_in_place(temporary, target)
+        atomic_write(self.folder / "latest", target.name + "\n")
+        if record.validation_loss is not None and record.validation_loss < self._best_loss():
+            atomic_write(self.folder / "best", target.name + "\n")
 
     def _seal(
         self, folder: Path, record: CheckpointRecord, state: Mapping[str, Any], checksums: Mapping[str, int]

@@ -19,6 +19,8 @@ from pretrain.recipe_file import check_bounds
 from zoo.config import ConfigError, explain, suggestion
 
 ROOT = "deepspeed"
+NEEDED = ("zero_optimization", "bf16", "fp16", "data_types", "checkpoint", "timers")
+"""Sections that what is passed on always has."""
 
 
 def read(section: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def effective(
     check_keys(config)
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"train.precision: {precision!r} is not known; known: fp32, bf16 (no fp16)")
-    for key in ("zero_optimization", "bf16", "fp16", "data_types", "checkpoint", "timers"):
+    for key in NEEDED:
         config.setdefault(key, {})
     _agree_on_batches(config, world, global_batch, micro_batch)
     _agree(config, "gradient_clipping", float(clip), "train.clip", clip)

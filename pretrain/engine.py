@@ -41,6 +41,16 @@ class StepResult:
     grad_norm: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What one rank has written of a checkpoint."""
+
+    checksums: dict[str, int]
+    """CRC-32 of each of its files, by the path below the folder."""
+    problems: list[str]
+    """What went wrong, in words; empty where nothing did."""
+
+
 class Engine:
     """A model under DeepSpeed.
 
@@ -162,14 +172,11 @@ class Engine:
         """Whole shape of each parameter by dotted name: what a checkpoint must agree on."""
         return {name: list(optim.full_shape(p)) for name, p in self.module.module.named_parameters()}
 
-    def save(self, folder: Path) -> tuple[dict[str, int], list[str]]:
+    def save(self, folder: Path) -> Written:
         """Write model and optimizer states below `folder`, every rank its own files; all ranks call it.
 
-        Frozen weights are left out: `initialise_model` gives them, at every start.
-
-        Returns: checksum (CRC-32) of each file this rank wrote by its path below `folder`, and what went
-        wrong, in words. It does not raise on a full disk: this rank must stay with the others through
-        DeepSpeed's barriers, and the caller then agrees over the ranks.
+        Frozen weights are left out: `initialise_model` gives them, at every start. It does not raise on a full disk:
+        this rank must stay with the others through DeepSpeed's barriers, and the caller then agrees over the ranks.
         """
         assert not self._accumulating, "a checkpoint holds no gradients: save between two steps"
         self._recorder.begin(folder)
@@ -177,7 +184,7 @@ class Engine:
         self.module.save_checkpoint(
             str(folder), tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=self._frozen
         )
-        return dict(self._recorder.checksums), list(self._recorder.problems)
+        return Written(dict(self._recorder.checksums), list(self._recorder.problems))
 
     def load(self, folder: Path, universal: bool = False) -> None:
         """Load what `save` wrote, or (`universal`) its conversion for another number of ranks; collective.

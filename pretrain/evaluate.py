@@ -15,6 +15,7 @@ from zoo.auxiliary import RoutedBlock
 from zoo.batch import Batch
 from zoo.context import CAUSAL, TOPK
 from zoo.model import Model
+from zoo.routing.statistics import RoutingStatistics
 from zoo.slots import Objective
 from zoo.trace import Trace
 
@@ -91,9 +92,7 @@ def evaluate(
         totals = _pass(forward, objective, batches, routing).over(ranks, device)
         result |= _losses(totals, counts, routing, objective)
         if routing == TOPK:
-            result |= {f"eval/auxiliary/{key}": value for key, value in totals.routing.all_hits().rates().items()}
-            for name, hits in totals.routing.hits.items():
-                result |= {f"eval/auxiliary/{name}/{key}": value for key, value in hits.rates().items()}
+            result |= _foresight(totals.routing)
         elif shares := totals.routing.shares():
             used, nominal = (model.cost(stream.sequence_length, loads).flops for loads in (shares, None))
             result["eval/causal/flops_per_token"] = _mean(used, counts.tokens)
@@ -114,6 +113,14 @@ def _pass(forward: nn.Module, objective: Objective, batches: Sequence[Batch], ro
         parts = objective(forward, batch.under(routing=routing, trace=trace))
         sums += Sums(parts={name: total.double().cpu() for name, total in parts.items()}, routing=trace.statistics)
     return sums
+
+
+def _foresight(routing: RoutingStatistics) -> dict[str, float]:
+    """How well auxiliary routers foresee what is chosen: all together, and each by the name of its block."""
+    rates = {f"eval/auxiliary/{key}": value for key, value in routing.all_hits().rates().items()}
+    for name, hits in routing.hits.items():
+        rates |= {f"eval/auxiliary/{name}/{key}": value for key, value in hits.rates().items()}
+    return rates
 
 
 def _losses(totals: Totals, counts: StepCounts, routing: str, objective: Objective) -> dict[str, float]:

@@ -20,7 +20,7 @@ from pretrain.process_group import rank_and_world, stop_processes
 from pretrain.progress import Progress, peak_flops
 from pretrain.recipe import RunRecipe
 from pretrain.sums import Sums
-from pretrain.task import AnyTask, State, Step
+from pretrain.task import AnyTask, RunState, Step
 from zoo.config import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -78,13 +78,13 @@ class Loop:
         folder, train = self.recipe.folder, self.recipe.train
         self.store = CheckpointStore(folder / run_folder.CHECKPOINTS, train.keep_checkpoints, log=self.say)
         self.store.clean(self.engine)
-        self.state: State = self._restored(task.new_state())
+        self.state: RunState = self._restored(task.new_state())
         task.take_up(self.state)
         self.metrics = Metrics(folder, self.state.step or None, self.say) if self.ranks.first else None
         if self.ranks.first:
             run_folder.write_recipe(folder, self.recipe, config)
 
-    def _restored(self, new: State) -> State:
+    def _restored(self, new: RunState) -> RunState:
         """The state of the newest checkpoint, with weights and optimizer; `new` where there is none."""
         found = self.store.load_newest(self.engine)
         state = new if found is None else type(new)(**found)
@@ -99,8 +99,7 @@ class Loop:
         """Train to the last step, or until told to stop; leave a checkpoint, the whole weights and the metrics."""
         self._listen()
         task, train, state = self.task, self.recipe.train, self.state
-        if state.step:
-            self.say(f"resuming {self.recipe.folder} at step {state.step} of {train.steps}")
+        self._say_where()
         progress, saved_at = Progress(train.steps, state.step), state.step or None
         values: dict[str, float] | None = None
         task.training_mode()
@@ -131,6 +130,17 @@ class Loop:
         if self.metrics is not None:
             task.export(weights)
             self.metrics.close()
+
+    def _say_where(self) -> None:
+        """Say that a run is resumed, or that it has been finished before."""
+        folder, step, steps = self.recipe.folder, self.state.step, self.recipe.train.steps
+        if step >= steps:
+            self.say(
+                f"{folder} is finished: it has taken {step} of {steps} steps, and the trained model lies in "
+                f"{self.task.trained_model}; to go on, give a larger train.steps"
+            )
+        elif step:
+            self.say(f"resuming {folder} at step {step} of {steps}")
 
     def _listen(self) -> None:
         """End after the step in hand when TERM or USR1 comes."""

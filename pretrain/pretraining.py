@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pretrain.progress import Progress
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
 from pretrain.sums import Sums, Totals
-from pretrain.task import Forward, State, Step, Task
+from pretrain.task import Forward, RunState, Step, Task
 from pretrain.updates import Updates
 from zoo.auxiliary import AuxiliaryRouter
 from zoo.batch import Batch
@@ -36,7 +37,7 @@ def auxiliary_routers(model: torch.nn.Module) -> dict[str, AuxiliaryRouter]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class PretrainingState(State):
+class PretrainingState(RunState):
     """Where a pretraining stands."""
 
     first_row: int
@@ -229,9 +230,13 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             self.data.train, range(first, first + rows), train.micro_batch, step=train.steps, seed=recipe.seed
         )
         shares = zoo.calibrate(model, [batch.to(device) for batch in batches])
-        off = max((abs(wanted - got) for wanted, got in shares.values()), default=0.0)
+        off = max((abs(share.training - share.causal) for share in shares.values()), default=0.0)
         print(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True)
         return {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
+
+    @property
+    def trained_model(self) -> Path:
+        return self.recipe.folder / run_folder.WEIGHTS
 
     def export(self, weights: dict[str, Tensor]) -> None:
         run_folder.save_model(self.recipe.folder, weights | self._frozen_weights())

@@ -21,6 +21,7 @@ import zoo.kernels
 from pretrain.data import DataConfig, check_length
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe_file import read
+from pretrain.recipe_kind import PRETRAINING, check_kind
 from zoo.carries import Ids
 from zoo.config import Config, ConfigError, dotted
 from zoo.heads import default_head
@@ -135,7 +136,7 @@ class Recipe(RunRecipe):
     imports: list[str] = Field(default_factory=list)
     """Modules to import first; they register blocks of one's own."""
     modalities: ModalitiesSection = Field(default_factory=default_modalities)
-    """The modalities of the stream by name, in order, text first; see `zoo.modalities`."""
+    """The modalities of the stream by name, in order, a kind of text first; see `zoo.modalities`."""
     model: ModelConfig
     objective: ObjectiveSlot = Field(default_factory=Autoregressive.Config)
     """What is trained: a loss for each modality."""
@@ -157,7 +158,9 @@ def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     Raises:
         ConfigError: naming the dotted key or the file, the value, the rule and the way out.
     """
-    return resolve(read(path, overrides, over))
+    data = read(path, overrides, over)
+    check_kind(data, path, PRETRAINING, Recipe)
+    return resolve(data)
 
 
 def resolve(data: Mapping[str, Any]) -> Recipe:
@@ -207,8 +210,8 @@ def _with_modalities(data: Mapping[str, Any]) -> Mapping[str, Any]:
     model, section = data.get("model"), data.get("modalities")
     if not isinstance(model, Mapping) or "modalities" in model:
         return data
-    names = map(str, section) if isinstance(section, Mapping) and section else default_modalities()
-    return {**data, "model": {"modalities": in_order(names), **model}}
+    modalities = section if isinstance(section, Mapping) and section else default_modalities()
+    return {**data, "model": {"modalities": in_order(modalities), **model}}
 
 
 def _ends(recipe: Recipe) -> dict[str, dict[str, BlockConfig]]:

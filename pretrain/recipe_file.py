@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pretrain.recipe_kind import nearest
 from zoo.config import ConfigError, shown
 
 
@@ -145,7 +146,9 @@ def _parse(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: is larger than {MAX_BYTES:,} bytes, no recipe is; give the path of a recipe")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a recipe{nearest(path)}"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not a text file; a recipe is YAML") from None
     data = parse_yaml(text, str(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -16,11 +17,11 @@ from pretrain.sums import Counts, Sums, Totals
 
 SomeBatch = TypeVar("SomeBatch")
 SomeCounts = TypeVar("SomeCounts", bound=Counts)
-SomeState = TypeVar("SomeState", bound="State")
+SomeState = TypeVar("SomeState", bound="RunState")
 
 
 @dataclasses.dataclass(kw_only=True)
-class State:
+class RunState:
     """Where a run stands: plain values, the same on every rank, saved with each checkpoint.
 
     A task that keeps more adds fields in a subclass.
@@ -134,6 +135,11 @@ class Task(abc.ABC, Generic[SomeBatch, SomeCounts, SomeState]):
     @abc.abstractmethod
     def judge(self, values: Mapping[str, float]) -> float:
         """The number by which a checkpoint with these `eval/…` values is judged; the smaller the better."""
+
+    @property
+    @abc.abstractmethod
+    def trained_model(self) -> Path:
+        """Where `export` writes."""
 
     @abc.abstractmethod
     def export(self, weights: dict[str, Tensor]) -> None:

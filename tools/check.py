@@ -17,7 +17,7 @@ from zoo.config import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.check", description=__doc__)
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks to check the batch sizes for (default 1)")
     options = parser.parse_intermixed_args(arguments)
     try:

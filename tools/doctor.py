@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -25,7 +27,15 @@ GPU_MODULES = {
 }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    _, more = argparse.ArgumentParser(prog="tools.doctor", description=__doc__).parse_known_args(arguments)
+    if more:
+        print(
+            f"error: {shlex.join(more)}: tools.doctor takes no argument, it says what loads here; "
+            "python -m tools.check RECIPE validates a recipe",
+            file=sys.stderr,
+        )
+        return 2
     table = Table("what", "state", "detail")
     for name, state, detail in [*accelerators(), *packages(), *compilers(), *kernels()]:
         color = {"yes": "green", "no": "red"}.get(state, "yellow")

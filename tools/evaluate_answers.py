@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="folder of the model (or the name of a dense one on the hub)")
     parser.add_argument("data", type=Path, help="folder of .jsonl files and images")
-    parser.add_argument("overrides", nargs="*", metavar="adapt.key=value", help="laid over the recipe of --adapt")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="adapt.key=value", help="laid over the recipe of --adapt"
+    )
     parser.add_argument("--split", default="test", help="which .jsonl (test)")
     parser.add_argument("--samples", type=int, metavar="N", help="the first N questions (all)")
     parser.add_argument("--batch", type=int, default=32, help="questions a forward pass (32)")

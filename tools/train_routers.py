@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="tools.train_routers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of the trained run")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     parser.add_argument("--fresh", action="store_true", help="begin anew where RUN has auxiliary routers")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     options = parser.parse_intermixed_args(arguments)

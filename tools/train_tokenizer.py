@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "words",
         nargs="*",
+        default=[],
         metavar="RECIPE [key=value ...]",
         help="its sections data and modalities are used; with --path: keys of the section modalities",
     )

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("old_run", type=Path, help="run folder of the trained model")
     parser.add_argument("recipe", help="of the new run")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     parser.add_argument("--rows", type=int, help="held-out rows on which to measure; default: the recipe's")
     options = parser.parse_intermixed_args(arguments)
     try:

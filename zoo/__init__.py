@@ -17,11 +17,12 @@ from zoo.calibrate import calibrate
 from zoo.config import Config, ConfigError, UserError
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.modality import Modality
 from zoo.model import Model, ModelConfig, initialise
 from zoo.objectives import autoregressive  # noqa: F401
 from zoo.registry import BlockConfig, Place, known, register
 from zoo.routing.scorer import Router, Scorer
-from zoo.slots import Depth, FeedForward, Head, Mixer, Modality, Objective, Stem
+from zoo.slots import Depth, FeedForward, Head, Mixer, Objective, Stem
 from zoo.trace import Trace
 
 __all__ = [

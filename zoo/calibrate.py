@@ -8,6 +8,7 @@ makes the causal load that of top-k. Which tokens are preferred, and the main mo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
@@ -25,8 +26,18 @@ Batches = Sequence[Batch]
 """Gone through several times."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How much of a block's tokens pass, once it is calibrated."""
+
+    training: float
+    """Share that top-k takes."""
+    causal: float
+    """Share above the threshold in the last causal pass."""
+
+
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> dict[str, tuple[float, float]]:
+def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> dict[str, Shares]:
     """Set the thresholds of all auxiliary routers of `model` on given data; the model is run in evaluation mode.
 
     A router sees what the routers before it let pass, so every pass under causal routing settles at least the next one;
@@ -36,8 +47,8 @@ def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> 
         batches: data like that of training, on the model's device, with the rows and scope sizes of training.
         passes: at most so many causal passes over the data; default: until nothing moves.
     Returns:
-        block (or block and modality) → (share of its tokens that top-k takes, share above the threshold in the last
-        causal pass). The two are equal to within one token an expert where logits do not tie and `passes` sufficed.
+        Block (or block and modality) → shares, which are equal to within one token an expert where logits do not tie
+        and `passes` sufficed.
     Raises:
         UserError: the model has no auxiliary routers.
     """
@@ -62,7 +73,7 @@ def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> 
     for router, parts in zip(routers, logits, strict=True):
         for name, part, threshold in zip(router.names, parts, router.threshold.cpu(), strict=True):
             if name in wanted and part.numel():
-                result[name] = float(wanted[name]), float((part > threshold).double().mean())
+                result[name] = Shares(float(wanted[name]), float((part > threshold).double().mean()))
     return result
 
 

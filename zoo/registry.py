@@ -1,21 +1,26 @@
-"""The open tables of blocks, one a slot, and the config field that looks a block up in them."""
+"""The open tables of blocks, one a slot, and the config field that looks a block up in them.
+
+Whoever writes a block finds here what it needs: `register`, the base of its config and its place.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from zoo.config import Config, ConfigError, explain, first_lines, shown, suggestion
+from zoo.config import ConfigError, explain, first_lines, shown, suggestion
+from zoo.modality import Modality
+from zoo.place import BlockConfig, Configured, Place  # noqa: F401  for those who write blocks
 from zoo.routing.scorer import Scorer
-from zoo.slots import Depth, FeedForward, Head, Mixer, Modality, Objective, Stem
-from zoo.untied import TIED, Grouping
+from zoo.slots import Depth, FeedForward, Head, Mixer, Objective, Stem
 
-SLOTS: dict[str, type] = {
+SomeBlock = TypeVar("SomeBlock", bound=type[Configured])
+
+SLOTS: dict[str, type[Configured]] = {
     "mixer": Mixer,
     "feedforward": FeedForward,
     "depth": Depth,
@@ -26,62 +31,10 @@ SLOTS: dict[str, type] = {
     "modality": Modality,
 }
 """The slots, and the base of what stands in each. `open_slot` adds those of other packages."""
-_tables: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
+_tables: dict[str, dict[str, type[Configured]]] = {slot: {} for slot in SLOTS}
 
 
-class BlockConfig(Config):
-    """Base of the configs that stand in a slot. `type` is the registered name; it is written out again on dumping."""
-
-    type_name: ClassVar[str] = ""
-    block: ClassVar[type]
-    largest: ClassVar[int] = 2**18
-
-    @pydantic.model_serializer(mode="wrap")
-    def _with_type(self, handler: Callable[[Any], dict]) -> dict:
-        return {"type": self.type_name, **handler(self)}
-
-    def check(self, place: Place, path: str) -> None:
-        """Raise `ConfigError` for what depends on where the block stands (widths that do not divide, modalities)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a block stands in a model: everything it may know that is not its own config."""
-
-    d_model: int
-    modalities: tuple[str, ...]
-    name: str = ""
-    """Dotted name, as its parameters carry it."""
-    norm: str = "pre"
-    """Norm placement of the surrounding block: "pre" or "post"."""
-    layers: int = 1
-    """Number of layers of the model; the projections into the residual stream start smaller by √(2 · layers)."""
-    kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    layer: int = 0
-    """Number of the layer the block belongs to, from 0."""
-    norm_grouping: Grouping = TIED
-    """Which modalities share the gains of the surrounding block's norms."""
-    vocab_size: int = 0
-    """Ids of the vocabulary; stems and heads of ids need it."""
-    heads: Mapping[str, BlockConfig] = dataclasses.field(default_factory=dict)
-    """Head of each modality whose positions carry no ids; objectives need them."""
-    bidirectional: tuple[str, ...] = ()
-    """Modalities whose positions see all of their item; objectives need them."""
-
-    def check_modality(self, name: str, key: str) -> None:
-        """Raise `ConfigError` at the dotted `key` where `name` is none of the model's modalities."""
-        if name not in self.modalities:
-            raise ConfigError(
-                f"{key}: unknown modality; model.modalities are {', '.join(self.modalities)}"
-                f"{suggestion(name, self.modalities)}"
-            )
-
-    def child(self, name: str, **changes: Any) -> Place:
-        """The place of a part called `name`."""
-        return dataclasses.replace(self, name=f"{self.name}.{name}" if self.name else name, **changes)
-
-
-def register(slot: str, name: str) -> Callable[[type], type]:
+def register(slot: str, name: str) -> Callable[[SomeBlock], SomeBlock]:
     """Class decorator: `name` in `slot` means this class. The class is a subclass of the slot's base (`zoo.slots`), has
     a nested `Config(BlockConfig)`, and is built from it and its place.
 
@@ -91,24 +44,24 @@ def register(slot: str, name: str) -> Callable[[type], type]:
     if slot not in _tables:
         raise ConfigError(f"register: slot {slot!r} is not known; slots: {', '.join(SLOTS)}")
 
-    def add(cls: type) -> type:
+    def add(cls: SomeBlock) -> SomeBlock:
         taken = _tables[slot].get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(
                 f"register: {slot} {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another"
             )
-        config = getattr(cls, "Config", None)
-        if not (isinstance(config, type) and issubclass(config, BlockConfig)):
-            raise ConfigError(f"register: {cls.__qualname__} has no nested `class Config(BlockConfig)`; add one")
         base = SLOTS[slot]
         if not issubclass(cls, base):
             raise ConfigError(
                 f"register: {cls.__qualname__} does not derive from the base of the slot {slot}; write "
                 f"`class {cls.__name__}({base.__module__}.{base.__name__})`"
             )
-        if (
-            vars(config).get("block", cls) is not cls
-        ):  # a subclass without a Config of its own must not take its parent's
+        config = cls.Config
+        if config is base.Config or not issubclass(config, base.Config):
+            raise ConfigError(
+                f"register: {cls.__qualname__} has no nested `class Config({base.Config.__name__})`; add one"
+            )
+        if vars(config).get("block", cls) is not cls:  # a subclass without one of its own must not take its parent's
             config = cls.Config = type(config)("Config", (config,), {"__module__": cls.__module__})
         config.type_name, config.block = name, cls
         _tables[slot][name] = cls
@@ -168,7 +121,7 @@ ObjectiveSlot = _field("objective")
 ModalitySlot = _field("modality")
 
 
-def open_slot(slot: str, base: type) -> Any:
+def open_slot(slot: str, base: type[Configured]) -> Any:
     """Add a slot for what a package other than `zoo` looks up by name, such as its data sources.
 
     Args:

@@ -2,35 +2,28 @@
 
 A slot holds a subclass of its base: `mixer` a `Mixer`, `feedforward` a `FeedForward`, `depth` a `Depth`, `stem` a
 `Stem`, `head` a `Head`, `objective` an `Objective`, `router` a `Scorer` (`zoo.routing.scorer`), `modality` a
-`Modality`. A base declares everything that is asked of the block, with a default where there is one; what has none
-raises `NotImplementedError`.
+`Modality` (`zoo.modality`). A base declares everything that is asked of the block, with a default where there is one;
+what has none raises `NotImplementedError`.
 """
 
 from __future__ import annotations
 
-import abc
-import hashlib
-import json
 from collections.abc import Mapping
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 
+from zoo.batch import Batch
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.place import Configured
 from zoo.roles import ParameterOwner
 from zoo.states import State
 
-if TYPE_CHECKING:
-    from zoo.batch import Batch
-    from zoo.modalities.modality import ModalityConfig
 
-
-class Part(ParameterOwner):
-    """Base of whatever can be registered for a slot."""
+class Part(Configured, ParameterOwner):
+    """Base of what stands in a slot of a model."""
 
     counter_noise: ClassVar[bool] = False
     """All noise of `forward` is a function of the tokens' keys (`zoo.noise`), so that a recomputation draws the same
@@ -182,40 +175,3 @@ class Objective(Part):
             training: of a log step; False for an evaluation.
         """
         return {name: sums[name] / counts[name] for name in self.parts if counts[name]}
-
-
-class Modality(abc.ABC):
-    """Base of the slot `modality`: one kind of content, ready for use. What is known of it without data stands in its
-    nested config, a `zoo.modalities.ModalityConfig`.
-
-    Args:
-        config: an instance of the nested `Config`.
-    """
-
-    def __init__(self, config: ModalityConfig) -> None:
-        self.config = config
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything that decides what `encode` returns."""
-        return hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-    @abc.abstractmethod
-    def encode(self, item: Any) -> np.ndarray:
-        """What the n positions of an item carry: ids (n,), vectors (n, width), or channels (n, count)."""
-
-    @abc.abstractmethod
-    def decode(self, content: np.ndarray) -> Any:
-        """The item that positions stand for, as nearly as they tell it; the inverse of `encode`."""
-
-    @abc.abstractmethod
-    def write(self, item: Any) -> bytes:
-        """The item as the content of a file that ends in `Config.suffix`."""
-
-
-class LearnedModality(Modality):
-    """A modality that has learned something."""
-
-    @abc.abstractmethod
-    def save(self, path: str | Path) -> None:
-        """Write what was learned to a file, for `LearnedConfig.load`."""

@@ -70,8 +70,8 @@ def _tilted(weights: np.ndarray, excess: np.ndarray) -> np.ndarray | None:
 def deal(counts: np.ndarray, batches: int) -> np.ndarray:
     """(batches, rows / batches) which rows go to which micro-batch, so that all hold modalities alike.
 
-    Rows go one by one, those that differ most from the mean first, to the micro-batch that is then nearest its share. The
-    result depends on the rows alone, so it is the same on every rank and for any number of ranks.
+    Rows go one by one, those that differ most from the mean first, to the micro-batch that is then nearest its share.
+    It depends on the rows alone, so it is the same on every rank and for any number of ranks.
 
     Args:
         counts: (rows, M) tokens of each modality.

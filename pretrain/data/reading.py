@@ -20,7 +20,7 @@ Readers = Mapping[str, Callable[[bytes], Any]]
 """Type of a part → what makes its item from the bytes of its file, or of its text."""
 
 
-class Part(NamedTuple):
+class DocumentPart(NamedTuple):
     """One part of a document."""
 
     type: str
@@ -29,7 +29,7 @@ class Part(NamedTuple):
     """What its reader has made of it; None where there is no reader for its type."""
 
 
-def read_parts(document: Document, readers: Readers) -> Iterator[Part]:
+def read_parts(document: Document, readers: Readers) -> Iterator[DocumentPart]:
     """The parts of a document, in order. Files of types without a reader are not looked at.
 
     Raises:
@@ -40,7 +40,7 @@ def read_parts(document: Document, readers: Readers) -> Iterator[Part]:
         if part.type not in known:
             raise BrokenDocument(f"part {number} has type {shown(repr(part.type))}; known: {', '.join(known)}")
         reader = readers.get(part.type)
-        yield Part(part.type, None if reader is None else _item(reader, part.name, part.read()))
+        yield DocumentPart(part.type, None if reader is None else _item(reader, part.name, part.read()))
 
 
 def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:
@@ -76,9 +76,9 @@ class Tokens(NamedTuple):
     tokens: np.ndarray
     """(n,) int32; where a position carries no id, the one that holds its place."""
     spans: list[Span]
-    """Of each part that must never be cut, in order."""
+    """The stretches that must never be cut, in order."""
     content: list[Carried]
-    """Of each part whose positions carry no ids, in order."""
+    """The content of each part whose positions carry no ids, in order."""
 
 
 def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: Mapping[str, Grammar]) -> Tokens:

@@ -13,7 +13,7 @@ import tqdm
 import zoo.adapt as za
 from pretrain import recipe as recipes
 from pretrain.finetune.batcher import Batcher
-from pretrain.finetune.evaluate import evaluate
+from pretrain.finetune.evaluate import EvaluatedModel, evaluate
 from pretrain.finetune.generation import kinds_of
 from pretrain.finetune.model import quiet
 from pretrain.finetune.model_folder import open_model
@@ -58,7 +58,7 @@ def evaluated(request: Request) -> dict[str, Any]:
 
     Returns:
         What was asked for, `answers`, how many there are of each kind, `adapt`, how the model is adapted, and `values`,
-        as `pretrain.finetune.evaluate.evaluate` has them, without what would not be right.
+        as `pretrain.finetune.evaluate.AnswerSums.values` has them, without what would not be right.
     Raises:
         UserError: the model, the recipe or the data cannot be used, or do not fit each other.
     """
@@ -68,33 +68,17 @@ def evaluated(request: Request) -> dict[str, Any]:
     model, processor = open_model(request.model, request.device)
     if config is not None:
         _adapt(model, config, request)
-    config, found = za.adaptation(model), parts(model)
-    looks_back = config is not None and config.router.type == "attention"
-    if looks_back and not request.generate:
-        raise UserError(
-            "--no-generate: an attention router ranks by the last token it is given, after the right answer one of that"
-            " answer, so that its one pass cannot be judged; leave --no-generate out"
-        )
-    top = found.top.config
-    batcher = Batcher(processor, filler, top, picture_ids(top, request.model), config, training=False)
+    config = za.adaptation(model)
+    told = _can_be_told(config, request)
     counts = Counter(kind for question in questions for kind in kinds_of(question))
+    top = parts(model).top.config
+    batcher = Batcher(processor, filler, top, picture_ids(top, request.model), config, training=False)
+    subject = EvaluatedModel(model, model, model, model.device, parts(model).base.dtype)
     total = len(questions) + (counts.total() if request.generate else 0)
     with tqdm.tqdm(total=total, desc="answering", unit="question", disable=None) as bar:
-        values = evaluate(
-            model,
-            model,
-            model,
-            batcher,
-            questions,
-            request.batch,
-            request.generate,
-            device=model.device,
-            dtype=found.base.dtype,
-            progress=bar.update,
-        )
-    if looks_back:
+        sums = evaluate(subject, batcher, questions, request.batch, request.generate, bar.update)
+    if not told:
         print(NO_LOSS)
-        values = {name: value for name, value in values.items() if not name.startswith(("eval/loss", "eval/forced"))}
     return {
         "model": request.model,
         "data": str(request.data),
@@ -104,8 +88,23 @@ def evaluated(request: Request) -> dict[str, Any]:
         "recipe": None if request.adapt is None else str(request.adapt),
         "adapt": None if config is None else config.model_dump(mode="json"),
         "answers": dict(counts),
-        "values": values,
+        "values": sums.values(generated=request.generate, told=told),
     }
+
+
+def _can_be_told(config: AdaptConfig | None, request: Request) -> bool:
+    """Whether the model may be judged by one pass with the right answers in it.
+
+    Raises:
+        UserError: it may not, and nothing else is requested.
+    """
+    looks_back = config is not None and config.router.type == "attention"
+    if looks_back and not request.generate:
+        raise UserError(
+            "--no-generate: an attention router ranks by the last token it is given, after the right answer one of that"
+            " answer, so that its one pass cannot be judged; leave --no-generate out"
+        )
+    return not looks_back
 
 
 def _adapt(model: Any, config: AdaptConfig, request: Request) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,30 @@ def predict(forward: nn.Module, batch: QuestionBatch, trace: za.Trace | None) ->
     options = {} if trace is None else {"mod_trace": trace, "mod_answers": batch.labels != IGNORED}
     logits = forward(**batch.inputs, **options, use_cache=False, logits_to_keep=columns).logits
     return logits.float(), labels[:, columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedModel:
+    """A model in evaluation, and how it is called."""
+
+    model: Any
+    """The model itself; it generates."""
+    forward: nn.Module
+    """What is called as the model: an engine's wrapper, or the model."""
+    blueprint: nn.Module
+    """For its layers and their cost; may be on the meta device, or the model itself."""
+    device: torch.device | str
+    dtype: torch.dtype
+    """Type of the weights."""
+    ranks: Ranks = ALONE
+    """Over which the questions are dealt out, equally many batches to each."""
+    together: bool = False
+    """Whether the ranks must call the model equally often while they generate, as ZeRO-3 has it."""
+
+    @property
+    def layers(self) -> list[str]:
+        """What a trace calls the routed layers."""
+        return [layer.routing.name for layer in za.routed_layers(self.blueprint)]
 
 
 @dataclasses.dataclass
@@ -83,107 +107,137 @@ class AnswerSums:
         )
         return AnswerSums(answers, forced, generated, routing, loss, tokens, samples, flops, dense_flops)
 
+    def values(self, generated: bool = True, told: bool = True) -> dict[str, float]:
+        """The figures that follow, of sums over all ranks.
+
+        Args:
+            generated: whether answers were generated.
+            told: whether what is seen in one pass with the right answers counts; an attention router chooses otherwise
+                there.
+        Returns:
+            `eval/loss`, nats a token of the answers. `eval/accuracy[/<kind>]`, share of generated answers that are the
+            right text exactly, spaces at the ends apart. `eval/forced_accuracy[/<kind>]`, share of answers of which
+            every token is the likeliest after the right ones before it, in one pass: the same for a model that
+            generates greedily and has one way to write an answer. Of an adapted model `eval/skip…` and
+            `eval/auxiliary/…`, as `routing_values` has them. `eval/decoder_flops` of a sample with its answers, as
+            measured, `eval/dense_decoder_flops`, without skipping, and `eval/flops_ratio` of the two.
+        """
+        values = {"eval/loss": float(self.loss) / max(self.tokens, 1)} if told else {}
+        if generated:
+            values |= self._accuracies("accuracy", self.generated)
+        if told:
+            values |= self._accuracies("forced_accuracy", self.forced)
+        values |= {f"eval/{key}": value for key, value in routing_values(self.routing, each=True).items()}
+        samples = max(self.samples, 1)
+        return values | {
+            "eval/decoder_flops": self.flops / samples,
+            "eval/dense_decoder_flops": self.dense_flops / samples,
+            "eval/flops_ratio": self.flops / max(self.dense_flops, 1),
+        }
+
+    def _accuracies(self, name: str, right: Mapping[str, float]) -> dict[str, float]:
+        whole = {f"eval/{name}": sum(right.values()) / sum(self.answers.values())}
+        return whole | {f"eval/{name}/{kind}": right[kind] / self.answers[kind] for kind in filter(None, self.answers)}
+
 
 @torch.no_grad()
 def evaluate(
-    forward: nn.Module,
-    model: nn.Module,
-    blueprint: nn.Module,
+    model: EvaluatedModel,
     batcher: Batcher,
     questions: Sequence[Question],
     batch: int,
     generate: bool = True,
-    ranks: Ranks = ALONE,
-    together: bool = False,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     progress: Progress = lambda samples: None,
-) -> dict[str, float]:
-    """Loss and answers of a model in evaluation; collective over ranks.
+) -> AnswerSums:
+    """Loss and answers of a model, added up over all ranks; collective. `AnswerSums.values` gives the figures.
 
     Every answer of a conversation counts, given the right ones before it. A question's `kind` key (one, or one an
     answer) splits accuracies.
 
     Args:
-        forward: what is called as the model (an engine's wrapper, or the model itself).
-        model: the model itself, in evaluation; it generates.
-        blueprint: for its layers and their cost; may be on the meta device, or the model itself.
         batcher: with training=False.
         questions: at least one.
         batch: samples a forward.
         generate: also generate each answer greedily, in batches, with the cache.
-        ranks: over which the questions are dealt out, equally many batches to each; default: this process alone.
-        together: whether the ranks must call the model equally often while they generate, as ZeRO-3 has it.
-        device, dtype: of the model's weights.
         progress: is called with the size of each batch of this rank: first of questions, then, under `generate`, of
             answers.
-    Returns:
-        `eval/loss`, nats a token of the answers. `eval/accuracy[/<kind>]`, share of generated answers that are the
-        right text exactly, spaces at the ends apart; absent without `generate`. `eval/forced_accuracy[/<kind>]`, share
-        of answers of which every token is the likeliest after the right ones before it, in one pass: the same for a
-        model that generates greedily and has one way to write an answer. Of an adapted model `eval/skip…` and
-        `eval/auxiliary/…`, as `routing_values` has them. `eval/decoder_flops` of a sample with its answers, as
-        measured, `eval/dense_decoder_flops`, without skipping, and `eval/flops_ratio` of the two.
     """
-    layers = [layer.routing.name for layer in za.routed_layers(blueprint)]
-    sums = AnswerSums.empty(sorted({kind for question in questions for kind in kinds_of(question)}), layers)
-    for counted, chunk in _chunks(questions, batch, ranks):
-        made = batcher.batch(chunk)
+    kinds = sorted({kind for question in questions for kind in kinds_of(question)})
+    sums = AnswerSums.empty(kinds, model.layers)
+    _tell(model, batcher, questions, batch, sums, progress)
+    if generate:
+        _generate(model, batcher, questions, batch, sums, progress)
+    return sums.over(model.ranks, model.device)
+
+
+def _tell(
+    model: EvaluatedModel,
+    batcher: Batcher,
+    questions: Sequence[Question],
+    batch: int,
+    sums: AnswerSums,
+    progress: Progress,
+) -> None:
+    """Count what one pass over each question with its right answers says."""
+    layers, blueprint = model.layers, model.blueprint
+    for share in _shares(questions, batch, model.ranks):
+        made = batcher.batch(share.items)
         trace = za.Trace() if layers else None
-        logits, labels = predict(forward, made.to(device, dtype), trace)
-        seen = trace if counted and not made.filler else None
+        logits, labels = predict(model.forward, made.to(model.device, model.dtype), trace)
+        seen = trace if share.counted and not made.filler else None
         sums.routing += routing_sums(seen, layers)
-        if not counted:
+        if not share.counted:
             continue
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         sums.loss += losses.double()
         sums.tokens += made.answers
-        sums.samples += len(chunk)
+        sums.samples += len(share.items)
         sums.flops += za.traced_flops(blueprint, seen or za.Trace(), made.tokens).total
         sums.dense_flops += sum(za.decoder_flops(blueprint, tokens).prefill for tokens in made.tokens)
         right, labels = (logits.argmax(-1) == labels).cpu(), labels.cpu()
-        for row, question in enumerate(chunk):
-            for kind, answer in zip(
-                kinds_of(question), _answers(made.labels[row, 1:], right[row], labels[row]), strict=True
-            ):
+        for row, question in enumerate(share.items):
+            answers = _answers(made.labels[row, 1:], right[row], labels[row])
+            for kind, answer in zip(kinds_of(question), answers, strict=True):
                 sums.answers[kind] += 1.0
                 sums.forced[kind] += answer
-        progress(len(chunk))
-    if generate:
-        _generate(model, batcher, questions, batch, ranks, together, device, dtype, sums.generated, progress)
-    return _values(sums.over(ranks, device), generate)
+        progress(len(share.items))
 
 
 def _generate(
-    model: Any,
+    model: EvaluatedModel,
     batcher: Batcher,
     questions: Sequence[Question],
     batch: int,
-    ranks: Ranks,
-    together: bool,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    right: dict[str, float],
+    sums: AnswerSums,
     progress: Progress,
 ) -> None:
-    """Count the generated answers that are right into `right`, by their kinds."""
+    """Count the generated answers that are right, by their kinds."""
     processor, single = batcher.processor, generation.each_answer(questions)
     most = generation.longest_answer(single, processor) + SLACK
-    for counted, chunk in _chunks(single, batch, ranks):
-        inputs = moved(batcher.prompts(chunk), device, dtype)
-        said = generation.texts(generation.generate(model, processor, inputs, most, together), inputs, processor)
-        for question, text in zip(chunk, said, strict=False):  # a filler's is left
-            if counted and generation.is_right(text, question):
-                right[question.extra["kind"]] += 1.0
-        progress(counted * len(chunk))
+    for share in _shares(single, batch, model.ranks):
+        inputs = moved(batcher.prompts(share.items), model.device, model.dtype)
+        made = generation.generate(model.model, processor, inputs, most, model.together)
+        said = generation.texts(made, inputs, processor)
+        for question, text in zip(share.items, said, strict=False):  # a filler's is left
+            if share.counted and generation.is_right(text, question):
+                sums.generated[question.extra["kind"]] += 1.0
+        progress(share.counted * len(share.items))
 
 
-def _chunks(items: Sequence[Any], size: int, ranks: Ranks) -> list[tuple[bool, Sequence[Any]]]:
-    """This rank's share, `size` at a time; (False, one item) where there is nothing left to take part with."""
+class _Share(NamedTuple):
+    """Some questions that a rank puts to the model at once."""
+
+    items: Sequence[Question]
+    counted: bool
+    """False: there is nothing left for this rank, which only takes part with the others."""
+
+
+def _shares(items: Sequence[Question], size: int, ranks: Ranks) -> list[_Share]:
+    """This rank's share of `items`, `size` at a time; every rank has equally many."""
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
-    mine = [(True, chunk) for chunk in chunks[ranks.rank :: ranks.world]]
+    mine = [_Share(chunk, True) for chunk in chunks[ranks.rank :: ranks.world]]
     idle = -(-len(chunks) // ranks.world) - len(mine)
-    return mine + [(False, items[:1])] * idle
+    return mine + [_Share(items[:1], False)] * idle
 
 
 def _answers(whole: Tensor, right: Tensor, labels: Tensor) -> list[float]:
@@ -201,20 +255,3 @@ def _answers(whole: Tensor, right: Tensor, labels: Tensor) -> list[float]:
         float(all(hit for hit, own in zip(hits, number, strict=True) if own == answer))
         for answer in range(1, number[-1] + 1)
     ]
-
-
-def _values(totals: AnswerSums, generate: bool) -> dict[str, float]:
-    values = {"eval/loss": float(totals.loss) / max(totals.tokens, 1)}
-    answers = totals.answers
-    for name, right in (("accuracy", totals.generated), ("forced_accuracy", totals.forced)):
-        if name == "accuracy" and not generate:
-            continue
-        values[f"eval/{name}"] = sum(right.values()) / sum(answers.values())
-        values |= {f"eval/{name}/{kind}": right[kind] / answers[kind] for kind in filter(None, answers)}
-    values |= {f"eval/{key}": value for key, value in routing_values(totals.routing, each=True).items()}
-    samples = max(totals.samples, 1)
-    return values | {
-        "eval/decoder_flops": totals.flops / samples,
-        "eval/dense_decoder_flops": totals.dense_flops / samples,
-        "eval/flops_ratio": totals.flops / max(totals.dense_flops, 1),
-    }

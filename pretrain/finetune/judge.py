@@ -11,7 +11,7 @@ from torch import nn
 import zoo.adapt as za
 from pretrain.finetune.asking import ASKING, PromptsOnly
 from pretrain.finetune.prompt_batches import Prompts
-from pretrain.finetune.routing import routing_sums, routing_values
+from pretrain.finetune.routing import routing_sums, skipped
 from zoo.adapt import Trace
 from zoo.routing.statistics import RoutingStatistics
 
@@ -44,13 +44,12 @@ def judge(model: nn.Module, prompts: Prompts, metric: str | None = "accuracy") -
         dense_held += cache.dense_bytes
         routing += routing_sums(trace, layers)
         logits += [decision.logits for decision in trace.decisions.values()]
-    values = routing_values(routing)
     return {
         **asking.values(),
         "questions": questions,
         "flops": flops / dense_flops,
         "keys_and_values": held / dense_held,
-        "skip": {layer: values[f"skip/{layer}"] for layer in layers},
-        "routers": {key.partition("/")[2]: value for key, value in values.items() if key.startswith("auxiliary/")},
+        "skip": skipped(routing),
+        "routers": routing.all_hits().rates(),
         "logits": torch.cat(logits) if logits else torch.zeros(0),
     }

@@ -10,6 +10,7 @@ from pydantic import Field
 from pretrain import recipe as recipes
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe import DeepSpeedSection, LoopConfig, RunRecipe
+from pretrain.recipe_kind import FINE_TUNING, check_kind
 from zoo.adapt import AdaptConfig
 from zoo.config import Config
 
@@ -47,7 +48,7 @@ class QuestionsConfig(Config):
     refuses."""
 
 
-class EvaluateConfig(Config):
+class AnswersConfig(Config):
     """How a model is judged: by its loss, and by the answers that it generates; see `pretrain.finetune.evaluate`."""
 
     split: str = "validation"
@@ -76,7 +77,7 @@ class FinetuneRecipe(RunRecipe):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: LoopConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: AnswersConfig = AnswersConfig()
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
     """DeepSpeed's own keys, or the path of a JSON file with them, as in a pretraining."""
 
@@ -89,6 +90,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
     Raises:
         ConfigError: naming the dotted key or the file, the value, the rule and the way out.
     """
-    recipe = FinetuneRecipe.parse(recipes.read(path, overrides))
+    data = recipes.read(path, overrides)
+    check_kind(data, path, FINE_TUNING, FinetuneRecipe)
+    recipe = FinetuneRecipe.parse(data)
     recipes.check_batches(recipe.train)
     return recipe

@@ -19,6 +19,11 @@ def routing_sums(trace: za.Trace | None, layers: Sequence[str]) -> RoutingStatis
     return RoutingStatistics(hits, {layer: said.loads.get(layer, Load(0, 0)) for layer in layers})
 
 
+def skipped(routing: RoutingStatistics) -> dict[str, float]:
+    """Share of the tokens that could be skipped and were, by layer, where any could."""
+    return {layer: 1 - share for layer, share in routing.shares().items()}
+
+
 def routing_values(routing: RoutingStatistics, each: bool = False) -> dict[str, float]:
     """Reports from `routing_sums` added up: `skip/<layer>`, the share of the tokens that could be skipped and were,
     `skip` of all layers together; `auxiliary/{accuracy,precision,recall,always_skip}`, how well routers foresee who is
@@ -30,7 +35,7 @@ def routing_values(routing: RoutingStatistics, each: bool = False) -> dict[str, 
     whole = sum(routing.loads.values(), Load(0, 0))
     if not whole.offered:
         return {}
-    values = {"skip": 1 - whole.share} | {f"skip/{layer}": 1 - share for layer, share in routing.shares().items()}
+    values = {"skip": 1 - whole.share} | {f"skip/{layer}": share for layer, share in skipped(routing).items()}
     values |= {f"auxiliary/{key}": value for key, value in routing.all_hits().rates().items()}
     for layer, hits in routing.hits.items() if each else ():
         values |= {f"auxiliary/{layer}/{key}": value for key, value in hits.rates().items()}

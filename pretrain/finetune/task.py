@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 import zoo.adapt as za
 from pretrain.engine import Engine, Gather
 from pretrain.finetune.batcher import Batcher, QuestionBatch
-from pretrain.finetune.evaluate import evaluate, predict
+from pretrain.finetune.evaluate import EvaluatedModel, evaluate, predict
 from pretrain.finetune.prompts import IGNORED
 from pretrain.finetune.questions import Question
 from pretrain.finetune.recipe import FinetuneRecipe
@@ -22,7 +23,7 @@ from pretrain.finetune.routing import routing_sums, routing_values
 from pretrain.finetune.samples import Batches, Samples, fingerprint, fingerprint_images, too_many
 from pretrain.progress import Progress
 from pretrain.sums import Counts, Sums, Totals
-from pretrain.task import Forward, State, Step, Task
+from pretrain.task import Forward, RunState, Step, Task
 from zoo.adapt.family import parts
 from zoo.config import UserError
 from zoo.flops import TRAINING_FACTOR
@@ -49,7 +50,7 @@ class QuestionCounts(Counts):
 
 
 @dataclasses.dataclass(kw_only=True)
-class FineTuningState(State):
+class FineTuningState(RunState):
     """Where a fine-tuning stands."""
 
     base: str
@@ -211,19 +212,17 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
 
     def evaluate(self) -> dict[str, float]:
         engine, recipe = self.engine, self.recipe
-        return evaluate(
-            engine.module,
+        model = EvaluatedModel(
             engine.module.module,
+            engine.module,
             self.base.blueprint,
-            self.batchers[1],
-            self.held_out,
-            recipe.evaluate.batch or recipe.train.micro_batch,
-            recipe.evaluate.generate,
-            engine.ranks,
-            engine.stage == 3,
             engine.device,
             engine.dtype,
+            engine.ranks,
+            together=engine.stage == 3,
         )
+        batch, generate = recipe.evaluate.batch or recipe.train.micro_batch, recipe.evaluate.generate
+        return evaluate(model, self.batchers[1], self.held_out, batch, generate).values(generate)
 
     def shown(self, key: str) -> bool:
         return "decoder_flops" not in key and (key.count("/") == 1 or "accuracy/" in key)
@@ -231,10 +230,14 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
     def judge(self, values: Mapping[str, float]) -> float:
         return values["eval/loss"]
 
+    @property
+    def trained_model(self) -> Path:
+        return self.recipe.folder / MODEL
+
     def export(self, weights: dict[str, Tensor]) -> None:
         from pretrain.finetune import model as models
 
-        folder = models.save(self.recipe, self.base, weights, self.recipe.folder / MODEL)
+        folder = models.save(self.recipe, self.base, weights, self.trained_model)
         print(f"{folder} is written", flush=True)
 
 

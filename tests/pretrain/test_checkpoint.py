@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import CheckpointError, CheckpointStore
+from pretrain.engine import Written
 from pretrain.manifest import MANIFEST
 from pretrain.process_group import Ranks
 from tests.pretrain import tiny
@@ -413,10 +414,10 @@ class OneRank:
     ranks, stage, precision, optimizer_type = Ranks(), 2, "fp32", "adamw"
     content = b"x"
 
-    def save(self, folder: Path) -> tuple[dict[str, int], list[str]]:
+    def save(self, folder: Path) -> Written:
         (folder / "engine").mkdir()
         (folder / "engine" / "states.pt").write_bytes(self.content)
-        return {"engine/states.pt": zlib.crc32(self.content)}, []
+        return Written({"engine/states.pt": zlib.crc32(self.content)}, [])
 
     def load(self, folder: Path, universal: bool = False) -> None:
         self.loaded = (folder / "engine" / "states.pt").read_bytes()

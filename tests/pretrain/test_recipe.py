@@ -103,6 +103,17 @@ def test_extends(file: Path) -> None:
     assert recipe.modalities["text"].type_name == "bpe" and list(recipe.modalities) == ["text", "image"]
 
 
+def test_the_modality_of_text_may_have_any_name_and_stands_first(tmp_path: Path) -> None:
+    written = tiny_recipe("data", "run")
+    kinds = written["modalities"]
+    written["modalities"] = {"text": kinds["image"], "caption": kinds["text"]}
+    experts = {"type": "moma", "experts": {"text": 2, "caption": 2}, "d_ff": 16}
+    written["model"]["layers"] = [layer | {"feedforward": experts} for layer in written["model"]["layers"]]
+    recipe = recipes.resolve(written)
+    assert list(recipe.modalities) == recipe.model.modalities == ["caption", "text"]
+    assert recipes.resolve(recipe.dump()) == recipe
+
+
 def test_keys_over_a_list_are_laid_over_each_of_its_entries(tmp_path: Path) -> None:
     """So that a size says for all layers of an architecture how wide they are, and the order of files decides."""
     (tmp_path / "pair.yaml").write_text("layers: [{mixer: {type: mamba}}, {mixer: {type: attention, heads: 1}}]")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tools.bench import __main__ as bench
 from tools.bench import benchmark, measure, report, repositories
-from tools.bench.benchmark import HIGHER, LOWER, Comparison, Goal, Group, Row, Settings, Unavailable, goals
+from tools.bench.benchmark import HIGHER, LOWER, Comparison, Goal, Group, Settings, TableRow, Unavailable, goals
 from tools.bench.measure import BOTH, FORWARD, Sample, Variant
 from zoo import UserError
 
@@ -127,7 +127,7 @@ def test_goals(better: str, met: bool, aim_met: bool) -> None:
 
 
 def test_rows_survive_their_file(tmp_path: Path) -> None:
-    row = Row("test: a / b", BOTH, 1.0, 2.0, 0.5, LOWER, 1.1, None, (0.4, 0.6), 0.5, 1.5, 3, True, "a note")
+    row = TableRow("test: a / b", BOTH, 1.0, 2.0, 0.5, LOWER, 1.1, None, (0.4, 0.6), 0.5, 1.5, 3, True, "a note")
     facts = report.conditions("cpu", False, 3)
     report.write_json(tmp_path / "rows.json", facts, [row], {"other": "why"})
     found, (again,), skipped = report.read_json(tmp_path / "rows.json")
@@ -171,7 +171,7 @@ def test_an_interrupted_run_keeps_its_rows() -> None:
         raise KeyboardInterrupt
 
     def figure(settings: Settings) -> Group:
-        return Group(figures=[Row("figure", FORWARD, None, None, 1.0, LOWER, None, None)])
+        return Group(figures=[TableRow("figure", FORWARD, None, None, 1.0, LOWER, None, None)])
 
     order = [benchmark.Benchmark(name, "cpu", "", build) for name, build in (("a", figure), ("b", stop), ("c", figure))]
     rows, skipped = bench.run(order, Settings(), 1, False, Console(quiet=True))

@@ -10,10 +10,16 @@ from zoo.kernels import OPERATIONS, missing
 
 
 def test_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     for name in ("cpu", "cuda", "torch", "deepspeed", "g++", "kernels.attention", "kernels.experts"):
         assert name in printed
+
+
+def test_it_takes_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["recipes/quickstart.yaml"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: recipes/quickstart.yaml: tools.doctor takes no argument") and not said.out
 
 
 def test_every_state_has_a_reason() -> None:

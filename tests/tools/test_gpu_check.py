@@ -11,14 +11,14 @@ import torch
 
 from tests.pretrain.runs import ROOT
 from tools.gpu_check import __main__ as command
-from tools.gpu_check.parts import Part, known, select
+from tools.gpu_check.parts import PARTS, CheckPart, select
 from tools.gpu_check.runner import Runner
 from tools.gpu_check.synchronisation import DATA_DEPENDENT, RECIPES
 from zoo.config import UserError
 
-PASSES = Part("passes", "a part that passes", ("-c", "print('all well')"), 60)
-FAILS = Part("fails", "a part that fails", ("-c", "print('not well'); raise SystemExit(3)"), 60)
-HANGS = Part("hangs", "a part that never ends", ("-c", "import time; time.sleep(600)"), 2)
+PASSES = CheckPart("passes", "a part that passes", ("-c", "print('all well')"), 60)
+FAILS = CheckPart("fails", "a part that fails", ("-c", "print('not well'); raise SystemExit(3)"), 60)
+HANGS = CheckPart("hangs", "a part that never ends", ("-c", "import time; time.sleep(600)"), 2)
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -50,11 +50,12 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
 
 
 def test_parts_by_name(tmp_path: Path) -> None:
-    assert [part.name for part in select(["doctor"], tmp_path)] == ["doctor"]
+    assert [part.name for part in select(["doctor"])] == ["doctor"]
     with pytest.raises(UserError, match="--only docter: not known; .*did you mean 'doctor'"):
-        select(["docter"], tmp_path)
-    assert len({part.name for part in known()}) == len(known())
-    files = [argument for part in known() for argument in part.arguments if argument.endswith(".py")]
+        select(["docter"])
+    assert len({part.name for part in PARTS}) == len(PARTS)
+    assert PARTS[4].command(tmp_path)[-2:] == ["--json", str(tmp_path / "blocks.json")]
+    files = [argument for part in PARTS for argument in part.arguments if argument.endswith(".py")]
     assert files and all((ROOT / file).is_file() for file in files)
 
 

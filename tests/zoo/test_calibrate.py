@@ -46,9 +46,9 @@ def test_the_causal_load_becomes_that_of_top_k():
     groups = {f"layers.0.feedforward.groups.{name}" for name in ("text", "image")}
     for name in {"layers.1", "layers.2", "layers.2.image", "layers.3.text", "layers.3.image"} | groups:
         assert after[name] == pytest.approx(wanted[name], abs=1e-9), name
-    for name, (training, causal) in report.items():
-        assert causal == pytest.approx(training, abs=0.04), name  # experts inside MoD see few tokens: one is 3 %
-        assert causal == pytest.approx(after[name], abs=1e-9) or "block" in name
+    for name, shares in report.items():
+        assert shares.causal == pytest.approx(shares.training, abs=0.04), name  # experts inside MoD see few tokens
+        assert shares.causal == pytest.approx(after[name], abs=1e-9) or "block" in name
     assert len(report) == 2 + 1 + 1 + 2 + 2
     assert calibrate(model, data) == report
 

@@ -105,8 +105,19 @@ def test_a_taken_name_is_refused_and_the_same_class_may_register_again():
 def test_a_block_without_a_config_or_a_slot_is_refused():
     with pytest.raises(ConfigError, match=r"^register: slot 'ffn' is not known; slots: mixer, feedforward,"):
         register("ffn", "gain")
-    with pytest.raises(ConfigError, match=r"^register: Linear has no nested `class Config\(BlockConfig\)`; add one$"):
-        register("feedforward", "linear")(torch.nn.Linear)
+
+    class Bare(FeedForward):
+        pass
+
+    with pytest.raises(ConfigError, match=r"Bare has no nested `class Config\(BlockConfig\)`; add one$"):
+        register("feedforward", "bare")(Bare)
+
+    class Smell(zoo.Modality):
+        class Config(BlockConfig):  # pyrefly: ignore[bad-override]
+            pass
+
+    with pytest.raises(ConfigError, match=r"Smell has no nested `class Config\(ModalityConfig\)`; add one$"):
+        register("modality", "smell")(Smell)
 
 
 @pytest.mark.parametrize("slot", ["mixer", "depth", "objective"])

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # the benchmarks register themselves
 from tools.bench import adapted, cuda, depth, experts, kernels, models, recurrent, report, repositories  # noqa: F401
-from tools.bench.benchmark import Benchmark, Group, Row, Settings, Unavailable, known, select
+from tools.bench.benchmark import Benchmark, Group, Settings, TableRow, Unavailable, known, select
 from tools.bench.measure import measure
 from zoo.config import UserError, suggestion
 
@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="beginning of a benchmark's name")
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="beginning of a benchmark's name")
     parser.add_argument("--list", action="store_true", help="name all benchmarks and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each computation, at most (default 9)")
@@ -101,9 +101,9 @@ def _peer(text: str) -> tuple[str, Path]:
 
 def run(
     benchmarks: Sequence[Benchmark], settings: Settings, rounds: int, profiled: bool, console: Console
-) -> tuple[list[Row], dict[str, str]]:
+) -> tuple[list[TableRow], dict[str, str]]:
     """Measure; returns the rows, and why a benchmark was left out, by name. Ctrl-C ends it with the rows so far."""
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     skipped: dict[str, str] = {}
     columns = (
         TextColumn("{task.description}"),
@@ -131,7 +131,7 @@ def run(
 
 def _measure(
     found: Benchmark, settings: Settings, rounds: int, profiled: bool, console: Console, tick: Callable[[], None]
-) -> list[Row]:
+) -> list[TableRow]:
     """All rows of one benchmark."""
     torch.manual_seed(0)
     group = found.build(settings)

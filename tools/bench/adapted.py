@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain import recipe as recipes
-from tools.bench.benchmark import LOWER, Comparison, Goal, Group, Row, Settings, Unavailable, benchmark, goals
+from tools.bench.benchmark import LOWER, Comparison, Goal, Group, Settings, TableRow, Unavailable, benchmark, goals
 from tools.bench.measure import FORWARD, Task
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "adapt"
@@ -59,7 +59,7 @@ def decode(settings: Settings, images: int, width: int, hidden: int) -> Group:
             note = f"{held.bytes / 2**20:.1f} of {held.dense_bytes / 2**20:.1f} MiB, as allocated"
             share = held.bytes / held.dense_bytes
             figures.append(
-                Row(f"keys and values of {name} / dense", FORWARD, None, None, share, LOWER, None, None, note=note)
+                TableRow(f"keys and values of {name} / dense", FORWARD, None, None, share, LOWER, None, None, note=note)
             )
     pairs = [Comparison(name, DENSE) for name in models if name != DENSE]
     return Group({FORWARD: steps}, pairs, figures)

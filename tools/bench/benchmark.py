@@ -78,7 +78,7 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table and of the JSON file."""
 
     name: str
@@ -117,7 +117,7 @@ class Row:
         return dataclasses.asdict(self) | {"met": self.met, "aim_met": self.aim_met}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+    def from_dict(cls, values: Mapping[str, Any]) -> TableRow:
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
@@ -128,13 +128,13 @@ class Group:
     tasks: Mapping[str, Mapping[str, Task]] = dataclasses.field(default_factory=dict)
     """{mode: {variant: task}}"""
     comparisons: Sequence[Comparison] = ()
-    figures: Sequence[Row] = ()
+    figures: Sequence[TableRow] = ()
     """Rows that are not times, such as errors; the benchmark's name is put before theirs."""
 
-    def named_figures(self, benchmark: str) -> list[Row]:
+    def named_figures(self, benchmark: str) -> list[TableRow]:
         return [dataclasses.replace(row, name=f"{benchmark}: {row.name}") for row in self.figures]
 
-    def rows(self, benchmark: str, mode: str, samples: Mapping[str, list[Sample]]) -> list[Row]:
+    def rows(self, benchmark: str, mode: str, samples: Mapping[str, list[Sample]]) -> list[TableRow]:
         result = []
         for pair in self.comparisons:
             if pair.ours not in samples:
@@ -145,7 +145,7 @@ class Group:
             if pair.expected is not None and reading.other_ms is not None:
                 floor = reading.other_ms * pair.expected
             result.append(
-                Row(
+                TableRow(
                     f"{benchmark}: {pair.title()}",
                     mode,
                     reading.ours_ms,

@@ -17,8 +17,8 @@ from tools.bench.benchmark import (
     Comparison,
     Goal,
     Group,
-    Row,
     Settings,
+    TableRow,
     Unavailable,
     benchmark,
     goals,
@@ -153,8 +153,8 @@ def scan_error(settings: Settings) -> Group:
         result = errors.pop("y")
         worst = max(errors, key=errors.__getitem__)
         figures += [
-            Row(f"y, {name}", FORWARD, None, None, result, LOWER, 1e-7, None),
-            Row(
+            TableRow(f"y, {name}", FORWARD, None, None, result, LOWER, 1e-7, None),
+            TableRow(
                 f"gradients, {name}",
                 BOTH,
                 None,

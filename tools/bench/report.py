@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tools.bench.benchmark import LOWER, Row, known
+from tools.bench.benchmark import LOWER, TableRow, known
 from zoo.config import UserError
 from zoo.kernels import compiled
 
@@ -59,13 +59,13 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write_json(file: Path, facts: Mapping[str, Any], rows: Sequence[Row], skipped: Mapping[str, str]) -> None:
+def write_json(file: Path, facts: Mapping[str, Any], rows: Sequence[TableRow], skipped: Mapping[str, str]) -> None:
     file.write_text(
         json.dumps({**facts, "skipped": dict(skipped), "rows": [row.to_dict() for row in rows]}, indent=1) + "\n"
     )
 
 
-def read_json(file: Path) -> tuple[dict[str, Any], list[Row], dict[str, str]]:
+def read_json(file: Path) -> tuple[dict[str, Any], list[TableRow], dict[str, str]]:
     """What `write_json` wrote.
 
     Raises:
@@ -73,7 +73,7 @@ def read_json(file: Path) -> tuple[dict[str, Any], list[Row], dict[str, str]]:
     """
     try:
         facts = json.loads(file.read_text())
-        rows = [Row.from_dict(values) for values in facts.pop("rows")]
+        rows = [TableRow.from_dict(values) for values in facts.pop("rows")]
         return facts, rows, facts.pop("skipped")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give a file that --json wrote") from None
@@ -86,7 +86,7 @@ def read_json(file: Path) -> tuple[dict[str, Any], list[Row], dict[str, str]]:
 HEADINGS = ("", "pass", "ours ms", "other ms", "ratio", "of rounds", "of CPU", "goal", "aim")
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: TableRow) -> tuple[str, ...]:
     """A row as text, under `HEADINGS`; goals say which way is better."""
     sign = "≤" if row.better == LOWER else "≥"
     spread = "" if row.spread is None else "–".join(map(_figure, row.spread))
@@ -105,8 +105,8 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def by_benchmark(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
+def by_benchmark(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:
+    groups: dict[str, list[TableRow]] = {}
     for row in rows:
         groups.setdefault(row.name.partition(": ")[0], []).append(row)
     return groups
@@ -122,7 +122,7 @@ def _figure(value: float | None) -> str:
     return f"{value:.2e}" if 0 < value < 1e-3 else f"{value:.0f}×" if value >= 100 else f"{value:.2f}"
 
 
-def show(facts: Mapping[str, Any], rows: Sequence[Row], skipped: Mapping[str, str], console: Console) -> None:
+def show(facts: Mapping[str, Any], rows: Sequence[TableRow], skipped: Mapping[str, str], console: Console) -> None:
     for name, members in by_benchmark(rows).items():
         table = Table(title=name, title_justify="left")
         for heading in HEADINGS:
@@ -152,7 +152,7 @@ def sentence(facts: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def write_page(file: Path, facts: Mapping[str, Any], rows: Sequence[Row], skipped: Mapping[str, str]) -> None:
+def write_page(file: Path, facts: Mapping[str, Any], rows: Sequence[TableRow], skipped: Mapping[str, str]) -> None:
     """Replace what stands between the page's two markers by the tables of these rows.
 
     Raises:
@@ -170,7 +170,7 @@ def write_page(file: Path, facts: Mapping[str, Any], rows: Sequence[Row], skippe
     file.write_text(before + "\n".join((BEGIN, "", *_tables(facts, rows, skipped), "", END)) + rest.partition(END)[2])
 
 
-def _tables(facts: Mapping[str, Any], rows: Sequence[Row], skipped: Mapping[str, str]) -> list[str]:
+def _tables(facts: Mapping[str, Any], rows: Sequence[TableRow], skipped: Mapping[str, str]) -> list[str]:
     """One table a benchmark under its description, in Markdown."""
     about = {found.name: found.about for found in known()}
     lines = [f"{sentence(facts)} At most {facts['rounds']} rounds."]

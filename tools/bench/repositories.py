@@ -11,14 +11,25 @@ import functools
 import importlib
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tools.bench.benchmark import HIGHER, Comparison, Goal, Group, Row, Settings, Unavailable, benchmark, goals, leaf
+from tools.bench.benchmark import (
+    HIGHER,
+    Comparison,
+    Goal,
+    Group,
+    Settings,
+    TableRow,
+    Unavailable,
+    benchmark,
+    goals,
+    leaf,
+)
 from tools.bench.blocks import MODALITIES, alternating, build, build_layer, variant
 from tools.bench.depth import layer
 from tools.bench.kernels import compiled
@@ -79,21 +90,18 @@ def masks(context: TokenContext) -> list[Tensor]:
     return [context.modality.reshape(-1) == m for m in range(len(MODALITIES))]
 
 
-def agreement(ours: Variant, theirs: Variant) -> Row:
+def agreement(ours: Variant, theirs: Variant) -> TableRow:
     """How far the two outputs are apart with the same weights: they do the same work."""
     with torch.no_grad():
         results = [result[0] if isinstance(result, tuple) else result for result in (ours.run(), theirs.run())]
     a, b = (result.reshape(-1) for result in results)
     error = float((a - b).norm() / b.norm())
-    return Row("difference of outputs (L2), same weights", FORWARD, None, None, error, "lower", 1e-5, None)
+    return TableRow("difference of outputs (L2), same weights", FORWARD, None, None, error, "lower", 1e-5, None)
 
 
-@benchmark("mamba.official", rows=2, length=1024, width=512)
-@benchmark("mamba.official.256", rows=4, length=2048, width=256)
-def mixture_of_mamba(settings: Settings, rows: int, length: int, width: int) -> Group:
-    """The authors' Mixture-of-Mamba module with this project's scan in it, against ours; alternating runs of 128
-    tokens."""
-    rows, length, width = rows, settings.size(length), settings.size(width)
+def scan_interface(rows: int, length: int, width: int) -> Callable[..., Tensor]:
+    """This project's compiled scan in the place of mamba-ssm's `selective_scan_fn`, for B = `rows`, T = `length` and
+    W = 2 · `width`."""
     kernel = compiled()
     layout = Layout.of(TokenContext.from_modality(torch.zeros(rows, length, dtype=torch.int64)))
     no_bias = torch.zeros(1, 2 * width)
@@ -107,6 +115,29 @@ def mixture_of_mamba(settings: Settings, rows: int, length: int, width: int) -> 
         y, _ = kernel.selective_scan(u, delta, no_bias, A, B, C, D, z, layout)
         return y.view(rows, length, -1).transpose(1, 2)
 
+    return scan
+
+
+def copy_mamba(ours: Any, theirs: Any) -> None:
+    """Give the authors' module the weights of ours."""
+    with torch.no_grad():
+        for name in UNTIED["mamba"]:
+            experts = getattr(theirs, f"local_experts_{name}")
+            for expert, weight in zip(experts, getattr(ours, name).weight, strict=True):
+                expert.weight.copy_(weight)
+        for expert, bias in zip(theirs.local_experts_dt_proj, ours.dt_bias.view(len(MODALITIES), -1), strict=True):
+            expert.bias.copy_(bias)
+        theirs.conv1d.weight.copy_(ours.conv_weight)
+        theirs.conv1d.bias.copy_(ours.conv_bias)
+
+
+@benchmark("mamba.official", rows=2, length=1024, width=512)
+@benchmark("mamba.official.256", rows=4, length=2048, width=256)
+def mixture_of_mamba(settings: Settings, rows: int, length: int, width: int) -> Group:
+    """The authors' Mixture-of-Mamba module with this project's scan in it, against ours; alternating runs of 128
+    tokens."""
+    length, width = settings.size(length), settings.size(width)
+    scan = scan_interface(rows, length, width)
     module = load(
         settings,
         "mixture_of_mamba",
@@ -124,15 +155,7 @@ def mixture_of_mamba(settings: Settings, rows: int, length: int, width: int) -> 
     )
     theirs = module.MixtureOfMamba(types.SimpleNamespace(n_modalities=len(MODALITIES)), width)
     ours = build("mixer", {"type": "mamba", "untied": UNTIED["mamba"]}, width)
-    with torch.no_grad():
-        for name in UNTIED["mamba"]:
-            experts = getattr(theirs, f"local_experts_{name}")
-            for expert, weight in zip(experts, getattr(ours, name).weight, strict=True):
-                expert.weight.copy_(weight)
-        for expert, bias in zip(theirs.local_experts_dt_proj, ours.dt_bias.view(len(MODALITIES), -1), strict=True):
-            expert.bias.copy_(bias)
-        theirs.conv1d.weight.copy_(ours.conv_weight)
-        theirs.conv1d.bias.copy_(ours.conv_bias)
+    copy_mamba(ours, theirs)
     x, context = leaf(rows, length, width), alternating(rows, length)
     chosen = masks(context)
     both = {

@@ -23,7 +23,7 @@ from zoo.config import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.describe", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="or a folder of recipes, for a table")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     parser.add_argument("--ranks", type=int, default=1, help="for the memory a rank (default 1)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--papers", metavar="FILE", help="YAML of what papers print, for a folder's table")

@@ -27,7 +27,7 @@ from zoo.config import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.examples.evaluate_digits", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="the recipe the run was started with")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)

@@ -71,20 +71,50 @@ def read_captions(shards: Mapping[Path, Sequence[Document]]) -> Captions:
     return Captions(captions, incomplete, broken)
 
 
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What has been written."""
+
+    captions: dict[str, int]
+    """How many of each split."""
+    read: tuple[Captions, Captions]
+    """What the training and the held-out shards hold."""
+
+
 def write(
     shards: Path, out: Path, train: str = "*train*.tar", held_out: str = "*val*.tar", question: str = QUESTION
-) -> tuple[dict[str, int], list[Captions]]:
+) -> Splits:
     """Write the folder `out`; nothing is written before all shards have been read.
 
     Args:
         train, held_out: patterns of the names of the shards of either side.
         question: asked about every picture.
-    Returns:
-        captions of each split; what was read of the training and of the held-out shards.
     Raises:
         UserError: `out` holds questions already, no shard matches or one matches both patterns, a shard is damaged, or
             there are too few captions.
     """
+    _check(shards, out, question)
+    sides = [find_shards(shards, train, "--train"), find_shards(shards, held_out, "--held-out")]
+    if both := set(sides[0]) & set(sides[1]):
+        raise UserError(
+            f"--held-out: {min(both).name} matches {held_out!r} and --train {train!r} alike; give narrower patterns"
+        )
+    with open_shards(sides[0]) as first, open_shards(sides[1]) as second:
+        training, held = read_captions(first), read_captions(second)
+        _check_enough("--train", training, 1, shards)
+        _check_enough("--held-out", held, 2, shards)
+        half = len(held.captions) // 2
+        splits = {"train": training.captions, "validation": held.captions[:half], "test": held.captions[half:]}
+        for split, captions in splits.items():
+            (out / split).mkdir(parents=True, exist_ok=True)
+            shown = tqdm.tqdm(captions, desc=split, disable=None, leave=False)
+            lines = [_save(caption, out, f"{split}/{number:06d}", question) for number, caption in enumerate(shown)]
+            (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Splits({split: len(captions) for split, captions in splits.items()}, (training, held))
+
+
+def _check(shards: Path, out: Path, question: str) -> None:
+    """Raise UserError where the shards are not a folder, `out` cannot be written to, or nothing is asked."""
     if not shards.is_dir():
         raise DataError(f"{shards}: does not exist, or is not a folder; give a folder of .tar shards")
     if out.exists() and not out.is_dir():
@@ -93,35 +123,19 @@ def write(
         raise UserError(f"{out} holds {', '.join(there)} already; give another folder")
     if not question.strip():
         raise UserError("--question: is empty; ask something")
-    sides = [find_shards(shards, train, "--train"), find_shards(shards, held_out, "--held-out")]
-    if both := set(sides[0]) & set(sides[1]):
-        raise UserError(
-            f"--held-out: {min(both).name} matches {held_out!r} and --train {train!r} alike; give narrower patterns"
-        )
-    with open_shards(sides[0]) as first, open_shards(sides[1]) as second:
-        return _write(shards, out, question, [read_captions(first), read_captions(second)])
 
 
-def _write(shards: Path, out: Path, question: str, read: list[Captions]) -> tuple[dict[str, int], list[Captions]]:
-    """The same for what was `read` of the training and of the held-out shards, while they are open."""
-    training, held = read
-    for option, side, least in (("--train", training, 1), ("--held-out", held, 2)):
-        if len(side.captions) < least:
-            total = len(side.captions) + side.incomplete + len(side.broken)
-            why = f", such as {side.broken[0]}" if side.broken else ""
-            raise DataError(
-                f"{option}: {len(side.captions)} of the {total} documents in its shards of {shards} have a picture and "
-                f"a text, at least {least} must; {side.incomplete} lack one of them, {len(side.broken)} are "
-                f"broken{why}"
-            )
-    half = len(held.captions) // 2
-    splits = {"train": training.captions, "validation": held.captions[:half], "test": held.captions[half:]}
-    for split, captions in splits.items():
-        (out / split).mkdir(parents=True, exist_ok=True)
-        shown = tqdm.tqdm(captions, desc=split, disable=None, leave=False)
-        lines = [_save(caption, out, f"{split}/{number:06d}", question) for number, caption in enumerate(shown)]
-        (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {split: len(captions) for split, captions in splits.items()}, read
+def _check_enough(option: str, side: Captions, least: int, shards: Path) -> None:
+    """Raise DataError where fewer than `least` documents of the shards that `option` names have a picture and a
+    text."""
+    if len(side.captions) >= least:
+        return
+    total = len(side.captions) + side.incomplete + len(side.broken)
+    why = f", such as {side.broken[0]}" if side.broken else ""
+    raise DataError(
+        f"{option}: {len(side.captions)} of the {total} documents in its shards of {shards} have a picture and a text, "
+        f"at least {least} must; {side.incomplete} lack one of them, {len(side.broken)} are broken{why}"
+    )
 
 
 def _read(document: Document) -> Caption:
@@ -150,13 +164,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--question", default=QUESTION, help="asked about every picture (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        written, read = write(options.shards, options.out, options.train, options.held_out, options.question)
+        written = write(options.shards, options.out, options.train, options.held_out, options.question)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    broken = [each for side in read for each in side.broken]
-    print(f"{options.out}: captions: {', '.join(f'{split} {count:,}' for split, count in written.items())}")
-    print(f"passed over: {sum(side.incomplete for side in read):,} without picture or text, {len(broken):,} broken")
+    broken = [each for side in written.read for each in side.broken]
+    print(f"{options.out}: captions: {', '.join(f'{split} {count:,}' for split, count in written.captions.items())}")
+    incomplete = sum(side.incomplete for side in written.read)
+    print(f"passed over: {incomplete:,} without picture or text, {len(broken):,} broken")
     for each in broken[:5]:
         print(f"  {each}")
     return 0

@@ -182,12 +182,23 @@ def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
     Args:
         vocabulary: number of tokens.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = LlavaForConditionalGeneration(_transformers_config(config, vocabulary))
+        initialise(model, config.vision, config.decoder, config.image_size // config.patch)
+    return model.eval()
+
+
+def _transformers_config(config: LlavaFolderConfig, vocabulary: int) -> Any:
+    """The sizes, as Transformers has them."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     ids = {role: index for index, role in enumerate(SPECIAL)}
     ends: dict[str, Any] = {f"{role}_id": ids[role] for role in ("pad_token", "bos_token", "eos_token")}
     vision, decoder = config.vision, config.decoder
-    llava = LlavaConfig(
+    return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=vision.d_model,
             intermediate_size=vision.d_ff,
@@ -214,11 +225,6 @@ def make_model(config: LlavaFolderConfig, vocabulary: int) -> Any:
         tie_word_embeddings=False,
         **ends,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = LlavaForConditionalGeneration(llava)
-        initialise(model, config.vision, config.decoder, config.image_size // config.patch)
-    return model.eval()
 
 
 def write(config: LlavaFolderConfig, data: Path, out: Path) -> Any:
@@ -242,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="YAML file with the sizes")
     parser.add_argument("data", type=Path, help="folder with train.jsonl and its images")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args(arguments)
     try:
         config = LlavaFolderConfig.parse(recipe.read(options.config, options.overrides))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tools.gpu_check.parts import known, select
+from tools.gpu_check.parts import PARTS, select
 from tools.gpu_check.runner import Runner
 from zoo.config import UserError
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--minutes", type=float, default=8.0, help="all parts together (default 8)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(part.name for part in known())}")
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(part.name for part in PARTS)}")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="what tools/gpu_check/gather_wheels.sh gathered")
     options = parser.parse_args(arguments)
     try:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("there is no CUDA device here; python -m tools.doctor says why")
         if options.minutes <= 0:
             raise UserError(f"--minutes {options.minutes}: must be above 0")
-        parts = select(options.only, options.out)
+        parts = select(options.only)
         runner = Runner(options.out, options.minutes * 60, options.wheels)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

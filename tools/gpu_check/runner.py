@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tools.bench.report import conditions
-from tools.gpu_check.parts import Part
+from tools.gpu_check.parts import CheckPart
 
 LEAST = 15.0
 """Seconds under which no part is begun."""
@@ -50,7 +50,7 @@ class Runner:
             known = json.loads(self.results.read_text(encoding="utf-8"))
             self.outcomes = {name: Outcome(**values) for name, values in known.items()}
 
-    def run(self, parts: Sequence[Part]) -> int:
+    def run(self, parts: Sequence[CheckPart]) -> int:
         """Run what has not passed yet; 0 where all passed."""
         build = self._begin_build()
         for part in parts:
@@ -67,7 +67,7 @@ class Runner:
             build.terminate()
         return int(any(self.outcomes[part.name].state != "passed" for part in parts))
 
-    def _one(self, part: Part) -> Outcome:
+    def _one(self, part: CheckPart) -> Outcome:
         left = self.ends - time.monotonic()
         if left < LEAST:
             return Outcome("not run", detail="no time was left; give the same command again")
@@ -76,7 +76,7 @@ class Runner:
         with log.open("w", encoding="utf-8") as file:
             try:
                 done = subprocess.run(
-                    part.command,
+                    part.command(self.out),
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     timeout=min(part.limit, left),
@@ -111,12 +111,12 @@ class Runner:
         self.outcomes["build"] = Outcome(state, waited, "seconds: waited for after the parts before")
         print(f"build: {state}, waited {waited:.0f} s", flush=True)
 
-    def _write(self, parts: Sequence[Part]) -> None:
+    def _write(self, parts: Sequence[CheckPart]) -> None:
         values = {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()}
         self.results.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         (self.out / "gpu_check.md").write_text(self._page(parts), encoding="utf-8")
 
-    def _page(self, parts: Sequence[Part]) -> str:
+    def _page(self, parts: Sequence[CheckPart]) -> str:
         facts = conditions(self.device, False, 3)
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         lines = [

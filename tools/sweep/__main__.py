@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("sweep", type=Path, help="YAML file")
     parser.add_argument("out", type=Path, help="folder")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     parser.add_argument("--report", action="store_true", help="only write the report of what has been run")
     parser.add_argument("--no-timing", action="store_true", help="leave out what is timed once all runs are done")
     options = parser.parse_intermixed_args(arguments)

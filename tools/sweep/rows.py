@@ -14,7 +14,7 @@ from tools.sweep.kind import Result, SomePoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Row(Generic[SomePoint]):
+class ArmResults(Generic[SomePoint]):
     """An arm at a setting: its points, one a seed, and the results of those that have one."""
 
     arm: str
@@ -37,11 +37,11 @@ class Row(Generic[SomePoint]):
         return [point.name for point in self.points if not point.problem and point.name not in found]
 
 
-def gather(points: Sequence[SomePoint], out: Path) -> list[Row[SomePoint]]:
+def gather(points: Sequence[SomePoint], out: Path) -> list[ArmResults[SomePoint]]:
     """Results by arm and setting; a point that is another's run has that one's result."""
-    rows: dict[tuple[str, str], Row[SomePoint]] = {}
+    rows: dict[tuple[str, str], ArmResults[SomePoint]] = {}
     for point in points:
-        row = rows.setdefault((point.arm, point.setting), Row(point.arm, point.setting, [], []))
+        row = rows.setdefault((point.arm, point.setting), ArmResults(point.arm, point.setting, [], []))
         row.points.append(point)
         path = out / RUNS / (point.same_as or point.name) / RESULT
         if not point.problem and path.exists():

@@ -39,7 +39,7 @@ OPTIONAL = (cpu, mamba_ssm, flex, xformers)
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ChosenBackend:
     """What runs for one operation, and why."""
 
     operation: str
@@ -98,7 +98,7 @@ def available(operation: str) -> list[str]:
     return [name for name in OPERATIONS[operation] if missing(operation, name) is None]
 
 
-def choose(operation: str, backend: str = "auto", device: str = "cpu") -> Choice:
+def choose(operation: str, backend: str = "auto", device: str = "cpu") -> ChosenBackend:
     """The backend of an operation.
 
     Args:
@@ -109,7 +109,7 @@ def choose(operation: str, backend: str = "auto", device: str = "cpu") -> Choice
     """
     known = OPERATIONS[operation]
     if backend == "auto":
-        return Choice(operation, *_AUTO[operation](device))
+        return ChosenBackend(operation, *_AUTO[operation](device))
     if backend not in known:
         names = ["auto", *known]
         raise ConfigError(
@@ -118,10 +118,10 @@ def choose(operation: str, backend: str = "auto", device: str = "cpu") -> Choice
     reason = missing(operation, backend)
     if reason is not None:
         raise ConfigError(f"kernels.{operation}: {backend!r} does not load here: {reason}; choose auto")
-    return Choice(operation, backend, "asked for")
+    return ChosenBackend(operation, backend, "asked for")
 
 
-def check(kernels: Mapping[str, str], device: str = "cpu") -> list[Choice]:
+def check(kernels: Mapping[str, str], device: str = "cpu") -> list[ChosenBackend]:
     """Every operation's choice under the recipe's `kernels:` section.
 
     Raises:

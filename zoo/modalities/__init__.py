@@ -3,12 +3,6 @@
 from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.modalities.continuous_patches import ContinuousPatches
 from zoo.modalities.grammar import Grammar, grammars
-from zoo.modalities.modality import (
-    PARTS,
-    LearnedConfig,
-    ModalityConfig,
-    Positions,
-)
 from zoo.modalities.patches import Patches
 from zoo.modalities.section import (
     Modalities,
@@ -20,7 +14,14 @@ from zoo.modalities.section import (
 )
 from zoo.modalities.text import BPE, Bytes
 from zoo.modalities.vocabulary import Vocabulary
-from zoo.slots import LearnedModality, Modality
+from zoo.modality import (
+    PARTS,
+    LearnedConfig,
+    LearnedModality,
+    Modality,
+    ModalityConfig,
+    Positions,
+)
 
 __all__ = [
     "BPE",

@@ -9,8 +9,8 @@ import numpy as np
 
 from zoo.carries import Carries, Ids
 from zoo.generate import Choice
-from zoo.modalities.modality import Positions
 from zoo.modalities.section import Modalities, vocabulary
+from zoo.modality import Positions
 
 
 @dataclasses.dataclass(frozen=True)

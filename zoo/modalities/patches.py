@@ -19,10 +19,9 @@ from PIL import Image
 
 from zoo.carries import Ids
 from zoo.config import UserError
-from zoo.modalities.modality import LearnedConfig
 from zoo.modalities.pictures import Picture, PictureConfig
+from zoo.modality import LearnedConfig, LearnedModality
 from zoo.registry import register
-from zoo.slots import LearnedModality
 
 PATCHES_PER_CODE = 256  # for k-means; more patches hardly move the codes
 SMALL_FIT = 20_000  # patches up to which Lloyd's algorithm is run on all of them

@@ -14,8 +14,7 @@ import numpy as np
 import pydantic
 from PIL import ExifTags, Image
 
-from zoo.modalities.modality import ModalityConfig, Positions
-from zoo.slots import Modality
+from zoo.modality import Modality, ModalityConfig, Positions
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 """What is opened, named as Pillow names it; the content decides, never a file's name. Others, such as EPS, would start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import pydantic
@@ -11,10 +11,13 @@ from pydantic_core import PydanticCustomError
 
 from zoo.carries import Ids
 from zoo.config import ConfigError, explain
-from zoo.modalities.modality import ModalityConfig
 from zoo.modalities.text import Bytes
-from zoo.modalities.vocabulary import TEXT, Vocabulary
-from zoo.registry import BlockConfig, ModalitySlot
+from zoo.modalities.vocabulary import Vocabulary
+from zoo.modality import ModalityConfig
+from zoo.registry import BlockConfig, ModalitySlot, config_of, known
+
+TEXT = "text"
+"""Type of the parts of a document that a kind of text reads; by default its name too."""
 
 
 def _check(modalities: dict[str, BlockConfig]) -> dict[str, BlockConfig]:
@@ -22,10 +25,10 @@ def _check(modalities: dict[str, BlockConfig]) -> dict[str, BlockConfig]:
     for name in names:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise _wrong(f"{name!r} is not a name of a modality; use lower-case letters, digits and '_'")
-    if TEXT not in names or _part(modalities[TEXT]) != TEXT:
+    if not any(map(_reads_text, modalities.values())):
         raise _wrong(
-            f"has {', '.join(names) or 'none'}, but no text that is a kind of text, and the markers between parts are "
-            "of it; write `text: {type: bytes}` first"
+            f"has {', '.join(names) or 'none'}, but no kind of text, which the markers between parts are of; write "
+            "`text: {type: bytes}` first"
         )
     reader: dict[str, str] = {}
     for name, config in modalities.items():
@@ -35,9 +38,22 @@ def _check(modalities: dict[str, BlockConfig]) -> dict[str, BlockConfig]:
     return {name: modalities[name] for name in in_order(modalities)}
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names of modalities in the order of the model: text first, the others as they are written."""
-    return sorted(names, key=lambda name: name != TEXT)
+def in_order(modalities: Mapping[str, Any]) -> list[str]:
+    """Names of modalities in the order of the model: that of text first, the others as they are written.
+
+    Args:
+        modalities: name → config, or what a recipe says of it, right or wrong.
+    """
+    return sorted(map(str, modalities), key=lambda name: not _reads_text(modalities.get(name)))
+
+
+def _reads_text(modality: Any) -> bool:
+    """Whether a modality, a config or what a recipe says of it, is a kind of text."""
+    if isinstance(modality, ModalityConfig):
+        return modality.part == TEXT
+    kind = modality.get("type") if isinstance(modality, Mapping) else None
+    config = config_of("modality", kind) if kind in known("modality") else BlockConfig
+    return issubclass(config, ModalityConfig) and config.part == TEXT
 
 
 def _part(config: BlockConfig) -> str:
@@ -50,7 +66,7 @@ def _wrong(text: str) -> PydanticCustomError:
 
 
 ModalitiesSection = Annotated[dict[str, ModalitySlot], pydantic.AfterValidator(_check)]
-"""Name → config, text first wherever it is written; a name stands wherever a recipe speaks of a modality."""
+"""Name → config, that of text first wherever it is written; a name stands wherever a recipe speaks of a modality."""
 
 Modalities = Mapping[str, ModalityConfig]
 
@@ -75,4 +91,5 @@ def parse_modalities(data: Mapping[str, Any], path: str = "modalities") -> dict[
 def vocabulary(modalities: Modalities) -> Vocabulary:
     """The id space of `modalities`. One whose positions carry no ids gets a single id, which holds their places."""
     carried = {name: config.carries for name, config in modalities.items()}
-    return Vocabulary({name: each.size if isinstance(each, Ids) else 1 for name, each in carried.items()})
+    sizes = {name: each.size if isinstance(each, Ids) else 1 for name, each in carried.items()}
+    return Vocabulary(sizes, next(name for name, config in modalities.items() if _reads_text(config)))

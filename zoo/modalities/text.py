@@ -16,9 +16,8 @@ import tokenizers
 
 from zoo.carries import Ids
 from zoo.config import UserError
-from zoo.modalities.modality import LearnedConfig, ModalityConfig
+from zoo.modality import LearnedConfig, LearnedModality, Modality, ModalityConfig
 from zoo.registry import register
-from zoo.slots import LearnedModality, Modality
 
 BYTES = 256
 WORD = 256

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-
-TEXT = "text"
 
 
 class Vocabulary:
@@ -14,27 +13,28 @@ class Vocabulary:
 
     Ids 0 and 1 are `<bos>` and `<eos>`, the begin and end of a document. A pair `<begin_X>`, `<end_X>`
     follows for each modality X other than text. Then come the payload ids: a contiguous range for each
-    modality, in order. All special tokens are of modality text. Padding has no id: it is token 0 whose
-    modality and document are -1.
+    modality, in order. All special tokens are of the modality of text, whatever its name. Padding has no id:
+    it is token 0 whose modality and document are -1.
 
     Args:
-        sizes: payload ids of each modality, at least 1; their order is the order of the modalities. Needs
-            "text".
+        sizes: payload ids of each modality, at least 1; their order is the order of the modalities.
+        text: name of the modality of text; default: the first.
     Raises:
-        ValueError: no "text", or a size below 1.
+        ValueError: `text` is none of the modalities, or a size is below 1.
     """
 
     bos = 0
     eos = 1
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        if TEXT not in sizes:
-            raise ValueError(f"a vocabulary of {list(sizes)} lacks 'text', the modality of the special tokens")
-        self.sizes = dict(sizes)
+    def __init__(self, sizes: Mapping[str, int], text: str | None = None) -> None:
+        text = next(iter(sizes), "") if text is None else text
+        if text not in sizes:
+            raise ValueError(f"a vocabulary of {list(sizes)} lacks {text!r}, the modality of the special tokens")
+        self.sizes, self.text = dict(sizes), text
         self.modalities = tuple(self.sizes)
         self.specials = {"<bos>": self.bos, "<eos>": self.eos}
         for modality in self.modalities:
-            if modality != TEXT:
+            if modality != text:
                 for edge in ("begin", "end"):
                     self.specials[f"<{edge}_{modality}>"] = len(self.specials)
         self._ranges: dict[str, tuple[int, int]] = {}
@@ -45,7 +45,7 @@ class Vocabulary:
             self._ranges[modality] = (start, start + size)
             start += size
         self.size = start
-        self._modality = np.full(self.size, self.modalities.index(TEXT), dtype=np.int8)
+        self._modality = np.full(self.size, self.modalities.index(text), dtype=np.int8)
         for number, modality in enumerate(self.modalities):
             first, stop = self._ranges[modality]
             self._modality[first:stop] = number
@@ -87,10 +87,14 @@ class Vocabulary:
         raise ValueError(f"token {token} is outside the vocabulary of {self.size} ids")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and list(self.sizes.items()) == list(other.sizes.items())
+        return isinstance(other, Vocabulary) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(tuple(self.sizes.items()))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return (*self.sizes.items(), self.text)
 
     def __repr__(self) -> str:
-        return f"Vocabulary({self.sizes})"
+        return f"Vocabulary({self.sizes}, {self.text!r})"

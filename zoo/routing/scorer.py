@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from zoo.place import BlockConfig
 from zoo.routing.candidates import Candidates
 from zoo.routing.chooser import Chooser
 from zoo.routing.selection import ExpertSelection
 from zoo.slots import Part
 from zoo.states import State
-
-if TYPE_CHECKING:
-    from zoo.registry import BlockConfig
 
 
 class Scorer(Part):

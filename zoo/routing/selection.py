@@ -13,7 +13,7 @@ from torch import Tensor
 from zoo.host import send
 from zoo.routing.candidates import RoutedBatch
 
-Decision = TypeVar("Decision")
+SomeDecision = TypeVar("SomeDecision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +113,6 @@ def index_mask(index: Tensor, tokens: int) -> Tensor:
     return chosen.scatter_(1, index, True).T
 
 
-def decide(context: RoutedBatch, name: str, decision: Callable[[], Decision]) -> Decision:
+def decide(context: RoutedBatch, name: str, decision: Callable[[], SomeDecision]) -> SomeDecision:
     """The decision of block `name`: recorded in the trace, and replayed under activation checkpointing."""
     return decision() if context.trace is None else context.trace.decide(name, decision)

@@ -29,7 +29,8 @@ import pydantic
 
 from pretrain.data.errors import BrokenDocument
 from pretrain.data.sources.files import Shard, find_files
-from zoo.registry import BlockConfig, open_slot
+from zoo.place import BlockConfig, Configured
+from zoo.registry import open_slot
 
 
 class Content(NamedTuple):
@@ -100,7 +101,7 @@ class SourceConfig(BlockConfig):
         return path
 
 
-class Source(abc.ABC):
+class Source(Configured, abc.ABC):
     """Base of the slot `source`: where documents come from, and in which format. Built as `cls(config)`."""
 
     def __init__(self, config: SourceConfig) -> None:

@@ -210,7 +210,7 @@ def test_the_model_left_behind(two: Path) -> None:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     from pretrain.finetune.batcher import Batcher
-    from pretrain.finetune.evaluate import evaluate
+    from pretrain.finetune.evaluate import EvaluatedModel, evaluate
     from pretrain.finetune.questions import read_questions
     from zoo.adapt.family import picture_ids
 
@@ -220,7 +220,8 @@ def test_the_model_left_behind(two: Path) -> None:
     picture = next(question for question in questions if question.images)
     config = za.adaptation(model)
     batcher = Batcher(processor, picture, model.config, picture_ids(model.config, ""), config, training=False)
-    values = evaluate(model, model, model, batcher, questions[:5], 1)
+    subject = EvaluatedModel(model, model, model, "cpu", torch.float32)
+    values = evaluate(subject, batcher, questions[:5], 1).values()
     said = metrics.read(two / "whole" / "metrics.jsonl")[-1]
     assert {"step": 6, **values} == pytest.approx(said, rel=1e-6)
 

@@ -1,9 +1,10 @@
 """The section `modalities`: order, names, parts, errors, and the vocabulary that follows."""
 
+import numpy as np
 import pytest
 
 from zoo.config import ConfigError
-from zoo.modalities import default_modalities, parse_modalities, vocabulary
+from zoo.modalities import default_modalities, grammars, in_order, parse_modalities, vocabulary
 
 TEXT = {"type": "bytes"}
 IMAGE = {"type": "patches", "image_size": 8, "patch": 4, "codes": 4, "channels": 1}
@@ -24,6 +25,16 @@ def test_text_is_first_wherever_it_is_written():
     assert list(parse_modalities({"image": IMAGE, "text": TEXT})) == ["text", "image"]
 
 
+def test_text_is_known_by_its_kind_and_not_by_its_name():
+    section = parse_modalities({"text": IMAGE, "caption": TEXT})
+    assert list(section) == in_order({"text": IMAGE, "caption": TEXT}) == ["caption", "text"]
+    plain = grammars(parse_modalities({"text": TEXT, "image": IMAGE}))
+    own = grammars(section)
+    assert own["caption"] == plain["text"] and own["text"] == plain["image"]
+    words = vocabulary(section)
+    assert words.modality_of(np.array([words.bos, words.end("text")])).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     "section, message",
     [
@@ -39,9 +50,9 @@ def test_text_is_first_wherever_it_is_written():
         ),
         ({"text": "bpe"}, r"^modalities.text: 'bpe' is not a block; write {type: …}"),
         ({"text": TEXT, "image": IMAGE | {"patch": 5}}, r"^modalities.image.patch: 5: does not divide image_size = 8"),
-        ({"image": IMAGE}, r"^modalities: has image, but no text .*; write `text: {type: bytes}` first"),
-        ({"text": IMAGE}, r"^modalities: has text, but no text that is a kind of text"),
-        ({}, r"^modalities: has none, but no text"),
+        ({"image": IMAGE}, r"^modalities: has image, but no kind of text, .*; write `text: {type: bytes}` first"),
+        ({"text": IMAGE}, r"^modalities: has text, but no kind of text"),
+        ({}, r"^modalities: has none, but no kind of text"),
         ({"text": TEXT, "a": IMAGE, "b": IMAGE}, r"^modalities: a and b both read the image parts of a document"),
         ({"text": TEXT, "words": TEXT}, r"^modalities: text and words both read the text parts"),
         (

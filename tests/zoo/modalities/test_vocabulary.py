@@ -35,9 +35,20 @@ def test_modality_of_every_token():
     ]
 
 
+def test_special_tokens_are_of_the_modality_of_text_whatever_its_name():
+    first, second = Vocabulary({"words": 5, "image": 3}), Vocabulary({"image": 3, "words": 5}, text="words")
+    for vocabulary in (first, second):
+        specials = np.array(list(vocabulary.specials.values()))
+        assert list(vocabulary.specials) == ["<bos>", "<eos>", "<begin_image>", "<end_image>"]
+        assert set(vocabulary.modality_of(specials)) == {vocabulary.modalities.index("words")}
+    assert first != Vocabulary({"words": 5, "image": 3}, text="image") and first == Vocabulary({"words": 5, "image": 3})
+
+
 def test_vocabulary_refuses_what_it_cannot_hold():
     with pytest.raises(ValueError, match="lacks 'text'"):
-        Vocabulary({"image": 4})
+        Vocabulary({"image": 4}, text="text")
+    with pytest.raises(ValueError, match=r"of \[\] lacks"):
+        Vocabulary({})
     with pytest.raises(ValueError, match="'image' has 0 ids"):
         Vocabulary({"text": 4, "image": 0})
     for token in (-1, 10):

@@ -6,18 +6,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from tools.sweep.adapt.metrics import METRICS, Metric
-from tools.sweep.adapt.plan import Point, target_of
+from tools.sweep.adapt.plan import AdaptPoint, target_of
 from tools.sweep.adapt.settings import SweepConfig
 from tools.sweep.chance import LEVEL, Difference, Scores, compare
 from tools.sweep.report import table
-from tools.sweep.rows import Row
+from tools.sweep.rows import ArmResults
 
 HEAD = "## Does ARank choose better layers?"
 RIVALS = ("random", "alternate", "arank_high")
 """Rules of layers that ARank's choice is compared with."""
 
 
-def comparison(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
+def comparison(config: SweepConfig, rows: Sequence[ArmResults[AdaptPoint]]) -> str:
     """Whether layers chosen by ARank lose less than others at the same FLOPs."""
     by = {(row.arm, target_of(row)): row for row in rows}
     arms, metric = config.arms, METRICS[config.test.metric]
@@ -52,7 +52,9 @@ def comparison(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
     return "\n".join([HEAD, "", text, "", table(heads, lines), "", *sentences])
 
 
-def paired(metric: Metric, ours: Row[Point], theirs: Row[Point]) -> tuple[dict[int, list[tuple[Scores, Scores]]], int]:
+def paired(
+    metric: Metric, ours: ArmResults[AdaptPoint], theirs: ArmResults[AdaptPoint]
+) -> tuple[dict[int, list[tuple[Scores, Scores]]], int]:
     """Scores after tuning of the seeds that both have, and how many of these route the same layers."""
     other = {point.seed: (point, result) for point, result in theirs.results}
     both = [(point, result, *other[point.seed]) for point, result in ours.results if point.seed in other]

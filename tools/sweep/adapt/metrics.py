@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.finetune.questions import Question, read_questions
-from tools.sweep.adapt.plan import Point
+from tools.sweep.adapt.plan import AdaptPoint
 from tools.sweep.adapt.settings import SweepConfig
 from tools.sweep.chance import Scores
-from tools.sweep.rows import Row, deviation
+from tools.sweep.rows import ArmResults, deviation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Metric:
     """What the number is, as the beginning of a sentence."""
     interval: str
     """What is to be said of the interval over questions."""
-    control: Callable[[SweepConfig, Sequence[Row[Point]]], str]
+    control: Callable[[SweepConfig, Sequence[ArmResults[AdaptPoint]]], str]
     """A sentence with a space after it, or nothing: what is reached without the right picture."""
     told: bool
     """Whether models are told the right answers, which prompts then hold; the dense control also with other
@@ -92,14 +92,14 @@ def blind(questions: Sequence[Question]) -> float:
     return sum(max(found.values()) for found in answers.values()) / sum(map(Counter.total, answers.values()))
 
 
-def _guessed(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
+def _guessed(config: SweepConfig, rows: Sequence[ArmResults[AdaptPoint]]) -> str:
     if not (Path(config.data) / f"{config.test.split}.jsonl").exists():
         return ""
     share = blind(read_questions(Path(config.data), config.test.split)[: config.test.samples])
     return f"The commonest answer to each form of question is right {share:.1%} of the time. "
 
 
-def _other_pictures(config: SweepConfig, rows: Sequence[Row[Point]]) -> str:
+def _other_pictures(config: SweepConfig, rows: Sequence[ArmResults[AdaptPoint]]) -> str:
     found = [result["exchanged"] for row in rows for _, result in row.results if "exchanged" in result]
     if not found:
         return ""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.sweep.adapt.metrics import Metric
-from tools.sweep.adapt.plan import Point, target_of
-from tools.sweep.rows import Row, deviation
+from tools.sweep.adapt.plan import AdaptPoint, target_of
+from tools.sweep.rows import ArmResults, deviation
 
 
-def draw_metric(metric: Metric, rows: Sequence[Row[Point]], path: Path) -> Path:
+def draw_metric(metric: Metric, rows: Sequence[ArmResults[AdaptPoint]], path: Path) -> Path:
     """The metric after tuning against measured FLOPs: a line an arm, standard deviations over seeds, dense as a
     star."""
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def draw_metric(metric: Metric, rows: Sequence[Row[Point]], path: Path) -> Path:
     return path
 
 
-def draw_skip(rows: Sequence[Row[Point]], path: Path, depth: int = 0) -> Path:
+def draw_skip(rows: Sequence[ArmResults[AdaptPoint]], path: Path, depth: int = 0) -> Path:
     """Share of candidates skipped in each layer, mean over seeds: a panel a target, a line of squares an arm.
 
     Args:

@@ -14,7 +14,7 @@ import zoo.adapt as za
 from pretrain import recipe as recipes
 from pretrain.finetune.prompt_batches import Shapes
 from tools.sweep.adapt.settings import ArmConfig, SweepConfig
-from tools.sweep.rows import Row
+from tools.sweep.rows import ArmResults
 from zoo.adapt.config import Progressive
 from zoo.adapt.family import parts
 from zoo.config import ConfigError, UserError
@@ -24,7 +24,7 @@ DIGITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class AdaptPoint:
     """One run: an arm at a target with a seed."""
 
     arm: str
@@ -45,7 +45,7 @@ class Point:
     """The run of another arm that is the same in all that matters."""
 
     @classmethod
-    def read(cls, data: Mapping[str, Any]) -> Point:
+    def read(cls, data: Mapping[str, Any]) -> AdaptPoint:
         """From what JSON made of it."""
         capacities = {int(layer): capacity for layer, capacity in data["capacities"].items()}
         values: dict[str, Any] = {**data, "capacities": capacities}
@@ -65,7 +65,7 @@ class Point:
         return self.adapt is not None and self.adapt.get("router", {}).get("type", "linear") == "linear"
 
 
-def target_of(row: Row[Point]) -> float:
+def target_of(row: ArmResults[AdaptPoint]) -> float:
     """The target of all points of a row."""
     return row.points[0].target
 
@@ -120,7 +120,7 @@ class Planner:
         self.depth = len(parts(model).layers)
         self.known: dict[str, tuple[float, dict[int, float]]] = {}
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[AdaptPoint]:
         """All of them; of several that are one and the same run all but the first say so.
 
         Raises:
@@ -140,15 +140,15 @@ class Planner:
                     points.append(point)
         return points
 
-    def point(self, arm: str, config: ArmConfig, target: float, seed: int) -> Point:
+    def point(self, arm: str, config: ArmConfig, target: float, seed: int) -> AdaptPoint:
         if config.dense:
-            return Point(arm, target, seed, None, True, {}, 1.0)
+            return AdaptPoint(arm, target, seed, None, True, {}, 1.0)
         try:
             return self._point(arm, config, target, seed)
         except UserError as error:
             raise ConfigError(f"arms.{arm}: {error}") from None
 
-    def _point(self, arm: str, config: ArmConfig, target: float, seed: int) -> Point:
+    def _point(self, arm: str, config: ArmConfig, target: float, seed: int) -> AdaptPoint:
         sets = list(self._adaptations(config, seed))
         value = {"value": (0.0, 1.0), "centre": (-0.5, 1.5)}[config.solve]
         best: tuple[float, dict[str, Any]] | None = None
@@ -177,8 +177,8 @@ class Planner:
                 f"{len(capacities)} layers give {reached:.3f} of dense FLOPs, not {target:g} within "
                 f"{self.sweep.tolerance:.0%}"
             )
-            return Point(arm, target, seed, None, config.train, capacities, reached, void, problem)
-        return Point(arm, target, seed, adapt, config.train, capacities, reached, void)
+            return AdaptPoint(arm, target, seed, None, config.train, capacities, reached, void, problem)
+        return AdaptPoint(arm, target, seed, adapt, config.train, capacities, reached, void)
 
     def candidates(self, config: ArmConfig) -> list[int]:
         """Layers that the arm may route; those of a control in which a draw replaces the routers are the recipe's."""

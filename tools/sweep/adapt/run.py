@@ -7,22 +7,54 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pretrain.finetune.questions import Question, about_other_images, one_an_image, read_questions
-from tools.sweep.adapt.plan import Point
+from tools.sweep.adapt.plan import AdaptPoint
 from tools.sweep.adapt.settings import TestConfig
 from tools.sweep.folder import write_json
 from tools.sweep.kind import Result
 from tools.sweep.launch import attended
 from zoo.config import UserError
 
+if TYPE_CHECKING:
+    from pretrain.finetune.prompt_batches import Prompts
+
 BEFORE = "before.json"
 """What a run keeps of how the model answered before it was tuned."""
 MODEL, STEPS = "model", "metrics.jsonl"
 """What a fine-tuning leaves in its folder: the trained model, and what it reported at each step."""
+
+
+class Examiner:
+    """Puts the questions of a sweep's test to models.
+
+    Args:
+        processor: of the models.
+    """
+
+    def __init__(self, test: TestConfig, processor: Any) -> None:
+        from tools.sweep.adapt.metrics import METRICS
+
+        self.test, self.processor, self.metric = test, processor, METRICS[test.metric]
+
+    def encode(self, questions: Sequence[Question], answers: bool) -> Prompts:
+        """Questions as models take them, with `answers` the right ones too."""
+        from pretrain.finetune.prompt_batches import Prompts
+
+        return Prompts.encode(questions, self.processor, self.test.batch, answers=answers)
+
+    def about(self, questions: Sequence[Question]) -> Prompts:
+        """Questions to judge by."""
+        return self.encode(questions, self.metric.told)
+
+    def judge(self, model: Any, prompts: Prompts) -> dict[str, Any]:
+        """What `pretrain.finetune.judge.judge` finds, as JSON."""
+        from pretrain.finetune.judge import judge
+
+        return {key: value for key, value in judge(model, prompts, self.test.metric).items() if key != "logits"}
 
 
 def work(folder: Path, settings: dict[str, Any]) -> Result:
@@ -33,53 +65,46 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
     Raises:
         UserError: the training failed, or something cannot be opened.
     """
-    import torch
-
     from pretrain.finetune import model as models
-    from pretrain.finetune.judge import judge
-    from pretrain.finetune.prompt_batches import Prompts
     from pretrain.finetune.recipe import FinetuneRecipe
     from pretrain.process_group import choose_device
-    from tools.sweep.adapt.metrics import METRICS
-    from tools.sweep.adapt.threshold import tune_threshold
-    from zoo.adapt import load_adapted
 
-    point, test = Point.read(settings["point"]), TestConfig.parse(settings["test"])
+    point, test = AdaptPoint.read(settings["point"]), TestConfig.parse(settings["test"])
     recipe = FinetuneRecipe.parse(settings["recipe"])
-    device, data = choose_device(recipe.train.device), Path(recipe.data.path)
+    device = choose_device(recipe.train.device)
     models.quiet(0)
     base = models.open_base(recipe)
-    questions = read_questions(data, test.split)[: test.samples]
-    metric = METRICS[test.metric]
-
-    def encoded(questions: Sequence[Question]) -> Prompts:
-        return Prompts.encode(questions, base.processor, test.batch, answers=metric.told)
-
-    def judged(model: Any, prompts: Prompts) -> dict[str, Any]:
-        return {key: value for key, value in judge(model, prompts, test.metric).items() if key != "logits"}
-
-    prompts = encoded(questions)
-    first = encoded(questions[: test.before]) if point.train and test.before else prompts
-    before = _kept(folder / BEFORE, lambda: judged(models.first_model(recipe, base).to(device).eval(), first))
+    examiner = Examiner(test, base.processor)
+    questions = read_questions(Path(recipe.data.path), test.split)[: test.samples]
+    prompts = examiner.about(questions)
+    first = examiner.about(questions[: test.before]) if point.train and test.before else prompts
+    before = _kept(folder / BEFORE, lambda: examiner.judge(models.first_model(recipe, base).to(device).eval(), first))
     result: dict[str, Any] = {"point": settings["point"], "before": before, "after": before}
-    if point.train:
-        seconds = train(folder, settings["recipe"])
-        model = load_adapted(recipe.folder / MODEL) if point.adapt is not None else _dense(recipe.folder / MODEL)
-        model = model.to(device, torch.float32).eval()
-        result |= {"after": judged(model, prompts), "training_seconds": seconds}
-        if metric.told and point.adapt is None and (others := _about_others(questions)):
-            result["exchanged"] = judged(model, encoded(others))
-        if point.learned:
-            tuning = settings["threshold"]
-            held_out = one_an_image(read_questions(data, tuning["split"]), tuning["samples"])
-            read = Prompts.encode(held_out, base.processor, test.batch)
-            found = tune_threshold(model, read, point.target, settings["tolerance"], tuning["rounds"])
-            result["threshold"] = {"validation": found, **judged(model, prompts)}
-        shutil.copyfile(recipe.folder / STEPS, folder / STEPS)
-        if settings["keep_models"]:
-            shutil.rmtree(folder / MODEL, ignore_errors=True)
-            shutil.move(recipe.folder / MODEL, folder / MODEL)
+    if not point.train:
+        return result
+    result["training_seconds"] = train(folder, settings["recipe"])
+    model = _trained(recipe.folder / MODEL, point, device)
+    result["after"] = examiner.judge(model, prompts)
+    if examiner.metric.told and point.adapt is None and (others := _about_others(questions)):
+        result["exchanged"] = examiner.judge(model, examiner.about(others))
+    if point.learned:
+        found = _tuned(model, examiner, point, settings, Path(recipe.data.path))
+        result["threshold"] = {"validation": found, **examiner.judge(model, prompts)}
+    shutil.copyfile(recipe.folder / STEPS, folder / STEPS)
+    if settings["keep_models"]:
+        shutil.rmtree(folder / MODEL, ignore_errors=True)
+        shutil.move(recipe.folder / MODEL, folder / MODEL)
     return result
+
+
+def _tuned(model: Any, examiner: Examiner, point: AdaptPoint, settings: dict[str, Any], data: Path) -> dict[str, Any]:
+    """Leave the model under one threshold in place of top-k; returns what `tune_threshold` says of it."""
+    from tools.sweep.adapt.threshold import tune_threshold
+
+    tuning = settings["threshold"]
+    held_out = one_an_image(read_questions(data, tuning["split"]), tuning["samples"])
+    prompts = examiner.encode(held_out, answers=False)
+    return tune_threshold(model, prompts, point.target, settings["tolerance"], tuning["rounds"])
 
 
 def _about_others(questions: Sequence[Question]) -> list[Question]:
@@ -105,10 +130,16 @@ def train(folder: Path, recipe: dict[str, Any]) -> float | None:
     return max((line["seconds"] for line in lines if "seconds" in line), default=None)
 
 
-def _dense(folder: Path) -> Any:
+def _trained(folder: Path, point: AdaptPoint, device: str) -> Any:
+    """The model that a fine-tuning has left in its folder, in fp32 and in evaluation."""
+    import torch
     import transformers
 
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    from zoo.adapt import load_adapted
+
+    dense = transformers.AutoModelForImageTextToText
+    model: Any = load_adapted(folder) if point.adapt is not None else dense.from_pretrained(folder)
+    return model.to(device, torch.float32).eval()
 
 
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pretrain.finetune.questions import Question, read_questions
 from pretrain.finetune.recipe import FinetuneRecipe
 from tools.sweep.adapt import settings
 from tools.sweep.adapt.metrics import METRICS
-from tools.sweep.adapt.plan import Planner, Point
+from tools.sweep.adapt.plan import AdaptPoint, Planner
 from tools.sweep.adapt.run import BEFORE, work
 from tools.sweep.adapt.settings import SweepConfig
 from tools.sweep.folder import RUN, write_json
@@ -49,7 +49,7 @@ class AdaptSweep:
         said = self.config.model_dump(mode="json", exclude={"jobs", "keep_models", "timing"})
         return {"sweep": said, "recipe": self.recipe}
 
-    def plan(self, out: Path) -> list[Point]:
+    def plan(self, out: Path) -> list[AdaptPoint]:
         from pretrain.finetune import model as models
         from pretrain.finetune.prompt_batches import Prompts
         from zoo.adapt import AdaptConfig
@@ -72,10 +72,10 @@ class AdaptSweep:
         return Planner(config, base.blueprint, shapes_of, ranks).points()
 
     @staticmethod
-    def read_point(data: Mapping[str, Any]) -> Point:
-        return Point.read(data)
+    def read_point(data: Mapping[str, Any]) -> AdaptPoint:
+        return AdaptPoint.read(data)
 
-    def settings(self, point: Point, folder: Path) -> dict[str, Any]:
+    def settings(self, point: AdaptPoint, folder: Path) -> dict[str, Any]:
         made = {"name": point.name, "seed": point.seed, "run_dir": str(folder / RUN), "adapt": point.adapt}
         return {
             "point": dataclasses.asdict(point),
@@ -98,12 +98,12 @@ class AdaptSweep:
         before, after = (metric.show([metric.of(result[when])]) for when in ("before", "after"))
         return f"{metric.name} {before} → {after} at {result['after']['flops']:.3f} of dense FLOPs"
 
-    def measure(self, points: Sequence[Point], out: Path) -> None:
+    def measure(self, points: Sequence[AdaptPoint], out: Path) -> None:
         from tools.sweep.adapt import timing
 
         timing.measure(self.config, self.recipe, points, out / TIMING)
 
-    def report(self, points: Sequence[Point], out: Path) -> list[Path]:
+    def report(self, points: Sequence[AdaptPoint], out: Path) -> list[Path]:
         from tools.sweep.adapt import report
 
         return report.write(self.config, points, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -52,21 +53,31 @@ def tune_threshold(model: nn.Module, prompts: Prompts, target: float, tolerance:
             tried[threshold] = judge(model, prompts, None)["flops"]
         return tried[threshold]
 
-    low, high = 0.0, 1.0
-    at_low, at_high = flops(low), flops(high)
-    for _ in range(rounds - 2):
-        if at_low <= target or at_high >= target:
-            break
-        slope = (at_low - target) / (at_low - at_high)
-        share = low + (high - low) * min(max(slope, 0.1), 0.9)
-        at = flops(share)
-        if math.isclose(at, target, rel_tol=tolerance / 4):
-            break
-        if at > target:
-            low, at_low = share, at
-        else:
-            high, at_high = share, at
+    _search(flops, target, tolerance / 4, rounds)
     threshold = min(tried, key=lambda each: abs(tried[each] - target))
     with_inference(model, rule="threshold", threshold=threshold)
     reached = abs(tried[threshold] / target - 1) <= tolerance
     return {"threshold": threshold, "flops": tried[threshold], "reached": reached}
+
+
+def _search(value: Callable[[float], float], target: float, tolerance: float, rounds: int) -> None:
+    """Try arguments from 0 to 1 of a falling function, by false position, until one comes near the target.
+
+    Args:
+        tolerance: relative.
+        rounds: calls at most.
+    """
+    low, high = 0.0, 1.0
+    at_low, at_high = value(low), value(high)
+    for _ in range(rounds - 2):
+        if at_low <= target or at_high >= target:
+            break
+        slope = (at_low - target) / (at_low - at_high)
+        tried = low + (high - low) * min(max(slope, 0.1), 0.9)
+        at = value(tried)
+        if math.isclose(at, target, rel_tol=tolerance):
+            break
+        if at > target:
+            low, at_low = tried, at
+        else:
+            high, at_high = tried, at

@@ -21,7 +21,7 @@ from pretrain.process_group import choose_device
 from tools.bench.adapted import prefilling, step
 from tools.bench.measure import Sample, read
 from tools.bench.measure import measure as take_turns
-from tools.sweep.adapt.plan import Point
+from tools.sweep.adapt.plan import AdaptPoint
 from tools.sweep.adapt.settings import SweepConfig
 from tools.sweep.folder import write_json
 
@@ -30,7 +30,7 @@ SECONDS = 60.0
 """No more rounds, but for three, once a comparison has taken so long."""
 
 
-def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[Point], path: Path) -> dict[str, Any]:
+def measure(config: SweepConfig, recipe: Mapping[str, Any], points: Sequence[AdaptPoint], path: Path) -> dict[str, Any]:
     """Time each arm and target, of the first seed, that `path` does not yet hold.
 
     Routers have their first weights: under top-k the work does not depend on them. One test prompt is repeated
@@ -98,5 +98,5 @@ def _reading(samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     }
 
 
-def _settings(config: SweepConfig, point: Point) -> dict[str, Any]:
+def _settings(config: SweepConfig, point: AdaptPoint) -> dict[str, Any]:
     return json.loads(json.dumps({"adapt": point.adapt, "timing": config.timing.model_dump()}))

@@ -13,7 +13,7 @@ import torch
 
 from tests.tools.sweep.adapt.sweeps import ARMS, parsed
 from tools.sweep.adapt import report
-from tools.sweep.adapt.plan import Point
+from tools.sweep.adapt.plan import AdaptPoint
 from tools.sweep.chance import Scores, compare
 
 
@@ -44,14 +44,16 @@ def write_results(
     values: dict[str, list[float]],
     judged: Callable[[float, float], dict[str, Any]] = judged,
     first: float = 0.1,
-) -> list[Point]:
+) -> list[AdaptPoint]:
     """Results of arms and seeds, of models of these values after tuning, and `first` before."""
     points = []
     for arm, each in values.items():
         target = 1.0 if arm == "dense" else 0.7
         for seed, value in enumerate(each):
             adapt = {"auxiliary": {"type": "membership"}} if target < 1 else None
-            point = Point(arm, target, seed, adapt, True, {1 if arm == "arank" else 2: 0.25} if adapt else {}, target)
+            point = AdaptPoint(
+                arm, target, seed, adapt, True, {1 if arm == "arank" else 2: 0.25} if adapt else {}, target
+            )
             folder = out / "runs" / point.name
             folder.mkdir(parents=True)
             result = {"before": judged(first, target), "after": judged(value, target), "training_seconds": 10 * target}

@@ -24,7 +24,7 @@ from tests.tools.sweep.adapt.sweeps import ARMS, RECIPES, config, parsed, write_
 from tests.zoo.adapt.families import llava
 from tools.sweep import __main__ as command
 from tools.sweep import launch
-from tools.sweep.adapt.plan import Planner, Point, layer_sets, solve
+from tools.sweep.adapt.plan import AdaptPoint, Planner, layer_sets, solve
 from tools.sweep.adapt.sweep import AdaptSweep, base_recipe
 from tools.sweep.folder import check_folder
 from tools.sweep.kinds import open_sweep
@@ -77,7 +77,7 @@ def test_solve_finds_the_nearest_step() -> None:
 # ---------------------------------------------------------------------------------------------------------------- plans
 
 
-def planned(tmp_path: Path, **changes: Any) -> tuple[Planner, list[Point]]:
+def planned(tmp_path: Path, **changes: Any) -> tuple[Planner, list[AdaptPoint]]:
     """Points for a decoder of four layers and prompts of 264 or 268 tokens, 256 of them an image's."""
     sweep = parsed(tmp_path, **changes)
     shapes = Counter({(264, (256,)): 2, (268, (256,)): 1})
@@ -109,7 +109,7 @@ def test_points_meet_their_targets(tmp_path: Path) -> None:
     assert by["blind", 0.5, 1].adapt["router"] == {"type": "random", "seed": 1} and not by["blind", 0.5, 1].same_as
     falling = list(by["p_mod", 0.5, 0].capacities.values())
     assert falling == sorted(falling, reverse=True) and falling[0] > falling[-1]
-    assert Point.read(json.loads(json.dumps(dataclasses.asdict(few)))) == few
+    assert AdaptPoint.read(json.loads(json.dumps(dataclasses.asdict(few)))) == few
 
 
 def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path) -> None:

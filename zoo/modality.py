@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from zoo.carries import Carries
-from zoo.registry import BlockConfig
-from zoo.slots import LearnedModality
+from zoo.place import BlockConfig, Configured
 
 PARTS = ("text", "image", "audio", "video")
 """Types of the parts of a document; a modality of one's own may read parts of another type."""
@@ -104,3 +107,42 @@ class LearnedConfig(ModalityConfig):
         Raises:
             UserError: the file is missing, is of another kind, or does not fit the config.
         """
+
+
+class Modality(Configured, abc.ABC):
+    """Base of the slot `modality`: one kind of content, ready for use. What is known of it without data stands in its
+    nested config.
+
+    Args:
+        config: an instance of the nested `Config`.
+    """
+
+    Config: ClassVar[type[ModalityConfig]] = ModalityConfig
+
+    def __init__(self, config: ModalityConfig) -> None:
+        self.config = config
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides what `encode` returns."""
+        return hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @abc.abstractmethod
+    def encode(self, item: Any) -> np.ndarray:
+        """What the n positions of an item carry: ids (n,), vectors (n, width), or channels (n, count)."""
+
+    @abc.abstractmethod
+    def decode(self, content: np.ndarray) -> Any:
+        """The item that positions stand for, as nearly as they tell it; the inverse of `encode`."""
+
+    @abc.abstractmethod
+    def write(self, item: Any) -> bytes:
+        """The item as the content of a file that ends in `Config.suffix`."""
+
+
+class LearnedModality(Modality):
+    """A modality that has learned something."""
+
+    @abc.abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write what was learned to a file, for `LearnedConfig.load`."""
