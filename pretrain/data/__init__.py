@@ -1,6 +1,6 @@
 """Data: shards → documents → token stream → packed rows → batches."""
 
-from pretrain.data.batches import micro_batches
+from pretrain.data.batches import micro_batches, tokens_by_rank
 from pretrain.data.config import DataConfig, check_length
 from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
@@ -21,4 +21,5 @@ __all__ = [
     "check_length",
     "micro_batches",
     "open_data",
+    "tokens_by_rank",
 ]

@@ -52,6 +52,13 @@ def micro_batches(
     return [_batch(stream, each, step, seed, end) for each in own]
 
 
+def tokens_by_rank(stream: Mixture, rows: range, micro_batch: int, world: int, balanced: bool) -> np.ndarray:
+    """(world, M) int64: tokens of each modality that each rank has of `rows`, known without reading them."""
+    counts = np.array([stream.counts(number) for number in rows])
+    order = deal(counts, len(rows) // micro_batch).reshape(-1) if balanced else np.arange(len(rows))
+    return counts[order].reshape(world, -1, counts.shape[1]).sum(1)
+
+
 def _batch(stream: Mixture, numbers: np.ndarray, step: int, seed: int, end: int | None) -> Batch:
     rows = [stream.row(n) if end is None or n < end else stream.padding_row() for n in numbers.tolist()]
     tokens, modality, document, position, item = (

@@ -26,14 +26,16 @@ class DataConfig(Config):
 
     path: str | list[str] | None = None
     """Folder of WebDataset tar shards, relative to the current working directory: the short form of one source of our
-    documents. A list, URLs and braces are allowed as in any source."""
+    documents. A list, URLs and braces are allowed as in any source. With `sources`: the folder from which their relative
+    paths start."""
     train: str = "*train*.tar"
     """Pattern of the training shards' names inside `path`."""
     validation: float | str | None = "*val*.tar"
     """Pattern of the validation shards' names inside `path`; or the share of the training documents that is held out,
     by hash of their keys; null for none."""
     sources: dict[str, SourceSlot] = pydantic.Field(default_factory=dict)
-    """Sources by names of your own, in place of `path`. Rows are drawn from them by `weight`."""
+    """Sources by names of your own, in place of `path`, `train` and `validation`. Rows are drawn from them by
+    `weight`."""
     token_ratio: dict[str, pydantic.PositiveFloat] | None = None
     """Tokens of each modality relative to each other, such as {text: 1, image: 1}: the weights of the sources are moved
     until rows hold them so, and the rows of a step are dealt so that each micro-batch, and so each rank, holds them
@@ -58,26 +60,31 @@ class DataConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _one_or_the_other(self) -> Self:
-        if bool(self.sources) == (self.path is not None):
-            raise ValueError("has " + ("both path and sources" if self.sources else "neither path nor sources"))
+        if self.path is None and not self.sources:
+            raise ValueError("has neither path nor sources")
+        if self.sources and not isinstance(self.path, str | None):
+            raise ValueError("path must be one folder where there are sources")
         return self
 
     @property
     def entries(self) -> dict[str, Entry]:
         """The sources by name; the short form is one called "data"."""
-        if self.path is None:
-            return {name: Entry.of(source, f"data.sources.{name}") for name, source in self.sources.items()}
+        if self.sources:
+            return {
+                name: Entry.of(source, f"data.sources.{name}", str(self.path or ""))
+                for name, source in self.sources.items()
+            }
+        assert self.path is not None
         config = DocumentShards.Config(path=self.path, files=self.train, validation=self.validation)
         return {SHORT: Entry.of(config, SHORT)}
 
     @property
     def folder(self) -> Path | None:
         """The one folder on this machine in which the data lie, if there is one."""
-        paths = [entry.config.path for entry in self.entries.values()]
-        path = paths[0]
-        if len(paths) > 1 or not isinstance(path, str) or is_remote(path) or not Path(path).is_dir():
-            return None
-        return Path(path)
+        path = self.path
+        if path is None and len(self.sources) == 1:
+            path = next(iter(self.entries.values())).config.path
+        return Path(path) if isinstance(path, str) and not is_remote(path) and Path(path).is_dir() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +96,12 @@ class Entry:
     """Where it stands in the recipe."""
 
     @classmethod
-    def of(cls, config: BlockConfig, key: str) -> Entry:
-        """The entry of a source's config."""
+    def of(cls, config: BlockConfig, key: str, folder: str = "") -> Entry:
+        """The entry of a source's config, whose relative paths start from `folder`."""
         assert isinstance(config, SourceConfig)
-        return cls(config, key)
+        paths = [config.path] if isinstance(config.path, str) else config.path
+        paths = [path if is_remote(path) else str(Path(folder, path)) for path in paths]
+        return cls(config.model_copy(update={"path": paths[0] if isinstance(config.path, str) else paths}), key)
 
     @property
     def held_out(self) -> float:

@@ -6,7 +6,7 @@ Ranks whose rows hold other shares of text and image take other times, and the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -91,12 +91,11 @@ def deal(counts: np.ndarray, batches: int) -> np.ndarray:
     return np.sort(np.array(taken, np.int64).reshape(batches, rows), axis=1)
 
 
-def imbalance(counts: Sequence[Sequence[int]]) -> float:
-    """By how much the rank with most tokens of a modality exceeds the mean, the largest over modalities.
+def imbalance(counts: np.ndarray) -> float:
+    """By which share the rank with most tokens of a modality exceeds the mean, the largest over modalities.
 
     Args:
-        counts: tokens of each modality, by rank.
+        counts: (ranks, M) tokens of each modality.
     """
-    table = np.array(counts, np.float64)
-    mean = table.mean(0)
-    return float((table.max(0) / np.maximum(mean, 1e-9) - 1)[mean > 0].max(initial=0.0))
+    mean = counts.mean(0)
+    return float((counts.max(0) / np.maximum(mean, 1e-9) - 1)[mean > 0].max(initial=0.0))
