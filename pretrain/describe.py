@@ -11,6 +11,7 @@ from torch import nn
 import zoo
 from pretrain import recipe as recipes
 from pretrain.recipe import Recipe
+from zoo.modalities import vocabulary
 from zoo.roles import Role, parameter_roles
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -20,6 +21,18 @@ def blueprint(recipe: Recipe) -> zoo.Model:
     """The recipe's model on the meta device, without weights: says what it costs and what it is made of."""
     with torch.device("meta"):
         return zoo.build("model", recipe.model, kernels=recipe.kernels, seed=None)
+
+
+def objective_of(recipe: Recipe) -> zoo.Objective:
+    """What the recipe's model is trained for."""
+    return zoo.build(
+        "objective",
+        recipe.objective,
+        d_model=recipe.model.d_model,
+        modalities=tuple(recipe.model.modalities),
+        heads=recipe.model.own_heads,
+        bidirectional=recipe.bidirectional,
+    )
 
 
 def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
@@ -37,8 +50,16 @@ def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
         "flops_per_token": dict(zip(modalities, cost.flops, strict=True)),
         "router_flops_per_token": dict(zip(modalities, cost.router, strict=True)),
         "auxiliary_flops_per_token": dict(zip(modalities, cost.auxiliary, strict=True)),
+        "vocabulary": vocabulary_ranges(recipe),
         "memory_per_rank": memory(recipe, total, ranks),
     }
+
+
+def vocabulary_ranges(recipe: Recipe) -> dict[str, Any]:
+    """The ids of the special tokens by name, the range [start, stop) of each modality's, and how many there are."""
+    words = vocabulary(recipe.modalities)
+    ranges = {name: list(words.range(name)) for name in words.modalities}
+    return {"special": words.specials, "ranges": ranges, "size": words.size}
 
 
 def memory(recipe: Recipe, parameters: int, ranks: int) -> dict[str, Any]:

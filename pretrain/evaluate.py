@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -67,6 +68,7 @@ def evaluate(
     micro_batch: int,
     ranks: Ranks = ALONE,
     device: torch.device | str = "cpu",
+    bits_per_byte: bool = False,
 ) -> dict[str, float]:
     """Mean loss of each modality over the first `rows` rows of a stream; collective.
 
@@ -76,10 +78,13 @@ def evaluate(
         micro_batch: rows a forward pass on one rank.
         ranks: over which the rows are dealt out, the same number of batches to each.
         device: of the weights.
+        bits_per_byte: report the loss of text in bits a byte, too.
     Returns:
-        `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; for sparse models, from the top-k pass,
-        `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers and `eval/auxiliary/<block>/…` of
-        each, and from the causal pass `eval/causal/flops_per_token` really used, beside `eval/nominal_flops_per_token`.
+        `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; where asked for, `…/bits_per_byte`, the loss
+        of all text tokens, special ones too, over the UTF-8 bytes of the texts, which compares tokenizers; for sparse
+        models, from the top-k pass, `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers
+        and `eval/auxiliary/<block>/…` of each, and from the causal pass `eval/causal/flops_per_token` really used,
+        beside `eval/nominal_flops_per_token`.
     """
     rows = min(rows, stream.rows_per_epoch)
     chunk = micro_batch * ranks.world
@@ -88,15 +93,21 @@ def evaluate(
     counts = count_batches(objective, model.modalities, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
+    text, text_bytes = stream.vocabulary.text, stream.text_bytes(range(rows)) if bits_per_byte else 0.0
+    training = objective.training
+    objective.eval()
     for routing in routings(model):
         totals = _pass(forward, objective, batches, routing).over(ranks, device)
         result |= _losses(totals, counts, routing, objective)
+        if text in totals.parts and text_bytes:
+            result[f"eval/{routing}/bits_per_byte"] = totals.parts[text] / math.log(2) / text_bytes
         if routing == TOPK:
             result |= _foresight(totals.routing)
         elif shares := totals.routing.shares():
             used, nominal = (model.cost(stream.sequence_length, loads).flops for loads in (shares, None))
             result["eval/causal/flops_per_token"] = _mean(used, counts.tokens)
             result["eval/nominal_flops_per_token"] = _mean(nominal, counts.tokens)
+    objective.train(training)
     return result
 
 

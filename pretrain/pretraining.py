@@ -14,7 +14,7 @@ import zoo
 from pretrain import run_folder
 from pretrain.data import Data, micro_batches, tokens_by_rank
 from pretrain.data.ratio import imbalance
-from pretrain.describe import blueprint
+from pretrain.describe import blueprint, objective_of
 from pretrain.engine import Engine, Gather
 from pretrain.evaluate import StepCounts, count_batches, evaluate, validation_loss
 from pretrain.optim import AUXILIARY_SCALE, freeze_main
@@ -29,6 +29,7 @@ from zoo.batch import Batch
 from zoo.config import UserError
 from zoo.flops import TRAINING_FACTOR
 from zoo.model import load_weights
+from zoo.slots import Mixer
 from zoo.trace import Trace
 
 
@@ -87,13 +88,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             device=device,
         )
         self.updates = Updates(self.engine.module, self.engine.device, self.engine.ranks.sum)
-        self.objective = zoo.build(
-            "objective",
-            recipe.objective,
-            d_model=recipe.model.d_model,
-            modalities=self.blueprint.modalities,
-            heads=recipe.model.own_heads,
-        )
+        self.objective = objective_of(recipe)
         self.cost = self.blueprint.cost(recipe.data.sequence_length)
 
     def _build(self) -> zoo.Model:
@@ -122,9 +117,12 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
                 flush=True,
             )
         state.validation = self.data.validation_fingerprint
-        for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type):
-            if self.engine.ranks.first:
-                print(f"kernels: {choice.operation} runs on {choice.backend}: {choice.reason}", flush=True)
+        notes = [
+            f"kernels: {choice.operation} runs on {choice.backend}: {choice.reason}"
+            for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type)
+        ]
+        if self.engine.ranks.first:
+            print(*notes, *one_way_mixers(self.recipe), sep="\n", flush=True)
 
     def training_mode(self) -> None:
         self.engine.train()
@@ -141,7 +139,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
     def batches(self, state: PretrainingState) -> list[Batch]:
         train, first = self.recipe.train, state.first_row + state.step * self.recipe.train.global_batch
         rows = range(first, first + train.global_batch)
-        return micro_batches(
+        batches = micro_batches(
             self.data.train,
             rows,
             train.micro_batch,
@@ -150,6 +148,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             seed=self.recipe.seed,
             balanced=self.data.balanced,
         )
+        return [self.objective.prepare(batch) for batch in batches]
 
     def count(self, batches: Sequence[Batch]) -> StepCounts:
         return count_batches(self.objective, self.blueprint.modalities, batches)
@@ -219,10 +218,12 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             self.recipe.train.micro_batch,
             self.engine.ranks,
             self.engine.device,
+            self.recipe.evaluate.bits_per_byte,
         )
         # the loss of the best constant guess: what any model must beat
         values |= {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
-        return values | {f"eval/constant/{name}": mse for name, mse in self.data.constant_error("validation").items()}
+        errors = self.data.constant_error("validation").items()
+        return values | {f"eval/constant/{name}": self.objective.constant_loss(name, mse) for name, mse in errors}
 
     def shown(self, key: str) -> bool:
         return "flops" not in key and (key.count("/") < 3 or "auxiliary" not in key)
@@ -253,7 +254,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         batches = micro_batches(
             self.data.train, range(first, first + rows), train.micro_batch, step=train.steps, seed=recipe.seed
         )
-        shares = zoo.calibrate(model, [batch.to(device) for batch in batches])
+        shares = zoo.calibrate(model, [self.objective.prepare(batch).to(device) for batch in batches], self.objective)
         off = max((abs(share.training - share.causal) for share in shares.values()), default=0.0)
         print(f"calibrated {len(shares)} routers on {rows} rows: causal loads within {off:.2%} of top-k's", flush=True)
         return {name: router.threshold.cpu().tolist() for name, router in auxiliary_routers(model).items()}
@@ -270,6 +271,18 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         initial = run_folder.load_initial(self.recipe.folder) if self.frozen else None
         frozen = {name for name, p in self.engine.module.module.named_parameters() if not p.requires_grad}
         return {} if initial is None else {name: value for name, value in initial.weights.items() if name in frozen}
+
+
+def one_way_mixers(recipe: Recipe) -> list[str]:
+    """A line for each kind of mixer that stays causal inside items whose positions are to see each other."""
+    mixers = {layer.mixer.type_name: layer.mixer.block for layer in recipe.model.layers}
+    kinds = sorted(kind for kind, mixer in mixers.items() if issubclass(mixer, Mixer) and not mixer.bidirectional)
+    return [
+        f"model: the mixer {kind} stays causal inside an item of {', '.join(recipe.bidirectional)}; only attention "
+        "lets its positions see those that follow"
+        for kind in kinds
+        if recipe.bidirectional
+    ]
 
 
 def step_values(totals: Totals, losses: Mapping[str, float]) -> dict[str, float]:

@@ -87,6 +87,9 @@ class EvaluateConfig(Config):
 
     rows: int = Field(64, gt=0)
     """Rows of the validation split, from its beginning; fewer if it has fewer."""
+    bits_per_byte: bool = False
+    """Also report the loss of text in bits a byte of the documents' texts, by which runs with different tokenizers
+    compare. Exact where the rows hold whole documents."""
 
 
 def _section_or_path(section: Any) -> Any:
@@ -152,6 +155,11 @@ class Recipe(RunRecipe):
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
     """DeepSpeed's own keys, or the path of a JSON file with them. Each is checked; what is left out is filled in."""
 
+    @property
+    def bidirectional(self) -> tuple[str, ...]:
+        """Modalities whose positions see all of their item."""
+        return tuple(name for name, modality in self.modalities.items() if modality.bidirectional)
+
 
 def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> Recipe:
     """Read, override, validate and cross-check a recipe; arguments as for `read`.
@@ -198,8 +206,7 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
         )
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=_ends(recipe))})
     recipe.model.check()
-    bidirectional = tuple(name for name, modality in recipe.modalities.items() if modality.bidirectional)
-    place = dataclasses.replace(recipe.model.place(recipe.kernels), bidirectional=bidirectional)
+    place = dataclasses.replace(recipe.model.place(recipe.kernels), bidirectional=recipe.bidirectional)
     recipe.objective.check(place, "objective")
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
@@ -225,7 +232,7 @@ def _ends(recipe: Recipe) -> dict[str, dict[str, BlockConfig]]:
     for name, modality in recipe.modalities.items():
         if not isinstance(modality.carries, Ids):
             open_ended = modality.positions is not None and not modality.positions.fixed
-            stems.setdefault(name, default_stem(modality.carries))
+            stems.setdefault(name, default_stem(modality.carries, modality.bidirectional))
             heads.setdefault(name, default_head(modality.carries, open_ended))
         for slot, blocks in (("stem", stems), ("head", heads)):
             fits = None if isinstance(modality.carries, Ids) else modality.carries

@@ -9,6 +9,7 @@ import zoo
 from pretrain import run_folder
 from pretrain.data import Data, open_data
 from pretrain.data.fitting import fingerprint
+from pretrain.describe import objective_of
 from pretrain.evaluate import evaluate
 from pretrain.recipe import Recipe
 from pretrain.run_folder import DataPosition, Initial
@@ -82,14 +83,7 @@ def losses(model: zoo.Model, recipe: Recipe, data: Data, rows: int) -> dict[str,
     """Losses of `pretrain.evaluate.evaluate` on the first `rows` held-out rows; none where `data` hold none out."""
     if data.validation is None or not rows:
         return {}
-    objective = zoo.build(
-        "objective",
-        recipe.objective,
-        d_model=recipe.model.d_model,
-        modalities=model.modalities,
-        heads=recipe.model.own_heads,
-    )
-    values = evaluate(model, model, objective, data.validation, rows, recipe.train.micro_batch)
+    values = evaluate(model, model, objective_of(recipe), data.validation, rows, recipe.train.micro_batch)
     return {name: value for name, value in values.items() if "/loss" in name}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OURS = {"zoo", "pretrain", "tools", "tests"}
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Import name to package name, where they differ by more than a dash."""
 NOT_IMPORTED = {
     "aiohttp": "fsspec opens URLs with it",

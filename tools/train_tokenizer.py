@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         for file in fit_and_save(config, modalities, options.out, print):
             print(file)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -19,7 +19,7 @@ from zoo.context import TokenContext
 from zoo.flops import Cost
 from zoo.modality import Modality
 from zoo.model import Model, ModelConfig, initialise
-from zoo.objectives import autoregressive  # noqa: F401
+from zoo.objectives import autoregressive, denoising  # noqa: F401
 from zoo.registry import BlockConfig, Place, known, register
 from zoo.routing.scorer import Router, Scorer
 from zoo.slots import Depth, FeedForward, Head, Mixer, Objective, Stem

@@ -24,6 +24,8 @@ class Attention(Mixer, counter_noise=True):
     """Attention inside each document: causal, and in both directions inside an item of the context (Transfusion,
     arXiv 2408.11039 §3). QK-norm is per head, before rotation (Chameleon, arXiv 2405.09818)."""
 
+    bidirectional = True
+
     class Config(BlockConfig):
         heads: int = Field(gt=0)
         """Query heads H."""

@@ -68,6 +68,7 @@ def build_block(
     kernels: Mapping[str, str] | None = None,
     vocab_size: int = 0,
     heads: Mapping[str, BlockConfig] | None = None,
+    bidirectional: tuple[str, ...] = (),
     seed: int | None = 0,
 ) -> Any:
     """Build one block, an instance of the slot's base (`zoo.slots`); the options say where in a model it would stand.
@@ -82,6 +83,7 @@ def build_block(
         kernels: backend of each operation, see `zoo.kernels`.
         vocab_size: ids of the vocabulary; the stem and the head of ids need it.
         heads: for an objective `ModelConfig.own_heads` of the model that it trains.
+        bidirectional: for an objective the modalities whose positions see all of their item.
         seed: first weights are a function of (seed, parameter name); None leaves them unset.
     Raises:
         ConfigError: naming the dotted key, the value, the rule and the way out.
@@ -104,6 +106,7 @@ def build_block(
         kernels=dict(kernels or {}),
         vocab_size=vocab_size,
         heads=dict(heads or {}),
+        bidirectional=bidirectional,
     )
     block_config.check(place, name or slot)
     block = block_config.block(block_config, place)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ from zoo.trace import Trace
 Batches = Sequence[Batch]
 """Gone through several times."""
 
+Run = Callable[[nn.Module, Batch], Any]
+"""Runs the model on a batch; what it returns is not looked at."""
+
+
+def run_plainly(model: nn.Module, batch: Batch) -> Any:
+    """The model on what the batch has."""
+    return model(batch.tokens, batch.context, content=batch.content)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
@@ -37,7 +46,9 @@ class Shares:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> dict[str, Shares]:
+def calibrate(
+    model: nn.Module, batches: Batches, run: Run = run_plainly, passes: int | None = None
+) -> dict[str, Shares]:
     """Set the thresholds of all auxiliary routers of `model` on given data; the model is run in evaluation mode.
 
     A router sees what the routers before it let pass, so every pass under causal routing settles at least the next one;
@@ -45,6 +56,7 @@ def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> 
 
     Args:
         batches: data like that of training, on the model's device, with the rows and scope sizes of training.
+        run: how training runs the model on a batch; an objective that mixes noise in is one.
         passes: at most so many causal passes over the data; default: until nothing moves.
     Returns:
         Block (or block and modality) → shares, which are equal to within one token an expert where logits do not tie
@@ -58,9 +70,9 @@ def calibrate(model: nn.Module, batches: Batches, passes: int | None = None) -> 
     was_training = model.training
     model.eval()
     try:
-        wanted = _training_shares(model, batches)
+        wanted = _training_shares(model, batches, run)
         for _ in range(len(routers) + 1 if passes is None else passes):
-            logits = _causal_logits(model, routers, batches)
+            logits = _causal_logits(model, routers, batches, run)
             thresholds = [_thresholds(router, parts, wanted) for router, parts in zip(routers, logits, strict=True)]
             settled = all(map(torch.equal, thresholds, [router.threshold for router in routers]))
             for router, threshold in zip(routers, thresholds, strict=True):
@@ -94,22 +106,22 @@ def threshold_for(logits: Tensor, share: Fraction) -> float:
     return float(middle if middle < upper else lower)
 
 
-def _training_shares(model: nn.Module, batches: Batches) -> dict[str, Fraction]:
+def _training_shares(model: nn.Module, batches: Batches, run: Run) -> dict[str, Fraction]:
     """Share of its candidates that every routed group takes by top-k."""
     statistics = RoutingStatistics()
     for batch in batches:
         trace = Trace()
-        model(batch.tokens, batch.context.replace(routing=TOPK, trace=trace), content=batch.content)
+        run(model, batch.under(routing=TOPK, trace=trace))
         statistics += trace.statistics
     return {name: Fraction(int(hits.chosen), int(hits.total)) for name, hits in statistics.hits.items() if hits.total}
 
 
-def _causal_logits(model: nn.Module, routers: list[AuxiliaryRouter], batches: Batches) -> list[list[Tensor]]:
+def _causal_logits(model: nn.Module, routers: list[AuxiliaryRouter], batches: Batches, run: Run) -> list[list[Tensor]]:
     """For each router and each of its groups all logits (n, outputs) met under causal routing, on the host."""
     seen: list[list[list[Tensor]]] = [[[] for _ in router.names] for router in routers]
     with _listening(routers, seen):
         for batch in batches:
-            model(batch.tokens, batch.context.replace(routing=CAUSAL, trace=None), content=batch.content)
+            run(model, batch.under(routing=CAUSAL, trace=None))
     empty = [torch.empty(0, router.threshold.shape[1]) for router in routers]
     return [[torch.cat([none, *parts]) for parts in groups] for none, groups in zip(empty, seen, strict=True)]
 

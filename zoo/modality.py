@@ -64,6 +64,11 @@ class ModalityConfig(BlockConfig):
     def positions(self) -> Positions | None:
         """How many positions an item takes; None where any number does and an item may be cut anywhere, as text may."""
 
+    @property
+    def pace(self) -> str:
+        """How items become positions, for people: "40 positions a second"; empty where there is nothing to say."""
+        return ""
+
     @abc.abstractmethod
     def read(self, content: bytes) -> Any:
         """An item from the bytes of its file (of text: UTF-8), as the modality sees it.

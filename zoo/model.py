@@ -22,7 +22,7 @@ from zoo.heads import HeadConfig, IdHead
 from zoo.layers import RMSNorm
 from zoo.registry import HeadSlot, Place, StemSlot
 from zoo.roles import ParameterOwner
-from zoo.slots import Component, Head, Part, Stem
+from zoo.slots import Component, Head, Part, Stem, TimedStem
 from zoo.states import State
 from zoo.stems import IdStem, StemConfig
 from zoo.trace import Trace
@@ -80,6 +80,7 @@ class ModelConfig(Config):
             kernels=dict(kernels),
             vocab_size=self.vocab_size or 0,
             heads=self.own_heads,
+            stems=self.own_stems,
         )
 
     @property
@@ -146,6 +147,8 @@ class Model(nn.Module):
         context: TokenContext,
         states: Sequence[State] | None = None,
         content: Mapping[str, Tensor] | None = None,
+        *,
+        time: Mapping[str, Tensor] | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -156,6 +159,7 @@ class Model(nn.Module):
         states: Sequence[State] | None = None,
         content: Mapping[str, Tensor] | None = None,
         *,
+        time: Mapping[str, Tensor] | None = None,
         read: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -166,6 +170,7 @@ class Model(nn.Module):
         states: Sequence[State] | None = None,
         content: Mapping[str, Tensor] | None = None,
         *,
+        time: Mapping[str, Tensor] | None = None,
         read: Mapping[str, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
@@ -174,13 +179,15 @@ class Model(nn.Module):
             states: from `init_state`; the tokens continue what they have seen.
             content: what the positions of each modality carry that carries no ids, in row and time order
                 (`Batch.content`); may be left out where there are no such positions.
+            time: for modalities whose stem is a `TimedStem` how far what each position carries is from data (0) to
+                noise (1), (n,); default: data.
             read: for each modality with a head of its own the flat positions (r,) at which that head is wanted.
         Returns:
             The logits; with `read` also what each head predicts there, {modality: (r, …)}.
         Raises:
             ValueError: content that does not fit the context.
         """
-        x = self._enter(tokens, context, content or {})
+        x = self._enter(tokens, context, content or {}, time or {})
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
             for layer in self._components:
@@ -194,7 +201,9 @@ class Model(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         return self.head(x), {name: head(F.embedding(read[name], flat)) for name, head in self.heads.items()}
 
-    def _enter(self, tokens: Tensor, context: TokenContext, content: Mapping[str, Tensor]) -> Tensor:
+    def _enter(
+        self, tokens: Tensor, context: TokenContext, content: Mapping[str, Tensor], time: Mapping[str, Tensor]
+    ) -> Tensor:
         """The residual stream before the first layer, (B, T, D)."""
         if context.modalities != self.modalities:
             raise ValueError(
@@ -214,7 +223,8 @@ class Model(nn.Module):
                 raise ValueError(
                     f"content: {len(rows)} rows of {name}, but the context has {len(places)} of its positions"
                 )
-            x = x.reshape(-1, x.shape[-1]).index_add(0, places, stem(rows)).view(x.shape)
+            entered = stem(rows, time.get(name)) if isinstance(stem, TimedStem) else stem(rows)
+            x = x.reshape(-1, x.shape[-1]).index_add(0, places, entered).view(x.shape)
         return x
 
     @property

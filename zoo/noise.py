@@ -9,6 +9,7 @@ The mixer is the two-round xor-shift-multiply hash of 32-bit integers.
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import numpy as np
@@ -69,6 +70,18 @@ def uniform(key: Tensor, salt: int, width: int) -> Tensor:
     column = torch.arange(width, device=key.device, dtype=torch.int32) * _signed(_GOLDEN)
     value = _mix((key ^ salt).unsqueeze(-1) + column)
     return ((value >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+
+
+def normal(key: Tensor, salt: int, width: int) -> Tensor:
+    """Draws of the normal distribution with mean 0 and variance 1 (Box and Muller, 1958): (..., width) fp32.
+
+    Args:
+        key, salt, width: as for `uniform`.
+    """
+    pairs = -(-width // 2)
+    first, second = uniform(key, salt, 2 * pairs).split(pairs, -1)
+    radius, angle = (-2.0 * first.log()).sqrt(), (2.0 * math.pi) * second
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), -1)[..., :width]
 
 
 def logistic(key: Tensor, salt: int, width: int) -> Tensor:

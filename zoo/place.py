@@ -55,6 +55,8 @@ class Place:
     """Ids of the vocabulary; stems and heads of ids need it."""
     heads: Mapping[str, BlockConfig] = dataclasses.field(default_factory=dict)
     """Head of each modality whose positions carry no ids; objectives need them."""
+    stems: Mapping[str, BlockConfig] = dataclasses.field(default_factory=dict)
+    """Stem of each modality whose positions carry no ids; objectives check them."""
     bidirectional: tuple[str, ...] = ()
     """Modalities whose positions see all of their item; objectives need them."""
 

@@ -85,6 +85,9 @@ class Branch(Component):
 class Mixer(Branch):
     """Base of the slot `mixer`: lets the tokens of a document see each other."""
 
+    bidirectional: ClassVar[bool] = False
+    """Inside an item of the context (`TokenContext.item`) it lets a token see those that follow, too."""
+
     def init_state(self, rows: int, length: int, like: Tensor) -> State | None:
         raise NotImplementedError(f"{type(self).__name__} has no init_state(rows, length, like), so it cannot decode")
 
@@ -122,6 +125,18 @@ class Stem(Part):
         raise NotImplementedError(f"{type(self).__name__} has no cost()")
 
 
+class TimedStem(Stem):
+    """A stem of positions whose content may be mixed with noise: it is told how much."""
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """What n positions carry, (n, …) in row and time order → (n, D).
+
+        Args:
+            time: (n,) at least fp32, how far each is from data (0) to pure noise (1); default: they are data.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x, time=None)")
+
+
 class Head(Part):
     """Base of the slot `head`: from the last layer to a prediction of what a position carries. Built as
     `cls(config, place)`."""
@@ -145,6 +160,11 @@ class Objective(Part):
 
     parts: tuple[str, ...]
     """Their names, the same on every rank."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """What training makes of a batch on the host, before anything else is asked about it; as default nothing.
+        Evaluation leaves it out. Its noise depends on the tokens' keys alone (`zoo.noise`)."""
+        return batch
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many terms each part has in a batch; asked on the host, before the forward pass."""
@@ -175,3 +195,12 @@ class Objective(Part):
             training: of a log step; False for an evaluation.
         """
         return {name: sums[name] / counts[name] for name in self.parts if counts[name]}
+
+    def constant_loss(self, modality: str, error: float) -> float:
+        """The least loss of a model that makes the same guess everywhere, for a modality whose positions carry vectors.
+
+        Args:
+            error: mean squared error of the best constant vector; it is the loss, unless vectors are not what is
+                predicted.
+        """
+        return error

@@ -26,8 +26,8 @@ class DataConfig(Config):
 
     path: str | list[str] | None = None
     """Folder of WebDataset tar shards, relative to the current working directory: the short form of one source of our
-    documents. A list, URLs and braces are allowed as in any source. With `sources`: the folder from which their relative
-    paths start."""
+    documents. A list, URLs and braces are allowed as in any source. With `sources`: the folder from which their
+    relative paths start."""
     train: str = "*train*.tar"
     """Pattern of the training shards' names inside `path`."""
     validation: float | str | None = "*val*.tar"

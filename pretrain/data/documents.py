@@ -90,6 +90,23 @@ class Documents:
         found, inside = self.shards[shard], number - int(self.document_starts[shard])
         return found.tokens[int(found.starts[inside]) : int(found.starts[inside + 1])]
 
+    def bytes_in(self, start: int, length: int) -> float:
+        """UTF-8 bytes of the texts in a stretch of one document; where it is not the whole document, the share of its
+        text tokens."""
+        shard, offset = self.place(start)
+        document = int(np.searchsorted(shard.starts, offset, side="right")) - 1
+        first, stop = shard.starts[document : document + 2].tolist()
+        whole = float(shard.text_bytes[document])
+        if length == stop - first:
+            return whole
+        inside, of_all = (self._text_tokens(shard.tokens[a:b]) for a, b in ((offset, offset + length), (first, stop)))
+        return whole * inside / max(of_all, 1)
+
+    def _text_tokens(self, tokens: np.ndarray) -> int:
+        """Ids of text, special tokens apart."""
+        own, stop = self.vocabulary.range(self.vocabulary.text)
+        return int(((tokens >= own) & (tokens < stop)).sum())
+
     def edges(self, length: int) -> Iterator[np.ndarray]:
         """The first token of each piece of at most `length` tokens, shard by shard, and then the end of the last."""
         for number, first in enumerate(self.token_starts[:-1].tolist()):

@@ -1,7 +1,7 @@
 """The index of a shard: what it is, and the tokens of its documents.
 
-Two records, both made once. The *listing* (`PLACE.listing.npz`) says what the shard holds: the hash of its content, and
-how many documents. It is made again when the size or the modification time of a file changes. The *tokens*
+Two records, both made once. The *listing* (`NAME-PLACE.listing.npz`) says what the shard holds: the hash of its
+content, and how many documents. It is made again when the size or the modification time of a file changes. The *tokens*
 (`CHECKSUM-MODALITIES.tokens`, a folder) depend on the content of the shard and on the modalities, so they carry both in
 their name. Of a folder of tokens only `record.json` is read at a start; the arrays are mapped into memory where rows
 need them, and names are read where a message needs them.
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -72,7 +73,7 @@ def list_shard(source: Source, shard: Shard, cache: Path) -> Listing:
     known = known_listing(source, shard, cache)
     if known is not None:
         return known
-    stamp = shard.stamp
+    stamp = source.stamp(shard)
     with source.open(shard, cache) as documents:
         count = len(documents)
     checksum = source.identity(shard, cache)
@@ -85,14 +86,15 @@ def list_shard(source: Source, shard: Shard, cache: Path) -> Listing:
 def known_listing(source: Source, shard: Shard, cache: Path) -> Listing | None:
     """The listing of a shard in the cache, or None where there is none that is up to date."""
     arrays = _load(_listing(source, shard, cache), LISTING)
-    if arrays is None or str(arrays["stamp"]) != shard.stamp:
+    if arrays is None or str(arrays["stamp"]) != source.stamp(shard):
         return None
     return Listing(source, shard, str(arrays["checksum"]), int(arrays["documents"]))
 
 
 def _listing(source: Source, shard: Shard, cache: Path) -> Path:
     place = hashlib.sha256(f"{source.options} {shard.place}".encode()).hexdigest()[:16]  # folders may share a cache
-    return cache / f"{place}.listing.npz"
+    name = re.sub("[^A-Za-z0-9._-]", "_", shard.name)[-64:]
+    return cache / f"{name}-{place}.listing.npz"
 
 
 def _load(path: Path, names: Collection[str]) -> dict[str, np.ndarray] | None:
@@ -178,6 +180,7 @@ class TokenRecord:
         return ShardTokens(
             _mapped(self.folder / "tokens", np.int32, (self.tokens,)),
             _mapped(self.folder / "starts", np.int64, (self.documents + 1,)),
+            _mapped(self.folder / "text_bytes", np.int64, (self.documents,)),
             items,
             content,
         )
@@ -199,7 +202,7 @@ class TokenRecord:
 
     def _sizes(self, modalities: Mapping[str, Modality]) -> dict[str, int]:
         """Bytes of each file."""
-        sizes = {"tokens": 4 * self.tokens, "starts": 8 * (self.documents + 1)}
+        sizes = {"tokens": 4 * self.tokens, "starts": 8 * (self.documents + 1), "text_bytes": 8 * self.documents}
         for name, count in self.items.items():
             sizes[f"{name}.items"] = 24 * count
             form = stored(modalities[name].config.carries)
@@ -278,6 +281,7 @@ class Writer:
         self.keys: list[str] = []
         self.skipped: list[str] = []
         self.lengths: list[int] = []
+        self.text_bytes: list[int] = []
         self.counts = np.zeros(len(self.words.modalities), np.int64)
         self.items = {name: ([], []) for name, m in modalities.items() if m.config.positions is not None}
 
@@ -289,6 +293,7 @@ class Writer:
         first = int(self.counts.sum())
         self.keys.append(key)
         self.lengths.append(len(result.tokens))
+        self.text_bytes.append(result.text_bytes)
         self.files["tokens"].write(result.tokens.tobytes())
         self.counts += np.bincount(self.words.modality_of(result.tokens), minlength=len(self.counts))
         for span in result.spans:
@@ -303,6 +308,7 @@ class Writer:
         for file in self.files.values():
             file.close()
         np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64).tofile(self.folder / "starts")
+        np.array(self.text_bytes, np.int64).tofile(self.folder / "text_bytes")
         for name, (starts, stops) in self.items.items():
             edges = np.array([starts, stops], np.int64)
             sizes = edges[1] - edges[0]

@@ -64,6 +64,8 @@ class ShardTokens:
     """(n,) int32."""
     starts: np.ndarray
     """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
+    text_bytes: np.ndarray
+    """(d,) int64: UTF-8 bytes of the texts of each document."""
     items: Mapping[str, Items]
     """The items of each modality that has any, of which none is ever cut."""
     content: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)

@@ -103,15 +103,18 @@ class TokenStream:
 
     def counts(self, number: int) -> np.ndarray:
         """(M,) int64: tokens of each modality in a row, known without reading it."""
-        names = self.vocabulary.modalities
-        counts = np.zeros(len(names), np.int64)
+        counts = dict.fromkeys(self.vocabulary.modalities, 0)
         for first, size in self._stretches(number):
             shard, offset = self.documents.place(first)
-            counts[0] += size
-            for name, items in shard.items.items():
-                where = items.positions(offset, offset + size)
-                counts[[names.index(name), 0]] += np.array([1, -1]) * (where.stop - where.start)
-        return counts
+            where = {name: items.positions(offset, offset + size) for name, items in shard.items.items()}
+            sizes = {name: positions.stop - positions.start for name, positions in where.items()}
+            for name, positions in (sizes | {self.vocabulary.text: size - sum(sizes.values())}).items():
+                counts[name] += positions
+        return np.array(list(counts.values()), np.int64)
+
+    def text_bytes(self, number: int) -> float:
+        """UTF-8 bytes of the texts in a row, whatever they are tokenised by. Exact for whole documents."""
+        return sum(self.documents.bytes_in(*stretch) for stretch in self._stretches(number))
 
     def padding_row(self) -> Row:
         """A row of nothing but padding."""

@@ -14,6 +14,7 @@ import numpy as np
 from pretrain.data.errors import BrokenDocument, DataError, shown
 from pretrain.data.items import stored
 from pretrain.data.sources import Document
+from zoo.config import UserError
 from zoo.modalities import PARTS, Grammar, Modality, Vocabulary
 
 Readers = Mapping[str, Callable[[bytes], Any]]
@@ -48,6 +49,8 @@ def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:
         return reader(content)
     except MemoryError:  # passes, so it says nothing about the document
         raise DataError(f"{name}: the memory does not suffice to decode it; free some and start again") from None
+    except UserError:  # a missing package says nothing about it either
+        raise
     except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
         raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
 
@@ -79,6 +82,8 @@ class Tokens(NamedTuple):
     """The stretches that must never be cut, in order."""
     content: list[Carried]
     """The content of each part whose positions carry no ids, in order."""
+    text_bytes: int = 0
+    """UTF-8 bytes of its texts."""
 
 
 def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: Mapping[str, Grammar]) -> Tokens:
@@ -92,12 +97,13 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
     """
     made = Tokens(np.zeros(0), [], [])
     runs: list[np.ndarray] = [np.array([Vocabulary.bos])]
-    length = 1
+    length, text_bytes = 1, 0
     names = {modality.config.part: name for name, modality in modalities.items()}
     for part in read_parts(document, {kind: modalities[name].config.read for kind, name in names.items()}):
         if part.type not in names:
             raise BrokenDocument(f"it has {part.type}, for which the recipe has no modality")
         name = names[part.type]
+        text_bytes += len(part.item.encode()) if isinstance(part.item, str) else 0
         grammar, content = grammars[name], np.asarray(modalities[name].encode(part.item))
         allowed, form = grammar.positions, stored(grammar.carries)
         if form is not None:
@@ -113,7 +119,7 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
         runs.append(ids)
         length += len(ids)
     runs.append(np.array([Vocabulary.eos]))
-    return made._replace(tokens=np.concatenate(runs).astype(np.int32))
+    return made._replace(tokens=np.concatenate(runs).astype(np.int32), text_bytes=text_bytes)
 
 
 def _checked(content: np.ndarray, form: tuple[np.dtype, tuple[int, ...]], kind: str) -> np.ndarray:

@@ -65,7 +65,7 @@ def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
     return shards
 
 
-def scan_shard(path: Path, name: str | None = None) -> list[Entry]:
+def scan_shard(path: Path, name: str | None = None, endings: Sequence[str] = (DOCUMENT,)) -> list[Entry]:
     """The documents of a shard, in the order in which they begin.
 
     Files without an extension belong to no document, nor do those that macOS hides (`._…`). Files that belong to no
@@ -73,10 +73,11 @@ def scan_shard(path: Path, name: str | None = None) -> list[Entry]:
 
     Args:
         name: what messages call it; default: its path.
+        endings: of the files that a document is known by, in lower case.
     Raises:
         DataError: the shard is empty, truncated, damaged or no tar file; names the file and the byte.
     """
-    entries = _documents(list_tar(path, name))
+    entries = _documents(list_tar(path, name), endings)
     if not entries:
         raise DataError(f"{name or path}: the shard holds no document; write it again or remove it")
     return entries
@@ -88,16 +89,19 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _documents(files: Sequence[TarFile]) -> list[Entry]:
+def _documents(files: Sequence[TarFile], endings: Sequence[str]) -> list[Entry]:
     """Files as documents. Where a name comes again, another document of the same key begins."""
-    keys = {file.name[: -len(DOCUMENT)] for file in files if _is_document(file.name)}
+    keys = {key for key in (_main(file.name, endings) for file in files) if key is not None}
     documents: list[tuple[str, list[Member]]] = []
     newest: dict[str, tuple[list[Member], set[str]]] = {}
     for file in files:
-        key = _key(file.name, keys)
+        main = _main(file.name, endings)
+        key = _key(file.name, keys) if main is None else main
         if key is None:
             continue
-        extension = "json" if _is_document(file.name) else file.name[len(key) + 1 :]
+        extension = file.name[len(key) + 1 :]
+        if main is not None:
+            extension = extension.lower()
         if key not in newest or extension in newest[key][1]:
             newest[key] = [], set()
             documents.append((key, newest[key][0]))
@@ -107,14 +111,15 @@ def _documents(files: Sequence[TarFile]) -> list[Entry]:
     return [Entry(key, tuple(members)) for key, members in documents]
 
 
-def _is_document(name: str) -> bool:
-    return name[-len(DOCUMENT) :].lower() == DOCUMENT and not name[name.rfind("/") + 1 :].startswith("._")
+def _main(name: str, endings: Sequence[str]) -> str | None:
+    """The key of the document that a file is known by, None for any other file."""
+    if name[name.rfind("/") + 1 :].startswith("._"):
+        return None
+    return next((name[: -len(ending)] for ending in endings if name[-len(ending) :].lower() == ending), None)
 
 
 def _key(name: str, keys: set[str]) -> str | None:
     """The key of the document that a file belongs to: the longest of `keys` that its name begins with."""
-    if _is_document(name):
-        return name[: -len(DOCUMENT)]
     folder = name.rfind("/") + 1
     cut = len(name)
     for _ in range(DOTS):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import webdataset
 
 import zoo
 from pretrain import recipe as recipes
-from pretrain.data import Data, open_data
+from pretrain.data import Data, micro_batches, open_data
 from pretrain.evaluate import evaluate, routings, validation_loss
 from pretrain.process_group import Ranks
 from tests.pretrain.runs import EXPERTS, LAYER, tiny_recipe
@@ -110,8 +113,6 @@ def test_ranks_change_nothing(data: Data) -> None:
 
 def test_each_modality_is_the_mean_over_its_targets(data: Data) -> None:
     """Against per-token losses collected by hand, on the causal dense model."""
-    from pretrain.data import micro_batches
-
     assert data.validation is not None
     model = model_of("dense")
     found: dict[int, list[float]] = {0: [], 1: []}
@@ -140,10 +141,31 @@ def test_validation_loss_of_nothing() -> None:
 
 def test_no_batches_count_as_many_numbers(data: Data) -> None:
     """A rank that has none, because its data broke, still takes part in the sum over all ranks."""
-    from pretrain.data import micro_batches
     from pretrain.evaluate import count_batches
 
     objective = zoo.build("objective", {"type": "autoregressive"}, d_model=32)
     (batch,) = micro_batches(data.train, range(2), 2)
     some, none = (count_batches(objective, ("text", "image"), batches) for batches in ([batch], []))
     assert none == some.of([0] * len(some.numbers())) and sum(some.tokens) > 0
+
+
+@pytest.mark.parametrize("text", [{"type": "bytes"}, {"type": "bpe", "vocab_size": 300}], ids=["bytes", "bpe"])
+def test_bits_per_byte(digit_shards: Path, text: dict[str, Any]) -> None:
+    """All of the text's nats over the bytes of the documents as the shards hold them, whatever tokenises them."""
+    recipe = recipes.resolve(tiny_recipe(digit_shards, "run", modalities={"text": text}))
+    data = open_data(recipe.data, recipe.modalities, seed=0, log=lambda line: None)
+    config = {"modalities": ["text", "image"], "d_model": 32, "layers": MODELS["dense"], "vocab_size": 400}
+    model: Any = zoo.build("model", config, seed=1).eval()
+    objective = zoo.build("objective", {"type": "autoregressive"}, d_model=32)
+    stream = data.validation
+    assert stream is not None
+    values = evaluate(model, model, objective, stream, stream.rows_per_epoch, 16, bits_per_byte=True)
+    total = 0
+    for item in webdataset.WebDataset(str(next(digit_shards.glob("*val*.tar"))), shardshuffle=False):
+        parts = json.loads(item["json"])["parts"]
+        total += sum(len(part["text"].encode()) for part in parts if part["type"] == "text")
+    assert stream.text_bytes(range(stream.rows_per_epoch)) == total
+    terms = sum(objective.counts(batch)["text"] for batch in micro_batches(stream, range(stream.rows_per_epoch), 1))
+    nats = values["eval/causal/loss/text"] * terms
+    assert values["eval/causal/bits_per_byte"] == pytest.approx(nats / math.log(2) / total, rel=1e-9)
+    assert "eval/causal/bits_per_byte" not in evaluate(model, model, objective, stream, 4, 4)

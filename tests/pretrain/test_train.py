@@ -157,6 +157,10 @@ def stop_and_go(folder: Path, data: Path) -> dict[str, Any]:
         run("bf16 whole", train=BF16)
         run("bf16", (8, 1, signal.SIGTERM), train=BF16)
         run("bf16", train=BF16)
+    with one_rendezvous(), contextlib.redirect_stdout(io.StringIO()) as said:
+        run("bf16", train=BF16)
+    if rank == 0:
+        (folder / "said.txt").write_text(said.getvalue())
     return codes
 
 
@@ -190,6 +194,15 @@ def test_bf16_trains_and_resumes(stories: tuple[Path, list[dict[str, Any]]]) -> 
     assert_same_metrics(folder / "bf16", folder / "bf16 whole")
     losses = [item["loss"] for item in steady(folder / "bf16") if "loss" in item]
     assert len(losses) == 20 and losses[-1] < 0.7 * losses[0]
+
+
+def test_a_finished_run_says_so(stories: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = stories
+    run = folder / "bf16"
+    assert (
+        f"{run} is finished: it has taken 20 of 20 steps, and the trained model lies in {run / 'model.safetensors'}; "
+        "to go on, give a larger train.steps\n"
+    ) in (folder / "said.txt").read_text()
 
 
 def test_the_launcher(digit_shards: Path, stories: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import zoo
 from pretrain import recipe as recipes
@@ -38,6 +39,24 @@ def test_figures_are_the_models(file: Path, capsys: pytest.CaptureFixture[str]) 
     )
     assert facts["flops_per_token"] == {"text": cost.flops[0], "image": cost.flops[1]}
     assert set(facts["router_flops_per_token"]) == set(facts["auxiliary_flops_per_token"]) == {"text", "image"}
+
+
+def test_the_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    speech = {"text": {"type": "bytes"}, "speech": {"type": "dmel"}}
+    experts = {"type": "moma", "experts": {"text": 2, "speech": 2}, "d_ff": 32}
+    model = {"layers": [{"mixer": {"type": "attention", "heads": 2}, "feedforward": experts}]}
+    path = write_recipe(tmp_path, "nowhere", tmp_path / "run", model=model, data={"sequence_length": 700})
+    recipe = yaml.safe_load(path.read_text()) | {"modalities": speech}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    facts = figures(capsys, path)["vocabulary"]
+    assert facts["special"] == {"<bos>": 0, "<eos>": 1, "<begin_speech>": 2, "<end_speech>": 3}
+    assert facts["ranges"] == {"text": [4, 260], "speech": [260, 261]} and facts["size"] == 261
+    monkeypatch.setenv("COLUMNS", "200")
+    assert describe.main([str(path)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in ("261 ids", "3 <end_speech>", "4–259 text bytes one of 256 ids"):
+        assert line in lines
+    assert "260 speech dmel 80 channels of 16 levels 40 positions a second" in lines
 
 
 def test_memory_by_stage(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

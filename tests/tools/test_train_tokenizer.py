@@ -25,6 +25,6 @@ def test_it_saves_what_the_pipeline_loads(digit_shards, tmp_path, capsys):
 
 def test_it_prints_one_line_for_a_mistake(tmp_path, capsys):
     assert train_tokenizer.main(["--path", str(tmp_path), "text.type=bpe"]) == 2
-    assert capsys.readouterr().err.startswith("data.train: no shard in ")
+    assert capsys.readouterr().err.startswith("error: data.train: no shard in ")
     with pytest.raises(SystemExit):
         train_tokenizer.main([])

@@ -60,3 +60,16 @@ def test_dropout_keeps_the_expectation_and_is_a_function_of_the_key():
     assert abs(float(y.mean()) - 1) < 0.01
     assert torch.equal(y[3:9, 5:20], noise.dropout(x[3:9, 5:20], 0.25, key[3:9, 5:20], salt))
     assert noise.dropout(x, 0.0, key, salt) is x
+
+
+def test_normal_is_normal_in_every_number():
+    key, salt = keys(0, np.arange(64), 64), noise.salt("objective", 3)
+    drawn = noise.normal(key, salt, 33).double()
+    assert drawn.shape == (64, 64, 33) and bool(drawn.isfinite().all())
+    flat = drawn.reshape(-1, 33)
+    assert float(flat.mean(0).abs().max()) < 0.06 and float((flat.std(0) - 1).abs().max()) < 0.05
+    assert float((torch.corrcoef(flat.T) - torch.eye(33)).abs().max()) < 0.08
+    assert float((torch.corrcoef(flat.square().T) - torch.eye(33)).abs().max()) < 0.08, "nor do pairs share a size"
+    inside = [float((flat.abs() < bound).double().mean()) for bound in (1, 2, 3)]
+    np.testing.assert_allclose(inside, [0.6827, 0.9545, 0.9973], atol=3e-3)
+    assert torch.equal(noise.normal(key[3:9, 5:20], salt, 33), noise.normal(key, salt, 33)[3:9, 5:20])

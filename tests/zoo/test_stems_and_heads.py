@@ -46,7 +46,7 @@ def objective(model=None, **options):
 
 def test_a_position_enters_as_its_id_and_what_it_carries():
     model, given = build(), batch()
-    flat = model._enter(given.tokens, given.context, given.content).reshape(-1, D_MODEL)
+    flat = model._enter(given.tokens, given.context, given.content, {}).reshape(-1, D_MODEL)
     embedded = model.embedding.weight[given.tokens.reshape(-1)]
     table = model.stems.speech.weight.view(4, 5, D_MODEL)
     seen = {"image": 0, "speech": 0}
@@ -231,7 +231,7 @@ def test_content_must_fit():
         ({"stem": {"imag": VECTORS}}, r"model.stem.imag: unknown modality; .*did you mean 'image'"),
         (
             {"stem": {"image": {"type": "vector"}}},
-            r"model.stem.image.type: 'vector' is not known; known: ids, vectors, ch",
+            r"model.stem.image.type: 'vector' is not known; known: ids, vectors, noisy_vectors, ch",
         ),
         ({"head": {"image": {"type": "vectors", "width": 0}}}, "model.head.image.width: 0: must be greater than 0"),
     ],

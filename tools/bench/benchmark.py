@@ -205,10 +205,10 @@ _benchmarks: dict[str, Benchmark] = {}
 
 def benchmark(name: str, device: str = "cpu", **options: object) -> Callable[[Callable], Callable]:
     """Decorator: the function, given `Settings` and these options, builds the benchmark `name`. Its docstring's first
-    line is what `--list` says."""
+    paragraph is what `--list` says."""
 
     def add(function: Callable[..., Group]) -> Callable[..., Group]:
-        about = (function.__doc__ or "").strip().split("\n")[0]
+        about = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
         _benchmarks[name] = Benchmark(name, device, about, functools.partial(function, **options))
         return function
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.tree import Tree
 from torch import nn
 
@@ -13,6 +14,7 @@ import zoo
 from pretrain.recipe import Recipe
 from tools.describe.papers import UNITS
 from zoo.auxiliary import AuxiliaryRouter
+from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.experts import StackedSwiGLU
 from zoo.routing.scorer import Scorer
 from zoo.slots import Component, Depth
@@ -31,6 +33,7 @@ def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
     _grow(root, model, length)
     console = Console()
     console.print(root)
+    _vocabulary(console, recipe, facts["vocabulary"])
     console.print(f"at {length} tokens a row, forward, 2 FLOPs a multiply-add:")
     for modality in recipe.model.modalities:
         console.print(
@@ -48,6 +51,36 @@ def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
         "left out of FLOPs: norms, activations, rotary embedding, softmax, top-k, gathers; active: weights a token "
         "meets on average, MoD layers by their capacity, embedding and head whole"
     )
+
+
+def _vocabulary(console: Console, recipe: Recipe, words: dict[str, Any]) -> None:
+    """The ids of the stream: special tokens, then a range for each modality, with what its positions are."""
+    table = Table(title=f"{words['size']:,} ids", title_justify="left", box=None, pad_edge=False)
+    for heading in ("ids", "what", "kind", "a position carries", ""):
+        table.add_column(heading)
+    for name, number in words["special"].items():
+        table.add_row(str(number), name)
+    for name, (start, stop) in words["ranges"].items():
+        modality = recipe.modalities[name]
+        table.add_row(
+            f"{start}–{stop - 1}" if stop - start > 1 else f"{start}",
+            name,
+            modality.type_name,
+            carried(modality.carries),
+            modality.pace,
+        )
+    console.print(table)
+
+
+def carried(carries: Carries) -> str:
+    """What a position carries, in words."""
+    match carries:
+        case Ids(size):
+            return f"one of {size:,} ids"
+        case Vectors(width):
+            return f"{width:,} numbers"
+        case Channels(channels, size):
+            return f"{channels:,} channels of {size:,} levels"
 
 
 def _grow(tree: Tree, module: nn.Module, length: float, top: bool = True) -> None:

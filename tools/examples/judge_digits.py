@@ -10,15 +10,18 @@ import torch
 from sklearn.svm import SVC
 
 from pretrain.data import Data
+from tools.examples.captions import decoded, draw, scores
 from tools.examples.make_digits import NAMES, SHIFTS, load_digits_split, shift
-from zoo.context import CAUSAL, TokenContext
-from zoo.generate import generate, log_likelihood
+from zoo.carries import Ids
 from zoo.model import Model
+from zoo.sampling import Sampling
+from zoo.slots import Objective
 
 SAMPLES = 20
 """Drawings of each digit."""
 TEMPERATURE = 0.8
-BATCH = 512
+NEAR = 1.0
+"""Pictures that differ by less, in grey levels of 16, are copies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,79 +30,59 @@ class Drawings:
 
     digits: np.ndarray
     """(n,) the digit that was asked for."""
-    codes: np.ndarray
-    """(n, 16) image codes."""
+    content: np.ndarray
+    """(n, positions, …) what the positions of each carry."""
     images: np.ndarray
     """(n, 8, 8) uint8."""
 
 
-def evaluate(model: Model, data: Data, seed: int) -> tuple[dict[str, Any], Drawings]:
-    """The summary's figures about reading and drawing, and the drawings they are about."""
+def evaluate(
+    model: Model, data: Data, objective: Objective, seed: int, sampling: Sampling
+) -> tuple[dict[str, Any], Drawings]:
+    """The summary's figures about reading and drawing, and the drawings they are about.
+
+    Args:
+        sampling: how pictures are drawn that are vectors; those that are ids are drawn at `TEMPERATURE` and at 1.
+    """
     train_images, train_labels, images, labels = load_digits_split()
     judge = SVC().fit(train_images.reshape(len(train_images), -1) / 255.0, train_labels)
     shifted = np.concatenate([train_images] + [np.stack([shift(i, *by) for i in train_images]) for by in SHIFTS])
-    known_codes = {tuple(data.modalities["image"].encode(image)) for image in shifted}
-    reconstructed = np.stack([_decode(data, data.modalities["image"].encode(image)) for image in images])
-    drawings = draw(model, data, TEMPERATURE, seed)
-    warmer = draw(model, data, 1.0, seed)
+    encode, ids = data.modalities["image"].encode, isinstance(data.grammars["image"].carries, Ids)
+    known = {tuple(encode(image)) for image in shifted} if ids else None
+    reconstructed = decoded(data, np.stack([encode(image) for image in images]))[..., 0]
+    drawings = draw_digits(model, data, objective, TEMPERATURE if ids else sampling, seed)
     summary = {
-        "image_to_caption_accuracy": float((read(model, data, images) == labels).mean()),
+        "image_to_caption_accuracy": float((scores(model, data, images, NAMES).argmax(1) == labels).mean()),
         "caption_to_image_agreement": _agreement(judge, drawings),
-        "caption_to_image_agreement_at_temperature_1": _agreement(judge, warmer),
         "classifier_accuracy_on_held_out": float((judge.predict(_flat(images)) == labels).mean()),
         "classifier_accuracy_on_held_out_as_tokens": float((judge.predict(_flat(reconstructed)) == labels).mean()),
-        "distinct_share": len({tuple(codes) for codes in drawings.codes}) / len(drawings.codes),
-        "training_copies": float(np.mean([tuple(codes) in known_codes for codes in drawings.codes])),
-        "held_out_copies": float(
-            np.mean([tuple(data.modalities["image"].encode(image)) in known_codes for image in images])
-        ),
+        "distinct_share": len({each.tobytes() for each in drawings.images}) / len(drawings.images),
+        "training_copies": _copies(drawings.content, drawings.images, known, shifted),
+        "held_out_copies": _copies(np.stack([encode(image) for image in images]), images, known, shifted),
         "nearest_training_distance": _nearest(drawings.images, train_images),
         "nearest_training_distance_of_held_out": _nearest(reconstructed, train_images),
     }
+    if ids:
+        warmer = draw_digits(model, data, objective, 1.0, seed)
+        summary["caption_to_image_agreement_at_temperature_1"] = _agreement(judge, warmer)
     return summary, drawings
 
 
-def read(model: Model, data: Data, images: np.ndarray) -> np.ndarray:
-    """The likeliest of the ten captions after each image (n, 8, 8): (n,) digits."""
-    words, grammar = data.vocabulary, data.grammars
-    image_tokens, text = data.modalities["image"], data.modalities["text"]
-    captions = [[*grammar["text"].tokens(text.encode(name)), words.eos] for name in NAMES]
-    longest = max(len(caption) for caption in captions)
-    sequences, scored = [], []
-    for image in images:
-        prompt = [words.bos, *grammar["image"].tokens(image_tokens.encode(image))]
-        for caption in captions:
-            padding = longest - len(caption)
-            sequences.append([*prompt, *caption] + [-1] * padding)
-            scored.append([False] * len(prompt) + [True] * len(caption) + [False] * padding)
-    tokens, mask = np.array(sequences), torch.tensor(scored)
-    modality = torch.from_numpy(np.where(tokens < 0, -1, words.modality_of(np.maximum(tokens, 0))))
-    ids = torch.from_numpy(np.maximum(tokens, 0))
-    scores = []
-    for chunk in range(0, len(ids), BATCH):
-        part = slice(chunk, chunk + BATCH)
-        context = TokenContext.from_modality(modality[part], modalities=words.modalities, routing=CAUSAL)
-        scores.append(log_likelihood(model, ids[part], context, mask[part]))
-    return torch.cat(scores).view(len(images), len(captions)).argmax(1).numpy()
-
-
-def draw(model: Model, data: Data, temperature: float, seed: int) -> Drawings:
+def draw_digits(model: Model, data: Data, objective: Objective, sampling: Sampling | float, seed: int) -> Drawings:
     """`SAMPLES` images for each caption."""
-    text, image = data.grammars["text"], data.grammars["image"]
     generator = torch.Generator().manual_seed(seed)
-    digits, codes = [], []
-    for digit, name in enumerate(NAMES):
-        caption = text.tokens(data.modalities["text"].encode(name))
-        prompt = torch.tensor([[data.vocabulary.bos, *caption.tolist(), image.begin]]).expand(SAMPLES, -1).contiguous()
-        new = generate(model, prompt, torch.zeros_like(prompt), image.choices(), temperature, generator)
-        digits += [digit] * SAMPLES
-        codes.append((new - image.choice.start).numpy())
-    together = np.concatenate(codes)
-    return Drawings(np.array(digits), together, np.stack([_decode(data, c) for c in together]))
+    content = [draw(model, data, objective, [name] * SAMPLES, sampling, generator) for name in NAMES]
+    digits, together = np.repeat(np.arange(len(NAMES)), SAMPLES), np.concatenate(content)
+    return Drawings(digits, together, decoded(data, together)[..., 0])
 
 
-def _decode(data: Data, codes: np.ndarray) -> np.ndarray:
-    return data.modalities["image"].decode(codes)[..., 0]
+def _copies(content: np.ndarray, images: np.ndarray, known: set[tuple[int, ...]] | None, training: np.ndarray) -> float:
+    """Share of pictures that are copies of a training picture: of the same ids, or, where pictures are no ids, nowhere
+    further from it than `NEAR` of the grey levels of the data, in the root mean square of its pixels."""
+    if known is not None:
+        return float(np.mean([tuple(ids) in known for ids in content]))
+    pixels = images[0].size
+    return float((_distances(images, training) < NEAR * pixels**0.5).mean())
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
@@ -112,6 +95,11 @@ def _agreement(judge: SVC, drawings: Drawings) -> float:
 
 def _nearest(images: np.ndarray, training: np.ndarray) -> float:
     """Mean Euclidean distance to the nearest training image, in the data's own units (0..16 a pixel)."""
+    return float(_distances(images, training).mean())
+
+
+def _distances(images: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """(n,) Euclidean distance of each image to the nearest of `training`, in the data's own units."""
     a, b = (x.reshape(len(x), -1).astype(np.float64) * (16 / 255) for x in (images, training))
     squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return float(np.sqrt(np.maximum(squared, 0).min(1)).mean())
+    return np.sqrt(np.maximum(squared, 0).min(1))

@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         written = write(options.shards, options.out, options.train, options.held_out, options.question)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     broken = [each for side in written.read for each in side.broken]
     print(f"{options.out}: captions: {', '.join(f'{split} {count:,}' for split, count in written.captions.items())}")

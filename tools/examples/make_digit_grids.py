@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         written = write(folder, GridsConfig.parse(options))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     counts = (f"{v['questions']:,} questions on {v['pictures']:,} {split} grids" for split, v in written.items())
     print(f"{folder}: {', '.join(counts)}")

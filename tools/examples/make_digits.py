@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         documents = write(options.folder, options.shifts)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     counts = " and ".join(f"{count:,} {split} documents" for split, count in documents.items())
     print(f"{options.folder}: {counts}{' are already there' if there else ' written'}")

@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = LlavaFolderConfig.parse(recipe.read(options.config, options.overrides))
         model = write(config, options.data, options.out)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     parts = {"tower": model.model.vision_tower, "decoder": model.model.language_model, "in all": model}
     counts = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())

@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = {name: getattr(options, name) for name in ("steps", "batch", "lr", "seed")}
         right = pretrain(model, processor, options.data, **settings)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     model.save_pretrained(options.folder)
     print(f"{options.folder}: the tower reads {right:.1%} of the patches of validation digits rightly")

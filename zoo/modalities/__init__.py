@@ -12,7 +12,8 @@ from zoo.modalities.section import (
     parse_modalities,
     vocabulary,
 )
-from zoo.modalities.text import BPE, Bytes
+from zoo.modalities.speech import Codec, DMel, Units
+from zoo.modalities.text import BPE, Bytes, HuggingFace
 from zoo.modalities.vocabulary import Vocabulary
 from zoo.modality import (
     PARTS,
@@ -29,8 +30,11 @@ __all__ = [
     "Bytes",
     "Carries",
     "Channels",
+    "Codec",
     "ContinuousPatches",
+    "DMel",
     "Grammar",
+    "HuggingFace",
     "Ids",
     "LearnedConfig",
     "LearnedModality",
@@ -40,6 +44,7 @@ __all__ = [
     "ModalityConfig",
     "Patches",
     "Positions",
+    "Units",
     "Vectors",
     "Vocabulary",
     "default_modalities",

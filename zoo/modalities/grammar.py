@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from zoo.carries import Carries, Ids
-from zoo.generate import Choice
+from zoo.generate import Choice, Item
 from zoo.modalities.section import Modalities, vocabulary
 from zoo.modality import Positions
 
@@ -49,6 +49,16 @@ class Grammar:
         if self.positions is None or not self.positions.fixed:
             raise ValueError("how many positions an item takes is left to the model; choose them one by one")
         return [self.choice] * self.positions.most
+
+    def item(self) -> Item:
+        """What `zoo.generate.generate_channels` needs to know of an item.
+
+        Raises:
+            ValueError: its positions carry ids, or it has no markers.
+        """
+        if isinstance(self.carries, Ids) or self.end is None or self.positions is None:
+            raise ValueError("its positions carry ids; they are chosen, one by one")
+        return Item(self.choice.start, self.end, self.choice.modality, self.positions.least, self.positions.most)
 
 
 def grammars(modalities: Modalities) -> dict[str, Grammar]:

@@ -1,8 +1,4 @@
-"""Image ↔ ids: a k-means codebook of square patches, in raster order.
-
-Pixels and codes are 8-bit integers and distances are computed exactly, so the ids of an image do not depend on the
-machine, the number of threads or the company an image is encoded in.
-"""
+"""Image ↔ ids: a k-means codebook of square patches, in raster order; ids are exact, see `codebook.py`."""
 
 from __future__ import annotations
 
@@ -13,18 +9,14 @@ from typing import ClassVar
 
 import numpy as np
 import pydantic
-import safetensors
-import safetensors.numpy
 from PIL import Image
 
 from zoo.carries import Ids
 from zoo.config import UserError
+from zoo.modalities.codebook import Nearest, check_codes, fit_codes, load_codes, save_codes
 from zoo.modalities.pictures import Picture, PictureConfig
 from zoo.modality import LearnedConfig, LearnedModality
 from zoo.registry import register
-
-PATCHES_PER_CODE = 256  # for k-means; more patches hardly move the codes
-SMALL_FIT = 20_000  # patches up to which Lloyd's algorithm is run on all of them
 
 
 @register("modality", "patches")
@@ -56,7 +48,7 @@ class Patches(Picture, LearnedModality):
                     "there is no image to learn an image codebook from; leave the image modality out, or give its "
                     "`path`"
                 )
-            return Patches(self, _codebook(np.concatenate(patches), self.codes))
+            return Patches(self, fit_codes(np.concatenate(patches), self.codes))
 
         def load(self, path: str | Path) -> Patches:
             """Read a codebook.
@@ -64,19 +56,7 @@ class Patches(Picture, LearnedModality):
             Raises:
                 UserError: the file is missing, is not a codebook, or was made for another geometry.
             """
-            if not Path(path).is_file():
-                raise UserError(f"image codebook {path} does not exist; correct `path`, or set it to null to train one")
-            try:
-                with safetensors.safe_open(str(path), framework="numpy") as file:
-                    codebook, made_for = file.get_tensor("codebook"), file.metadata() or {}
-            except safetensors.SafetensorError as error:
-                raise UserError(f"{path} is not an image codebook: {error}") from None
-            for key, value in self.geometry().items():
-                if made_for.get(key) != value:
-                    raise UserError(
-                        f"{path} was made with {key} {made_for.get(key)}, the config says {value}; make them equal"
-                    )
-            return Patches(self, codebook)
+            return Patches(self, load_codes(path, self.geometry(), "image"))
 
         def geometry(self) -> dict[str, str]:
             """What a codebook is made for, by key."""
@@ -91,19 +71,12 @@ class Patches(Picture, LearnedModality):
     config: Config
 
     def __init__(self, config: Config, codebook: np.ndarray) -> None:
-        if codebook.shape != (config.codes, config.dimension) or codebook.dtype != np.uint8:
-            raise ValueError(
-                f"a codebook of shape {codebook.shape} and type {codebook.dtype} does not fit the config; "
-                f"it needs {(config.codes, config.dimension)} and uint8"
-            )
+        check_codes(codebook, (config.codes, config.dimension))
         super().__init__(config)
         self.codebook = codebook
         content = str(sorted(config.geometry().items())).encode() + codebook.tobytes()
         self._fingerprint = hashlib.sha256(content).hexdigest()
-        # |x - c|² = |x|² - 2 (x·c - |c|²/2). Multiples of ½ below 2^52 are exact in float64, whatever the
-        # BLAS.
-        self._codes = np.ascontiguousarray(codebook.astype(np.float64).T)
-        self._half_square = (self._codes**2).sum(axis=0) / 2
+        self._nearest = Nearest(codebook)
 
     @property
     def fingerprint(self) -> str:
@@ -111,8 +84,7 @@ class Patches(Picture, LearnedModality):
 
     def encode(self, item: Image.Image | np.ndarray) -> np.ndarray:
         """(positions,) int32 ids of a Pillow image or an (H, W[, channels]) uint8 array; ties: the lower id."""
-        scores = self.config.patches(item).astype(np.float64) @ self._codes - self._half_square
-        return scores.argmax(axis=1).astype(np.int32)
+        return self._nearest(self.config.patches(item))
 
     def decode(self, content: Iterable[int]) -> np.ndarray:
         """(image_size, image_size, channels) uint8 of the ids of all positions.
@@ -127,27 +99,4 @@ class Patches(Picture, LearnedModality):
 
     def save(self, path: str | Path) -> None:
         """Write the codebook and its geometry as safetensors."""
-        content = safetensors.numpy.save({"codebook": self.codebook}, metadata=self.config.geometry())
-        Path(path).write_bytes(content)
-
-
-def _codebook(patches: np.ndarray, codes: int) -> np.ndarray:
-    """(codes, dimension) uint8 codes of (n, dimension) uint8 patches by k-means, a function of its arguments
-    alone."""
-    # Slow to import, and only ever needed once per codebook.
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-    from threadpoolctl import threadpool_limits
-
-    random = np.random.RandomState(0)
-    if len(patches) > codes * PATCHES_PER_CODE:
-        patches = patches[np.sort(random.choice(len(patches), codes * PATCHES_PER_CODE, replace=False))]
-    distinct = np.unique(patches, axis=0)
-    if len(distinct) <= codes:  # every patch is its own code; the spare ids repeat the last and are never chosen
-        return distinct[np.minimum(np.arange(codes), len(distinct) - 1)]
-    if len(patches) <= SMALL_FIT:
-        kmeans = KMeans(codes, n_init=2, max_iter=100, random_state=0)
-    else:
-        kmeans = MiniBatchKMeans(codes, n_init=1, batch_size=4096, max_iter=20, random_state=0)
-    with threadpool_limits(1):  # the order of summation, and so the result, would depend on the number of threads
-        kmeans.fit(patches.astype(np.float32))
-    return np.clip(np.rint(kmeans.cluster_centers_), 0, 255).astype(np.uint8)
+        save_codes(path, self.codebook, self.config.geometry())

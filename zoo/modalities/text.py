@@ -1,4 +1,4 @@
-"""Text ↔ ids: plain bytes, or byte-level byte-pair encoding trained on the user's own text."""
+"""Text ↔ ids: bytes, byte-pair encoding trained on the user's own text, or the tokenizer of a pretrained model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import tokenizers
 
 from zoo.carries import Ids
 from zoo.config import UserError
+from zoo.extras import extra
 from zoo.modality import LearnedConfig, LearnedModality, Modality, ModalityConfig
 from zoo.registry import register
 
@@ -23,6 +24,7 @@ BYTES = 256
 WORD = 256
 """Characters of the longest run without (or of nothing but) white space that a tokenizer is trained on as a whole."""
 LONG = re.compile(rf"\S{{{WORD + 1},}}|\s{{{WORD + 1},}}")
+TOKENIZER = "tokenizer.json"
 PROBE = "aЖ語"
 """Characters of which a tokenizer must make something."""
 
@@ -90,13 +92,50 @@ def _steady(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
 
 
-@register("modality", "bpe")
-class BPE(Text, LearnedModality):
-    """Byte-level byte-pair encoding: a tokenizer of the `tokenizers` library, ids counted from 0.
+class Tokenized(Text):
+    """What kinds of text share whose ids a tokenizer of the `tokenizers` library makes.
 
     Args:
         inner: the library's tokenizer, whose ids lie below config.vocab_size.
     """
+
+    def __init__(self, config: BPE.Config | HuggingFace.Config, inner: tokenizers.Tokenizer) -> None:
+        super().__init__(config)
+        self.inner = inner
+        self._fingerprint = hashlib.sha256(f"{config.vocab_size} {inner.to_str()}".encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def encode(self, item: str) -> np.ndarray:
+        """(n,) int32 ids of a text without lone surrogates, counted from 0."""
+        # A batch of one: it computes no offsets and, unlike `encode`, lets other threads run meanwhile.
+        return np.asarray(self.inner.encode_batch_fast([item], add_special_tokens=False)[0].ids, dtype=np.int32)
+
+    def decode(self, content: Iterable[int]) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD, ids that training left unused become nothing."""
+        return self.inner.decode([int(i) for i in content], skip_special_tokens=False)
+
+
+def _check_ids(inner: tokenizers.Tokenizer, vocab_size: int, path: str | Path) -> None:
+    """Raise `UserError` where a tokenizer has more ids than `vocab_size`, or makes nothing of some characters."""
+    highest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= vocab_size:
+        raise UserError(
+            f"{path} uses ids up to {highest}, but vocab_size is {vocab_size}; set vocab_size to {highest + 1}"
+        )
+    lost = [character for character in PROBE if not len(inner.encode(character, add_special_tokens=False).ids)]
+    if lost:
+        raise UserError(
+            f"{path} drops characters that it does not know, such as {''.join(lost)!r}; use a byte-level one, or one "
+            "with byte_fallback or an unk_token"
+        )
+
+
+@register("modality", "bpe")
+class BPE(Tokenized, LearnedModality):
+    """Byte-level byte-pair encoding: a tokenizer of the `tokenizers` library, ids counted from 0."""
 
     class Config(TextConfig, LearnedConfig):
         """Byte-level byte-pair encoding: any text round-trips, frequent strings are one token.
@@ -142,38 +181,62 @@ class BPE(Text, LearnedModality):
                 inner = _steady(tokenizers.Tokenizer.from_file(str(path)))
             except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
                 raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
-            highest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
-            if highest >= self.vocab_size:
-                raise UserError(
-                    f"{path} uses ids up to {highest}, but vocab_size is {self.vocab_size}; "
-                    f"set vocab_size to {highest + 1}"
-                )
-            lost = [character for character in PROBE if not len(inner.encode(character, add_special_tokens=False).ids)]
-            if lost:
-                raise UserError(
-                    f"{path} drops characters that it does not know, such as {''.join(lost)!r}; use a byte-level one, "
-                    "or one with byte_fallback or an unk_token"
-                )
+            _check_ids(inner, self.vocab_size, path)
             return BPE(self, inner)
-
-    def __init__(self, config: Config, inner: tokenizers.Tokenizer) -> None:
-        super().__init__(config)
-        self.inner = inner
-        self._fingerprint = hashlib.sha256(f"{config.vocab_size} {inner.to_str()}".encode()).hexdigest()
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def encode(self, item: str) -> np.ndarray:
-        """(n,) int32 ids of a text without lone surrogates, counted from 0."""
-        # A batch of one: it computes no offsets and, unlike `encode`, lets other threads run meanwhile.
-        return np.asarray(self.inner.encode_batch_fast([item], add_special_tokens=False)[0].ids, dtype=np.int32)
-
-    def decode(self, content: Iterable[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD, ids that training left unused become nothing."""
-        return self.inner.decode([int(i) for i in content], skip_special_tokens=False)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as a `tokenizer.json`."""
         Path(path).write_text(self.inner.to_str(pretty=True), encoding="utf-8")
+
+
+@register("modality", "huggingface")
+class HuggingFace(Tokenized):
+    """The tokenizer of a Hugging Face model, without its special tokens: the stream has its own.
+
+    Raises:
+        UserError: the folder is missing or holds no tokenizer, or the tokenizer does not fit the config.
+    """
+
+    class Config(TextConfig):
+        """A tokenizer of a pretrained model, from a local folder.
+
+        `path` holds a `tokenizer.json`, or whatever else Transformers makes a fast tokenizer of. Names of its special
+        tokens that stand in a text, such as `</s>`, are plain text.
+        """
+
+        path: str
+        """The folder of the tokenizer."""
+        vocab_size: int = pydantic.Field(ge=1)
+        """Ids, at least as many as the tokenizer has; its special ones count and stay unused."""
+
+        @property
+        def carries(self) -> Ids:
+            return Ids(self.vocab_size)
+
+    def __init__(self, config: Config) -> None:
+        inner = _steady(_from_folder(Path(config.path)))
+        _check_ids(inner, config.vocab_size, config.path)
+        inner.encode_special_tokens = True
+        super().__init__(config, inner)
+
+
+def _from_folder(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a folder as Transformers saves it."""
+    if not folder.is_dir():
+        raise UserError(f"text tokenizer {folder} is no folder; give the folder of a model or a tokenizer")
+    try:
+        if (folder / TOKENIZER).is_file():
+            return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+        with extra("adapt", f"text tokenizer {folder}"):
+            import transformers
+        found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise anything for files they cannot read
+        raise UserError(f"text tokenizer {folder}: cannot be read ({type(error).__name__}: {error})") from None
+    inner = getattr(found, "backend_tokenizer", None)
+    if not isinstance(inner, tokenizers.Tokenizer):
+        raise UserError(
+            f"text tokenizer {folder}: is a {type(found).__name__}, which has no fast form; save one that has"
+        )
+    return inner

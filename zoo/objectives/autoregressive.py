@@ -1,6 +1,7 @@
 """Next-token prediction over everything alike, with z-loss (Chameleon, arXiv 2405.09818 §2.3).
 
-Ids are predicted by cross-entropy; vectors and channels by whatever loss their head has.
+Ids are predicted by cross-entropy; vectors and channels by whatever loss their head has. An objective that predicts
+some modalities otherwise (`zoo.objectives.denoising`) uses this one for the rest.
 """
 
 from __future__ import annotations
@@ -38,60 +39,72 @@ class Autoregressive(Objective, counter_noise=True):
         """Coefficient of log² Z, averaged over the same positions as the cross-entropy; Chameleon has 1e-5."""
 
         def check(self, place: Place, path: str) -> None:
+            self.check_weights(place, path)
+            for modality in place.bidirectional:
+                raise ConfigError(
+                    f"{path}.type: 'autoregressive' predicts every position from those before it, but a position of "
+                    f"modalities.{modality} sees all of its item; make its mask causal, or choose an objective that "
+                    "denoises whole items: transfusion or flow"
+                )
+
+        def check_weights(self, place: Place, path: str) -> None:
+            """Raise `ConfigError` for a weight of a modality that is not there, or below 0."""
             for modality, weight in self.weights.items():
                 place.check_modality(modality, f"{path}.weights.{modality}")
                 if weight < 0:
                     raise ConfigError(f"{path}.weights.{modality}: {weight} is negative; a weight is 0 or more")
-            for modality in place.bidirectional:
-                raise ConfigError(
-                    f"{path}.type: 'autoregressive' predicts every position from those before it, but a position of "
-                    f"modalities.{modality} sees all of its item; make its mask causal, or choose another objective"
-                )
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
-        self.modalities = place.modalities
-        self.weights = {modality: config.weights.get(modality, 1.0) for modality in place.modalities}
+        self.modalities = {name: m for m, name in enumerate(place.modalities) if name not in place.bidirectional}
+        self.apart = [m for m, name in enumerate(place.modalities) if name in place.bidirectional]
+        self.weights = {modality: config.weights.get(modality, 1.0) for modality in self.modalities}
         self.z_loss = config.z_loss
-        self.heads = {name: head for name, head in place.heads.items() if isinstance(head, HeadConfig)}
+        heads = {name: head for name, head in place.heads.items() if name in self.modalities}
+        self.heads = {name: head for name, head in heads.items() if isinstance(head, HeadConfig)}
         self.open_ended = [name for name, head in self.heads.items() if head.open_ended]
         regulariser = [Z_LOSS] if self.z_loss else []
         self.parts = (*self.modalities, *(name + LENGTH for name in self.open_ended), *regulariser)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Target tokens of each modality, and of the z-loss those that are ids."""
-        modality = batch.context.modality[:, 1:][_is_target(batch.context)]
-        counts = {name: int((modality == m).sum()) for m, name in enumerate(self.modalities)}
+        modality = batch.context.modality[:, 1:][self._is_target(batch.context)]
+        counts = {name: int((modality == m).sum()) for name, m in self.modalities.items()}
         counts |= {name + LENGTH: counts[name] for name in self.open_ended}
         if self.z_loss:
-            counts[Z_LOSS] = sum(counts[name] for m, name in enumerate(self.modalities) if self._has_ids(m))
+            counts[Z_LOSS] = sum(counts[name] for name in self.modalities if self._has_ids(name))
         return counts
 
-    def _has_ids(self, modality: int) -> bool:
+    def _has_ids(self, modality: str) -> bool:
         """The head of the ids learns what follows where a token of this modality does."""
-        return self.modalities[modality] not in self.heads or self.modalities[modality] in self.open_ended
+        return modality not in self.heads or modality in self.open_ended
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums of cross-entropies in nats, of the losses of heads, and of log² Z."""
-        context, sums = batch.context, {}
-        is_target = _is_target(context)
-        if self.heads:
-            before = {name: self._before(context, name) for name in self.heads}
-            logits, predictions = model(batch.tokens, context, content=batch.content, read=before)
-            sums = {
-                name: self._head_loss(name, prediction, batch, is_target) for name, prediction in predictions.items()
-            }
-        else:
-            logits = model(batch.tokens, context)
+        if not self.heads:
+            return self.sums(model(batch.tokens, batch.context), {}, batch)
+        before = self.before(batch.context)
+        logits, predictions = model(batch.tokens, batch.context, content=batch.content, read=before)
+        return self.sums(logits, predictions, batch)
+
+    def sums(self, logits: Tensor, predictions: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """As `forward`, of what the model has said.
+
+        Args:
+            logits: (B, T, V).
+            predictions: what each head predicts at `before`; those of other modalities are not looked at.
+        """
+        context, is_target = batch.context, self._is_target(batch.context)
+        sums = {name: self._head_loss(name, predictions[name], batch, is_target) for name in self.heads}
         modality = context.modality[:, 1:]
-        for m in range(len(self.modalities)):
-            if not self._has_ids(m):
+        for name, m in self.modalities.items():
+            if not self._has_ids(name):
                 is_target = is_target & (modality != m)
         logits = wide(logits[:, :-1].reshape(-1, logits.shape[-1]))
         target, modality = torch.where(is_target, batch.tokens[:, 1:], -100).reshape(-1), modality.reshape(-1)
         losses = IdHead.Config().loss(logits, target)
-        for m, name in enumerate(self.modalities):
-            if self._has_ids(m):
+        for name, m in self.modalities.items():
+            if self._has_ids(name):
                 of_modality = (target >= 0) & (modality == m)
                 sums[name + LENGTH if name in self.heads else name] = losses.masked_fill(~of_modality, 0.0).sum()
         if self.z_loss:
@@ -99,15 +112,23 @@ class Autoregressive(Objective, counter_noise=True):
             sums[Z_LOSS] = log_z.square().sum()
         return sums
 
-    def _before(self, context: TokenContext, name: str) -> Tensor:
-        """Flat positions that stand before those of a modality."""
-        return (context.index(self.modalities.index(name)) - 1).clamp_min(0)
+    def before(self, context: TokenContext) -> dict[str, Tensor]:
+        """For each modality with a head of its own the flat positions that stand before its own: where it is read."""
+        return {name: (context.index(self.modalities[name]) - 1).clamp_min(0) for name in self.heads}
+
+    def _is_target(self, context: TokenContext) -> Tensor:
+        """(B, T − 1) bool: token t + 1 continues the document of token t, and both are of modalities predicted here."""
+        document = context.document
+        is_target = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+        for m in self.apart:
+            is_target = is_target & (context.modality[:, 1:] != m) & (context.modality[:, :-1] != m)
+        return is_target
 
     def _head_loss(self, name: str, prediction: Tensor, batch: Batch, is_target: Tensor) -> Tensor:
         """The sum of a head's losses over the targets among the positions of its modality."""
         losses = self.heads[name].loss(prediction, batch.content[name])
         flat = nn.functional.pad(is_target, (1, 0)).reshape(-1)
-        kept = flat.index_select(0, batch.context.index(self.modalities.index(name)))
+        kept = flat.index_select(0, batch.context.index(self.modalities[name]))
         return losses.masked_fill(~kept, 0.0).sum()
 
     def combine(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> Tensor:
@@ -125,9 +146,3 @@ class Autoregressive(Objective, counter_noise=True):
         means = super().report(sums, counts, training)
         z = means.pop(Z_LOSS, None)
         return means | {"z": z} if training and z is not None else means
-
-
-def _is_target(context: TokenContext) -> Tensor:
-    """(B, T − 1) bool: token t + 1 continues the document of token t."""
-    document = context.document
-    return (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)

@@ -166,6 +166,15 @@ def inside(folder: Path, names: str) -> list[str]:
     return [str(path) for path in below if not any(part.startswith(".") for part in path.parts)]
 
 
+def folder_state(folder: Path) -> str:
+    """A text that changes when a file below a folder does, made without reading them; hidden ones are left out."""
+    digest = hashlib.sha256()
+    for name in inside(folder, "**/*"):
+        status = (folder / name).stat()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
 def _matching(path: str, names: str) -> Iterator[str]:
     if path.startswith(PIPE):
         yield path

@@ -23,7 +23,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, overload
 
 import pydantic
 
@@ -71,6 +71,30 @@ class Document(NamedTuple):
     """Reads what it holds. It may be called from any thread, and raises `BrokenDocument` where it cannot be used."""
 
 
+class Numbered(Sequence[Document]):
+    """Documents that are made when they are asked for.
+
+    Args:
+        count: how many there are.
+        make: gives document `number`, counted from 0; it may be called from any thread.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Document]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> Document: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Document]: ...
+    def __getitem__(self, number: int | slice) -> Document | list[Document]:
+        if isinstance(number, slice):
+            return [self._make(each) for each in range(*number.indices(self._count))]
+        return self._make(range(self._count)[number])
+
+
 class SourceConfig(BlockConfig):
     """Base of the configs of sources."""
 
@@ -114,6 +138,10 @@ class Source(Configured, abc.ABC):
             DataError: there is none.
         """
         return [Shard(file) for file in find_files(self.config.path, self.config.files)]
+
+    def stamp(self, shard: Shard) -> str:
+        """A text that changes when something that a shard is read from does, made without reading it."""
+        return shard.stamp
 
     @property
     def options(self) -> str:

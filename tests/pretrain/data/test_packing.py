@@ -39,7 +39,7 @@ def make_documents(lengths: list[list[int]], shards: int = 1) -> Documents:
         items = np.array(spans, np.int64).reshape(-1, 2).T + np.array([[1], [-1]])  # without their markers
         before = np.arange(items.shape[1]) * (IMAGE - 2)
         images = {"image": Items(np.stack([*items, before]))}
-        made.append(ShardTokens(np.array(tokens, np.int32), np.array(starts), images))
+        made.append(ShardTokens(np.array(tokens, np.int32), np.array(starts), np.zeros(len(starts) - 1), images))
     return Documents.join(made, VOCABULARY)
 
 
@@ -183,12 +183,25 @@ def test_padding_is_small_and_planning_is_fast():
     random = np.random.RandomState(0)
     lengths = np.minimum(random.lognormal(5, 1, 100_000).astype(np.int64) + 1, 4000)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    documents = Documents.join([ShardTokens(np.zeros(starts[-1], np.int32), starts, {})], VOCABULARY)
+    documents = Documents.join([ShardTokens(np.zeros(starts[-1], np.int32), starts, lengths, {})], VOCABULARY)
     begin = time.perf_counter()
     stream = TokenStream(documents, 1024, 0)
     stream.row(0)
     assert time.perf_counter() - begin < 5
     assert stream.share_of_padding < 0.02
+
+
+def test_bytes_of_cut_documents_add_up():
+    """A piece has the share of its text tokens; all pieces together have all bytes."""
+    begin, end = VOCABULARY.begin("image"), VOCABULARY.end("image")
+    image = [begin, *[VOCABULARY.range("image")[0]] * 4, end]
+    text = VOCABULARY.range("text")[0]
+    tokens = np.array([0, text, text, text, *image, text, 1, 0, text, 1], np.int32)
+    images = {"image": Items(np.array([[5], [9], [0]]))}
+    shard = ShardTokens(tokens, np.array([0, 12, 15]), np.array([80, 7]), images)
+    stream = TokenStream(Documents.join([shard], VOCABULARY), 8, None)
+    assert stream.plan.pieces.lengths(slice(0, 3)).tolist() == [4, 8, 3]
+    assert sorted(map(stream.text_bytes, range(stream.rows_per_epoch))) == [20.0, 67.0]
 
 
 def test_negative_rows_are_refused():

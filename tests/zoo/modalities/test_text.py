@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from zoo.config import UserError
-from zoo.modalities import BPE, Bytes, Ids
+from zoo.modalities import BPE, Bytes, HuggingFace, Ids
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog",
@@ -133,3 +133,64 @@ def test_ordinary_text_trains_as_a_whole():
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(texts, trainer)
     assert BPE.Config(vocab_size=400).fit(texts).inner.to_str() == inner.to_str()
+
+
+# ------------------------------------------------------------------------------------------ tokenizers of other models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer with special tokens, as Transformers saves it."""
+    import transformers
+
+    inner = BPE.Config(vocab_size=300).fit(TEXTS).inner
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<|image|>"]
+    )
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_folder_of_transformers(folder):
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    config = HuggingFace.Config(path=str(folder), vocab_size=len(theirs) + 5)
+    tokenizer = HuggingFace(config)
+    assert config.carries == Ids(len(theirs) + 5)
+    for text in TEXTS[:3]:
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text == config.read(tokenizer.write(text))
+
+
+def test_names_of_special_tokens_are_text(folder):
+    tokenizer = HuggingFace(HuggingFace.Config(path=str(folder), vocab_size=400))
+    specials = set(tokenizer.inner.get_added_tokens_decoder())
+    text = "one</s><|image|>two"
+    assert specials and not specials & set(tokenizer.encode(text).tolist())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_without_a_tokenizer_json(tmp_path, folder):
+    """Transformers makes a fast tokenizer of other files, here of GPT-2's."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    tokenizer, other = (HuggingFace(HuggingFace.Config(path=str(path), vocab_size=400)) for path in (tmp_path, folder))
+    assert tokenizer.encode(TEXTS[0]).tolist() == other.encode(TEXTS[0]).tolist()
+
+
+def test_folders_that_do_not_fit(tmp_path, folder):
+    with pytest.raises(UserError, match=r"uses ids up to 30\d, but vocab_size is 256; set vocab_size to 30\d"):
+        HuggingFace(HuggingFace.Config(path=str(folder), vocab_size=256))
+    with pytest.raises(UserError, match="nowhere is no folder; give the folder of a model or a tokenizer"):
+        HuggingFace(HuggingFace.Config(path=str(tmp_path / "nowhere"), vocab_size=256))
+    with pytest.raises(UserError, match="cannot be read"):
+        HuggingFace(HuggingFace.Config(path=str(tmp_path), vocab_size=256))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        HuggingFace(HuggingFace.Config(path=str(tmp_path), vocab_size=256))

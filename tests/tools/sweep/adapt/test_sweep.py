@@ -124,6 +124,7 @@ def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"targets": [1.5]}, r"targets\[0\]: 1.5: must be less than 1"),
+        ({"min_keep": 0.2}, "min_keep is called min_capacity now; write min_capacity: 0.2"),
         ({"base": "/nowhere"}, "base: '/nowhere' is not a folder"),
         (
             {"arms": {"x": {"tokens": "learned", "train": False, "adapt": {"layers": [1]}}}},

@@ -1,0 +1,133 @@
+"""What a model trained on spoken digits can do: name held-out takes, and speak words that a classifier recognises."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import tqdm
+from scipy.stats import binomtest
+from sklearn.svm import SVC
+
+from pretrain.data import Data
+from tools.examples.make_spoken_digits import Take
+from zoo.carries import Ids
+from zoo.context import CAUSAL, TokenContext
+from zoo.generate import generate_channels, log_likelihood
+from zoo.modalities.speech import DMel, Spectrum
+from zoo.model import Model
+
+SAMPLES = 10
+"""Takes of each word that the model speaks."""
+TEMPERATURE = 0.7
+FRAMES = 12
+"""Frames that the classifier sees of any sound, evenly over its length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """A word that the model has spoken."""
+
+    word: str
+    modality: str
+    sound: np.ndarray
+    """(n,) float32, at the rate of its modality."""
+    picture: np.ndarray
+    """(mels, frames) uint8 spectrogram, low frequencies at the bottom."""
+
+
+def evaluate(model: Model, data: Data, takes: Sequence[Take], seed: int) -> tuple[dict[str, Any], list[Spoken]]:
+    """The summary's figures about reading and speaking, and what was spoken; nothing where positions carry ids."""
+    name = next(name for name, modality in data.modalities.items() if modality.config.part == "audio")
+    speech = data.modalities[name]
+    words = sorted({take.word for take in takes})
+    held_out = [take for take in takes if take.held_out]
+    right = read(model, data, name, held_out, words)
+    interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    summary: dict[str, Any] = {
+        "held_out_takes": len(right),
+        "word_accuracy": float(np.mean(right)),
+        "word_accuracy_interval": [interval.low, interval.high],
+    }
+    if isinstance(speech.config.carries, Ids):
+        return summary, []
+    judge = Judge(speech.config, takes)
+    spoken = speak(model, data, name, words, judge.spectrum, seed)
+    return summary | {
+        "classifier_accuracy_on_held_out": judge.accuracy(
+            [(take.word, speech.config.read(take.sound)) for take in held_out]
+        ),
+        "spoken_agreement": judge.accuracy([(each.word, each.sound) for each in spoken]),
+    }, spoken
+
+
+def read(model: Model, data: Data, name: str, takes: Sequence[Take], words: Sequence[str]) -> list[bool]:
+    """Whether the likeliest of `words` after each take is its own."""
+    speech, vocabulary = data.modalities[name], data.vocabulary
+    text = [
+        [*data.grammars[vocabulary.text].tokens(data.modalities[vocabulary.text].encode(word)), vocabulary.eos]
+        for word in words
+    ]
+    longest = max(map(len, text))
+    right = []
+    for take in tqdm.tqdm(takes, desc="reading", disable=None, leave=False):
+        content = speech.encode(speech.config.read(take.sound))
+        prompt = [vocabulary.bos, *data.grammars[name].tokens(content)]
+        rows = np.array([[*prompt, *word] + [-1] * (longest - len(word)) for word in text])
+        scored = torch.from_numpy((np.arange(rows.shape[1]) >= len(prompt)) & (rows >= 0))
+        modality = torch.from_numpy(np.where(rows < 0, -1, vocabulary.modality_of(np.maximum(rows, 0))))
+        context = TokenContext.from_modality(modality, modalities=vocabulary.modalities, routing=CAUSAL)
+        carried = None if isinstance(speech.config.carries, Ids) else {name: _rows(content, len(words))}
+        scores = log_likelihood(model, torch.from_numpy(np.maximum(rows, 0)), context, scored, carried)
+        right.append(words[int(scores.argmax())] == take.word)
+    return right
+
+
+def _rows(content: np.ndarray, count: int) -> torch.Tensor:
+    return torch.from_numpy(content.astype(np.int64)).repeat(count, 1)
+
+
+def speak(model: Model, data: Data, name: str, words: Sequence[str], spectrum: Spectrum, seed: int) -> list[Spoken]:
+    """`SAMPLES` sounds of each word."""
+    generator = torch.Generator().manual_seed(seed)
+    grammar, text = data.grammars[name], data.modalities[data.vocabulary.text]
+    spoken = []
+    for word in tqdm.tqdm(words, desc="speaking", disable=None, leave=False):
+        tokens = [data.vocabulary.bos, *data.grammars[data.vocabulary.text].tokens(text.encode(word)), grammar.begin]
+        prompt = torch.tensor([tokens]).expand(SAMPLES, -1).contiguous()
+        items = generate_channels(model, prompt, torch.zeros_like(prompt), grammar.item(), TEMPERATURE, generator)
+        for item in items:
+            sound = data.modalities[name].decode(item.numpy())
+            spoken.append(Spoken(word, name, sound, spectrogram(spectrum, sound)))
+    return spoken
+
+
+def spectrogram(spectrum: Spectrum, sound: np.ndarray) -> np.ndarray:
+    """(mels, frames) uint8, loud frequencies dark."""
+    frames = spectrum.frames(sound)
+    return np.clip((frames[:, ::-1].T + 3) * (255 / 4), 0, 255).astype(np.uint8)
+
+
+class Judge:
+    """Tells spoken words apart by a support vector machine on `FRAMES` frames, fitted on the takes that are not held
+    out."""
+
+    def __init__(self, config: Any, takes: Sequence[Take]) -> None:
+        self.spectrum = Spectrum(DMel.Config(rate=config.rate, mels=40, high=0.95 * config.rate / 2))
+        known = [take for take in takes if not take.held_out]
+        seen = np.stack([self._seen(config.read(take.sound)) for take in known])
+        self.machine = SVC(C=10.0).fit(seen, [take.word for take in known])
+
+    def accuracy(self, sounds: Sequence[tuple[str, np.ndarray]]) -> float:
+        """Share of (word, sound) in which the sound is recognised as the word."""
+        found = self.machine.predict(np.stack([self._seen(sound) for _, sound in sounds]))
+        return float(np.mean(found == np.array([word for word, _ in sounds])))
+
+    def _seen(self, sound: np.ndarray) -> np.ndarray:
+        frames = np.maximum(self.spectrum.frames(sound), -3)
+        frames = frames - frames.mean()  # however loud it is
+        at = np.linspace(0, len(frames) - 1, FRAMES)
+        return np.stack([np.interp(at, np.arange(len(frames)), channel) for channel in frames.T]).ravel()
