@@ -187,8 +187,8 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         return step_values(totals, losses) | self._mixture_values(state, counts)
 
     def _mixture_values(self, state: PretrainingState, counts: StepCounts) -> dict[str, float]:
-        """Of several sources: how often each has been gone through, the step's tokens by modality, and how unlike the
-        ranks' are."""
+        """What a log step says of several sources: how often each has been gone through, the step's tokens by
+        modality, and how unlike those of its ranks are."""
         mixture, train = self.data.train, self.recipe.train
         if len(mixture.streams) == 1 and not self.data.balanced:
             return {}

@@ -138,7 +138,7 @@ class TokenRecord:
     shard: str
     """Its name, for messages."""
     documents: int
-    """Usable ones."""
+    """Documents that can be used."""
     tokens: int
     counts: Mapping[str, int]
     """Tokens of each modality."""

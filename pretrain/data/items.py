@@ -61,7 +61,7 @@ class ShardTokens:
     """The usable documents of a shard as one array of tokens; arrays are mapped from disk."""
 
     tokens: np.ndarray
-    """(n,) int32."""
+    """(n,) int32: all documents one after the other."""
     starts: np.ndarray
     """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
     text_bytes: np.ndarray

@@ -53,7 +53,7 @@ class Mixture:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Of the tokens."""
+        """The ids that its tokens are from."""
         return self._any.vocabulary
 
     @property

@@ -69,7 +69,7 @@ class TokenStream:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Of the tokens."""
+        """The ids that its tokens are from."""
         return self.documents.vocabulary
 
     @property

@@ -85,7 +85,7 @@ class Plan:
     row_starts: np.ndarray
     """(rows + 1,) uint32: where in `slots` each row begins."""
     seed: int | None
-    """Of the order; None: documents in their order, the same in each epoch."""
+    """The seed of the order; None: documents in their order, the same in each epoch."""
     folder: Path | None = None
     """Where it lies; None: in memory."""
 
@@ -286,7 +286,7 @@ class BestFit:
     def __init__(self, length: int) -> None:
         self.length = length
         self.rows = 0
-        """Rows begun."""
+        """How many rows have been begun."""
         self.with_room = [array("I") for _ in range(length + 1)]  # free places → rows
         self.occupied = 0  # bit r is set where with_room[r] holds a row: the fullest row that fits is bit arithmetic
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import multiprocessing
 import os
+import pickle
+import queue
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ class Indexed:
     checksum: str
     """Hash of its content."""
     records: Mapping[str, TokenRecord]
-    """By split."""
+    """What is known of the tokens of each split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Indexer:
 
     cache: Path
     fingerprint: str
-    """Of the modalities: names what is made of a shard."""
+    """The modalities' hash, which names what is made of a shard."""
     modalities: Mapping[str, Modality]
 
     def find(self, task: Task, listing: Listing | None = None) -> Indexed | None:
@@ -169,49 +171,89 @@ def index_all(
             report.show(done + 1, report.documents)
 
 
+Reply = int | Exception | None
+"""What a process says: so many documents have been read, an error, or that a shard is done."""
+
+
 def _in_processes(indexer: Indexer, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, int]]:
     """Index `tasks` in processes; yields now and then how many are done, and how many documents have been read."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of this process hold
-    counter = context.Value("Q", 0)
+    todo = iter(tasks)
+    replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+    processes = [_start() for _ in range(workers)]
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        try:
+            for process in processes:
+                pool.submit(_feed, process, indexer, todo, replies)
+            done = documents = 0
+            while done < len(tasks):
+                reply = replies.get()
+                if isinstance(reply, Exception):
+                    raise reply
+                done, documents = done + (reply is None), documents + (reply or 0)
+                yield done, documents
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """A process that runs `serve`. Unlike those of multiprocessing it does not run the main module again, which may be
+    anybody's script."""
+    words = [sys.executable, "-c", "from pretrain.data.workers import serve; serve()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    return subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _feed(
+    process: subprocess.Popen[bytes], indexer: Indexer, tasks: Iterator[Task], replies: queue.SimpleQueue[Reply]
+) -> None:
+    """Give a process one task after the other; `replies` gets numbers of documents read, None after each task, or what
+    went wrong."""
+    assert process.stdin is not None and process.stdout is not None
     try:
-        with concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (indexer, counter)) as pool:
-            running = {pool.submit(_work, task) for task in tasks}
-            try:
-                while running:
-                    finished, running = concurrent.futures.wait(running, 1.0, concurrent.futures.FIRST_COMPLETED)
-                    for future in finished:
-                        future.result()
-                    yield len(tasks) - len(running), counter.value
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    except BrokenProcessPool:
-        raise DataError(
-            f"data.workers: one of {workers} processes that tokenise was killed, perhaps because the memory did not "
-            "suffice; set data.workers to less, and give the same command again: it goes on with the shards that are "
-            "missing"
-        ) from None
+        pickle.dump(indexer, process.stdin)
+        for task in tasks:
+            pickle.dump(task, process.stdin)
+            process.stdin.flush()
+            while (reply := pickle.load(process.stdout)) is not None:
+                replies.put(reply)
+            replies.put(None)
+        process.stdin.close()
+    except (EOFError, OSError):
+        replies.put(
+            DataError(
+                "data.workers: a process that tokenises has ended, perhaps because the memory did not suffice, or for "
+                "the reason above; set data.workers to less, and give the same command again: it goes on with the "
+                "shards that are missing"
+            )
+        )
+    except Exception as error:
+        replies.put(error)
 
 
-_indexer: Indexer
-_counter: Any
-
-
-def _begin(indexer: Indexer, counter: Any) -> None:
-    """What a worker has from its begin on."""
+def serve() -> None:
+    """Index the shards that come pickled through the standard input, until it ends; see `_feed`."""
     import torch
 
-    global _indexer, _counter
-    _indexer, _counter = indexer, counter
     torch.set_num_threads(1)
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints is no reply
 
+    def reply(value: Reply) -> None:
+        pickle.dump(value, replies)
+        replies.flush()
 
-def _work(task: Task) -> None:
-    def advance(count: int) -> None:
-        with _counter.get_lock():
-            _counter.value += count
-
-    _indexer.index(task, advance, threads=1)
+    indexer = pickle.load(sys.stdin.buffer)
+    while True:
+        try:
+            task = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            indexer.index(task, reply, threads=1)
+            reply(None)
+        except Exception as error:
+            reply(error)
 
 
 def _cores() -> int:
