@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+import torch
 
-from pretrain.data.errors import BrokenDocument, shown
+from pretrain.data.errors import BrokenDocument, DataError, shown
 from pretrain.data.items import Items, ShardTokens, stored
 from pretrain.data.reading import Tokens, tokenize
 from pretrain.data.sources import Document, Shard, Source, share
@@ -34,8 +36,8 @@ from zoo.modalities import Modality, grammars, vocabulary
 
 REASON = 500
 """Characters of the reason why a document is skipped, at most."""
-OPEN = 128
-"""Shards of a split that are mapped at a time; each holds a few file descriptors."""
+OPEN = 1024
+"""Shards of a source that are mapped at a time: a system allows some ten thousand maps."""
 LISTING = ("stamp", "checksum", "documents")
 NAMES = ("keys", "keys_stops", "skipped", "skipped_stops")
 """What a record holds."""
@@ -102,7 +104,8 @@ def _load(path: Path, names: Collection[str]) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as arrays:
             found = dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        _limited(error, path)
         return None  # whatever a file that lost its end, or a bit of it, makes numpy raise
     return found if found.keys() >= set(names) else None
 
@@ -161,7 +164,8 @@ class TokenRecord:
                 return None
             record = cls(folder, shown(listing.shard.name), **json.loads(content))
             whole = all((folder / name).stat().st_size == size for name, size in record._sizes(modalities).items())
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            _limited(error, folder)
             return None
         return record if whole else None
 
@@ -356,5 +360,24 @@ def _folder(listing: Listing, split: Split, cache: Path, fingerprint: str) -> Pa
 
 
 def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A file that holds nothing but an array; an empty file cannot be mapped."""
-    return np.memmap(path, dtype, "r", shape=shape) if all(shape) else np.zeros(shape, dtype)
+    """The array that a file holds and nothing else, read when it is needed. An empty file cannot be mapped.
+
+    Python's own maps keep the file open, and a data set has more shards than a process may have open files.
+
+    Raises:
+        DataError: the system allows no more maps.
+    """
+    if not all(shape):
+        return np.zeros(shape, dtype)
+    try:
+        content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise DataError(f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]})") from None
+    content.flags.writeable = False
+    return content.view(dtype).reshape(shape)
+
+
+def _limited(error: Exception, path: Path) -> None:
+    """Raise DataError where a file cannot be opened because too many are, which says nothing about the file."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise DataError(f"{path}: cannot be opened ({error.strerror}); raise the limit with ulimit -n") from None
