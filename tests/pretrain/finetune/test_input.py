@@ -108,7 +108,7 @@ WRONG = {
     "base=adapters": ("base: 'adapters' holds only adapters, not the model they belong to",),
     "base=text only": (
         "base: 'text only' (LlamaConfig) has no image token",
-        "it is a text-only model",
+        "a text-only model",
         "give a multimodal one",
     ),
     "base=no processor": ("base: 'no processor' ",),
