@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import CheckpointError, CheckpointStore
-from pretrain.engine import Written
+from pretrain.engine import Writing, Written
 from pretrain.manifest import MANIFEST
 from pretrain.process_group import Ranks
 from tests.pretrain import tiny
@@ -35,6 +36,8 @@ CASES = [
     (0, "muon"),
     (1, "muon"),
 ]
+IN_BACKGROUND = CASES[1::2]
+"""Saved while training goes on; the others are waited for."""
 RESIZED = [(0, "fp32"), (1, "fp32"), (3, "fp32")]
 RESIZED_SLOWLY = [(2, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]  # the same code paths, or looser
 
@@ -69,8 +72,11 @@ def write_all(folder: Path) -> dict[Any, Any]:
         store.clean(engine)
         assert store.load_newest(engine) is None
         advance(engine, 0, 3)
-        store.save(engine, 3, {"step": 3, "best": math.inf, "data": {"position": 12}}, validation_loss=2.5)
+        state = {"step": 3, "best": math.inf, "data": {"position": 12}}
+        save = store.begin if case in IN_BACKGROUND else store.save
+        save(engine, 3, state, validation_loss=2.5)
         results[case] = (advance(engine, 3, 7), tiny.weights(engine))
+        store.finish(engine)
         if case == (2, "fp32"):
             results["full"] = full_disks(engine, store_of(folder, "full"))
         engine.destroy()
@@ -419,6 +425,9 @@ class OneRank:
         (folder / "engine" / "states.pt").write_bytes(self.content)
         return Written({"engine/states.pt": zlib.crc32(self.content)}, [])
 
+    def save_later(self, folder: Path) -> Writing:
+        return Writing(lambda: self.save(folder))
+
     def load(self, folder: Path, universal: bool = False) -> None:
         self.loaded = (folder / "engine" / "states.pt").read_bytes()
 
@@ -434,6 +443,43 @@ def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert store.steps() == [2, 5, 6]
     assert (tmp_path / "best").read_text() == "step-2\n"
     assert (tmp_path / "latest").read_text() == "step-6\n"
+
+
+def test_what_is_written_in_the_background_counts_when_it_is_finished(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store, late = CheckpointStore(tmp_path, keep=2), {"n": 1}
+    store.save(engine, 1, {"n": 0})
+    store.begin(engine, 2, late, validation_loss=2.0)
+    late["n"] = 5
+    assert store.steps() == [1] and store.unfinished
+    store.finish(engine)
+    assert store.steps() == [1, 2] and not store.unfinished and not store.busy
+    assert (tmp_path / "best").read_text() == (tmp_path / "latest").read_text() == "step-2\n"
+    assert CheckpointStore(tmp_path, keep=2).load_newest(engine) == {"n": 1}
+    store.finish(engine)  # nothing has begun
+
+
+def test_a_run_that_dies_before_the_background_is_finished(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(engine, 1, {"n": 1})
+    store.begin(engine, 2, {"n": 2})
+    while store.busy:
+        time.sleep(0.01)
+    again = CheckpointStore(tmp_path, keep=2)
+    again.clean(engine)
+    assert again.load_newest(engine) == {"n": 1} and not (tmp_path / "step-2.tmp").exists()
+
+
+def test_a_disk_that_fills_up_in_the_background(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(engine, 1, {"n": 1})
+    engine.save = lambda folder: Written({}, ["states.pt: No space left on device"])
+    store.begin(engine, 2, {"n": 2})
+    with pytest.raises(CheckpointError, match="the checkpoint of step 2 could not be written: rank 0: states.pt: No"):
+        store.finish(engine)
+    assert store.steps() == [1] and not store.unfinished and not (tmp_path / "step-2.tmp").exists()
 
 
 def test_saving_a_step_again_replaces_it_whole(tmp_path: Path) -> None:
