@@ -6,6 +6,7 @@ token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from pretrain.data.items import stored
 from pretrain.data.sources import Document
 from zoo.config import UserError
 from zoo.modalities import PARTS, Grammar, Modality, Vocabulary
+
+ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")
+"""What Pillow calls a file that it has from us; it would be another in every process."""
 
 Readers = Mapping[str, Callable[[bytes], Any]]
 """Type of a part → what makes its item from the bytes of its file, or of its text."""
@@ -52,7 +56,8 @@ def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:
     except UserError:  # a missing package says nothing about it either
         raise
     except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
-        raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
+        why = ADDRESS.sub("", str(error))
+        raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {why})") from None
 
 
 class Span(NamedTuple):

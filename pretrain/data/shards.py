@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,10 +40,15 @@ class Entry:
     members: tuple[Member, ...]
 
     def find(self, extension: str) -> Member | None:
-        """The last member with this extension, else the last that differs from it only in capitals."""
+        """The last member with this extension, else the last that differs from it only in capitals, or in how Unicode
+        composes its letters: macOS writes an "é" in file names as two characters."""
         same = [m for m in self.members if m.extension == extension]
-        same = same or [m for m in self.members if m.extension.lower() == extension.lower()]
+        same = same or [m for m in self.members if _folded(m.extension) == _folded(extension)]
         return same[-1] if same else None
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:

@@ -15,6 +15,8 @@ from zoo.modalities.section import (
 from zoo.modalities.speech import Codec, DMel, Units
 from zoo.modalities.text import BPE, Bytes, HuggingFace
 from zoo.modalities.vocabulary import Vocabulary
+from zoo.modalities.vq import VQ
+from zoo.modalities.vqvae import VQVAE
 from zoo.modality import (
     PARTS,
     LearnedConfig,
@@ -27,6 +29,8 @@ from zoo.modality import (
 __all__ = [
     "BPE",
     "PARTS",
+    "VQ",
+    "VQVAE",
     "Bytes",
     "Carries",
     "Channels",
