@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, CheckpointStore
 from pretrain.engine import Writing, Written
 from pretrain.manifest import MANIFEST
@@ -36,6 +37,8 @@ CASES = [
     (0, "muon"),
     (1, "muon"),
 ]
+CLIPPED = [(2, "fp32"), (1, "bf16")]
+"""Resumed with another `train.clip` than they were written with, too."""
 IN_BACKGROUND = CASES[1::2]
 """Saved while training goes on; the others are waited for."""
 RESIZED = [(0, "fp32"), (1, "fp32"), (3, "fp32")]
@@ -195,6 +198,11 @@ def read_all(folder: Path) -> dict[Any, Any]:
         results[case] = (state, advance(engine, 3, 7), tiny.weights(engine))
         engine.destroy()
     results |= grow(folder, RESIZED)
+    for case in CLIPPED:
+        engine = engine_of(case, clip=0.25)
+        store_of(folder, case).load_newest(engine)
+        results["clip", *case] = engine.module.optimizer.clip_grad
+        engine.destroy()
     for name in sorted(p.name for p in folder.iterdir() if p.name.startswith(("fault-", "killed"))):
         said: list[str] = []
         engine, store = (
@@ -326,6 +334,11 @@ def test_resumes_bit_for_bit(story: dict[str, Any], case: Any) -> None:
         assert all(torch.equal(weights[k], resumed_weights[k]) for k in weights)
 
 
+@pytest.mark.parametrize("case", CLIPPED)
+def test_gradients_are_clipped_as_the_run_says_and_not_the_checkpoint(story: dict[str, Any], case: Any) -> None:
+    assert [results["clip", *case] for results in story["read"]] == [0.25, 0.25]
+
+
 @pytest.mark.parametrize("case", RESIZED)
 def test_another_number_of_ranks(story: dict[str, Any], case: Any) -> None:
     compare_resized(case, story["written"][0], story["shrunk"][0], story["read"][0])
@@ -443,6 +456,16 @@ def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert store.steps() == [2, 5, 6]
     assert (tmp_path / "best").read_text() == "step-2\n"
     assert (tmp_path / "latest").read_text() == "step-6\n"
+
+
+def test_other_versions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, said = OneRank(), list[str]()
+    store = two_checkpoints(tmp_path, engine, said)
+    assert store.load_newest(engine) == {"n": 2} and not said
+    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "9.9"})
+    store.load_newest(engine)
+    assert len(said) == 1 and said[0].startswith("step-2 was written with ")
+    assert f"torch {torch.__version__}, now 9.9" in said[0] and said[0].endswith("may not go on bit for bit")
 
 
 def test_what_is_written_in_the_background_counts_when_it_is_finished(tmp_path: Path) -> None:
