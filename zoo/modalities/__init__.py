@@ -3,6 +3,7 @@
 from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.modalities.continuous_patches import ContinuousPatches
 from zoo.modalities.grammar import Grammar, grammars
+from zoo.modalities.latents import Latents
 from zoo.modalities.patches import Patches
 from zoo.modalities.section import (
     Modalities,
@@ -40,6 +41,7 @@ __all__ = [
     "Grammar",
     "HuggingFace",
     "Ids",
+    "Latents",
     "LearnedConfig",
     "LearnedModality",
     "Modalities",
