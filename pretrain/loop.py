@@ -112,8 +112,8 @@ class Loop:
         state = new if found is None else type(new)(**found)
         if state.data != new.data:
             raise UserError(
-                f"data.path: {self.recipe.data.path!r} no longer holds the data that {str(self.recipe.folder)!r} was "
-                "trained on; restore it, or choose another run_dir"
+                f"data: what the recipe names no longer holds the data that {str(self.recipe.folder)!r} was "
+                "trained on; restore them, or choose another run_dir"
             )
         return state
 

@@ -37,9 +37,10 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 RESUMABLE = re.compile(
     r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)"
     r"|(evaluate|kernels)(\..*)?|optimizer\.(muon_)?lr|train\.clip|deepspeed\.gradient_clipping"
-    r"|data\.(path|cache|workers|max_broken_samples|max_broken_documents)"
+    r"|data\.(path|train|validation|cache|workers|max_broken_samples|max_broken_documents)"
+    r"|data\.sources\.[^.]+\.(path|files|validation)"
 )
-"""Keys that may change when a run is resumed."""
+"""Keys that may change when a run is resumed. Which data it is says their content, not where they lie."""
 CHANGES_TRAINING = re.compile(r"optimizer\.(muon_)?lr|train\.clip")
 """Those among them by which the run goes on otherwise."""
 

@@ -18,9 +18,8 @@ import numpy as np
 
 from pretrain import recipe as recipes
 from pretrain import report, run_folder
-from pretrain.data import open_data
+from pretrain.data import DataConfig, open_data
 from pretrain.describe import objective_of
-from pretrain.recipe import Recipe
 from pretrain.upcycle import check_ids
 from tools.examples.captions import add_sampling, sampling_of
 from tools.examples.judge_drawings import Captioned, Share, evaluate, nearest, read_captioned
@@ -36,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
-        path = recipe.data.path
+        path = _folder(recipe.data)
         model, recipe = run_folder.load_model(recipe.folder)
         data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
         check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
-        training, held_out = (read_captioned(path, pattern, data) for pattern in _patterns(recipe))
+        training, held_out = (read_captioned(path, pattern, data) for pattern in _patterns(recipe.data))
         chosen = np.random.default_rng(recipe.seed).permutation(len(held_out.captions))[: options.captions]
         held_out = held_out.pick(chosen)
         ids = isinstance(data.grammars["image"].carries, Ids)
@@ -96,10 +95,16 @@ def table(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _patterns(recipe: Recipe) -> tuple[str, str]:
-    if recipe.data.validation is None:
-        raise UserError("data.validation: null; there is nothing that was held out")
-    return recipe.data.train, recipe.data.validation
+def _folder(data: DataConfig) -> str:
+    if not isinstance(data.path, str) or data.sources:
+        raise UserError("data.path: must be one folder of shards, from which drawings are read")
+    return data.path
+
+
+def _patterns(data: DataConfig) -> tuple[str, str]:
+    if not isinstance(data.validation, str):
+        raise UserError(f"data.validation: {data.validation!r}; drawings are held out by a pattern of shards")
+    return data.train, data.validation
 
 
 def _parser() -> argparse.ArgumentParser:
