@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 import zoo
 from pretrain import run_folder
 from pretrain.data import Data, open_data
@@ -12,6 +15,7 @@ from pretrain.describe import objective_of
 from pretrain.evaluate import evaluate
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
+from zoo.modalities import vocabulary
 from zoo.upcycle import upcycle
 
 
@@ -40,18 +44,29 @@ def begin(old_run: Path, recipe: Recipe) -> Begun:
         UserError: `old_run` has not ended, the new run has begun, weights have no counterpart, or ids mean something
             else.
     """
-    old, _ = run_folder.load_model(old_run)
+    old, old_recipe = run_folder.load_model(old_run)
     new = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
-    made = upcycle(old.state_dict(), new)
+    made = upcycle(old.state_dict(), new, _ids(old_recipe, recipe))
     start = run_folder.position(old_run)
     data = open_data(recipe.data, recipe.modalities, recipe.seed, log=_silent)
-    run_folder.check_ids(old_run, data.modalities)
+    shared = {name: each for name, each in data.modalities.items() if name in old_recipe.modalities}
+    run_folder.check_ids(old_run, shared)
     run_folder.save_initial(recipe.folder, Initial(made.weights, start))
     new.load_state_dict(made.weights)
     copied = sum(made.weights[name].numel() for name in made.origin)
     total = sum(value.numel() for value in made.weights.values())
     row = start.row if start.data == data.fingerprint else 0
     return Begun(old, new.eval(), data, row, copied, total - copied)
+
+
+def _ids(old: Recipe, new: Recipe) -> Tensor | None:
+    """(V,) for each id of the new model's that of the old one, −1 where it is new; None where all are the same."""
+    before, after = vocabulary(old.modalities), vocabulary(new.modalities)
+    if before == after:
+        return None
+    ids = torch.full((new.model.vocab_size or after.size,), -1)
+    ids[: after.size] = torch.from_numpy(after.ids_in(before))
+    return ids
 
 
 def losses(model: zoo.Model, recipe: Recipe, data: Data, rows: int) -> dict[str, float]:

@@ -44,10 +44,11 @@ def open_modalities(run: Path, configs: Modalities) -> dict[str, Modality]:
         UserError: a file is missing, cannot be read, or is not the one that the run was trained with.
     """
     modalities = {name: config.beside(run / FOLDER / name).open() for name, config in configs.items()}
-    if changed := different(run, modalities):
+    changed = different(run, modalities)
+    if changed or _read(run)["vocabulary"] != _about(modalities)["vocabulary"]:
         raise UserError(
-            f"{run / FOLDER}: {', '.join(changed)}: ids mean something else than when the run was trained; restore "
-            "the folder's files"
+            f"{run / FOLDER}: {', '.join(changed or modalities)}: ids mean something else than when the run was trained; "
+            "restore the folder's files"
         )
     return modalities
 
@@ -58,14 +59,8 @@ def different(run: Path, modalities: Mapping[str, Modality]) -> list[str]:
     Raises:
         UserError: the run does not say what its own mean.
     """
-    kept, here = _read(run), _about(modalities)
-    if kept["vocabulary"] != here["vocabulary"]:
-        return list(here["modalities"])
-    return [
-        name
-        for name, entry in here["modalities"].items()
-        if entry["fingerprint"] != kept["modalities"].get(name, {}).get("fingerprint")
-    ]
+    kept = _read(run)["modalities"]
+    return [name for name, each in modalities.items() if each.fingerprint != kept.get(name, {}).get("fingerprint")]
 
 
 def kept_files(run: Path) -> dict[str, Path]:

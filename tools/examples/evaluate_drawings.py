@@ -19,7 +19,7 @@ import numpy as np
 import zoo
 from pretrain import recipe as recipes
 from pretrain import report
-from pretrain.recipe import Recipe
+from pretrain.data import DataConfig
 from tools.examples.captions import add_sampling, sampling_of
 from tools.examples.judge_drawings import TEMPERATURE, Captioned, Share, evaluate, nearest, read_captioned
 from zoo.config import UserError
@@ -32,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
-        path = recipe.data.path
+        path = _folder(recipe.data)
         trained = zoo.load(recipe.folder, imports=recipe.imports)
-        training, held_out = (read_captioned(path, pattern, trained) for pattern in _patterns(recipe))
+        training, held_out = (read_captioned(path, pattern, trained) for pattern in _patterns(recipe.data))
         chosen = np.random.default_rng(recipe.seed).permutation(len(held_out.captions))[: options.captions]
         held_out = held_out.pick(chosen)
         sampling = sampling_of(options)
@@ -89,10 +89,16 @@ def table(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _patterns(recipe: Recipe) -> tuple[str, str]:
-    if recipe.data.validation is None:
-        raise UserError("data.validation: null; there is nothing that was held out")
-    return recipe.data.train, recipe.data.validation
+def _folder(data: DataConfig) -> str:
+    if not isinstance(data.path, str) or data.sources:
+        raise UserError("data.path: must be one folder of shards, from which drawings are read")
+    return data.path
+
+
+def _patterns(data: DataConfig) -> tuple[str, str]:
+    if not isinstance(data.validation, str):
+        raise UserError(f"data.validation: {data.validation!r}; drawings are held out by a pattern of shards")
+    return data.train, data.validation
 
 
 def _parser() -> argparse.ArgumentParser:

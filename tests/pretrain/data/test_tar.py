@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pretrain.data import DataConfig, DataError, open_data
 from pretrain.data.shards import scan_shard
 from pretrain.data.tar import list_tar
-from tests.pretrain.data.samples import png
+from tests.pretrain.data.samples import documents, keys, png
 from zoo.modalities import parse_modalities
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -53,12 +53,9 @@ def opened(folder: Path, **changes):
 
 def texts(folder: Path, **changes) -> list[str]:
     """What the documents of a folder say."""
-    documents = opened(folder, **changes).train.documents
-    stream = [
-        documents.read(int(start), int(length))
-        for start, length in zip(documents.starts, documents.lengths, strict=False)
-    ]
-    first = documents.vocabulary.range("text")[0]
+    found = documents(opened(folder, **changes))
+    first = found.vocabulary.range("text")[0]
+    stream = [found.document(number) for number in range(len(found))]
     return [bytes((each[1:-1] - first).tolist()).decode() for each in stream]
 
 
@@ -147,6 +144,7 @@ def test_names_composed_in_another_way_are_the_same(tmp_path):
     """As macOS writes them: the letter and its accent are two characters."""
     picture = {"parts": [{"type": "text", "text": "a"}, {"type": "image", "file": "Caf\u00e9.png"}]}
     files = [("x.json", json.dumps(picture).encode()), ("x.Cafe\u0301.png", png(0))]
+    files += [("Z\u00fc.json", json.dumps(picture).encode()), ("Zu\u0308.Caf\u00e9.png", png(0))]
     assert opened(write_tar(tmp_path / "x.tar", files).parent).skipped == []
 
 
@@ -200,7 +198,7 @@ def test_keys_with_dots(tmp_path):
         tmp_path / "x.tar", [(f"{name}.json", text(name)) for name in names] + [("._a.json", b"macOS"), (".DS", b"")]
     )
     data = opened(tmp_path)
-    assert data.train.documents.keys.tolist() == names and not data.skipped
+    assert keys(data) == names and not data.skipped
     assert texts(tmp_path) == names
 
 
@@ -212,7 +210,7 @@ def test_names_that_are_no_text_are_escaped(tmp_path, form):
     files.append(("good.json", text("good")))
     write_tar(tmp_path / "x.tar", files, FORMATS[form], encoding="utf-8" if form == "pax" else "latin-1")
     data = opened(tmp_path)
-    assert len(data.train.documents) == 1 and len(data.skipped) == 4
+    assert len(documents(data)) == 1 and len(data.skipped) == 4
     key = "Gève" if form == "pax" else r"G\udce8ve"
     assert [skipped.key for skipped in data.skipped[:2]] == [key, r"a\nb\x1b[31m"]
     assert r"smile \ud83d.jpg is missing" in data.skipped[3].reason
