@@ -47,8 +47,8 @@ def open_modalities(run: Path, configs: Modalities) -> dict[str, Modality]:
     changed = different(run, modalities)
     if changed or _read(run)["vocabulary"] != _about(modalities)["vocabulary"]:
         raise UserError(
-            f"{run / FOLDER}: {', '.join(changed or modalities)}: ids mean something else than when the run was trained; "
-            "restore the folder's files"
+            f"{run / FOLDER}: {', '.join(changed or modalities)}: ids mean something else than when the run was "
+            "trained; restore the folder's files"
         )
     return modalities
 
