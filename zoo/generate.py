@@ -174,9 +174,11 @@ def read_part(run: Trained, part: str, path: str | Path) -> Part:
     """
     name = modality_of_part(run, part)
     try:
-        return Part(name, run.modalities[name].config.read(Path(path).read_bytes()))
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        return Part(name, run.modalities[name].config.read(content))
     except UserError:
         raise
     except Exception as error:  # kinds raise anything for bytes that are no such item
