@@ -128,6 +128,9 @@ NO_DECAY = {
     "feedforward_norm",
     "q_norm",
     "k_norm",
+    "first_gain",
+    "second_gain",
+    "bias",
 }
 """What weight decay spares in our own models, by the last word of a name that is not `weight`."""
 MATRICES = {
