@@ -7,14 +7,15 @@ token.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pretrain.data.errors import BrokenDocument, DataError, shown
 from pretrain.data.items import stored
-from pretrain.data.sources import Document
+from pretrain.data.sources import Document, Loss
 from zoo.config import UserError
 from zoo.modalities import PARTS, Grammar, Modality, Vocabulary
 
@@ -89,6 +90,8 @@ class Tokens(NamedTuple):
     """The content of each part whose positions carry no ids, in order."""
     text_bytes: int = 0
     """UTF-8 bytes of its texts."""
+    losses: Sequence[Loss] = ()
+    """What was left out of it, although the rest is used."""
 
 
 def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: Mapping[str, Grammar]) -> Tokens:
@@ -97,19 +100,21 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
     Args:
         grammars: of the modalities.
     Raises:
-        BrokenDocument: see `read_parts`; also a part that no modality reads, an item of more positions than its
-            modality allows, or one whose numbers are not finite.
+        BrokenDocument: see `read_parts`; also a part that no modality reads, an item that its modality cannot encode,
+            one of more positions than that allows, or one whose numbers are not finite.
     """
-    made = Tokens(np.zeros(0), [], [])
+    contents = document.contents()
+    made = Tokens(np.zeros(0), [], [], losses=contents.losses)
     runs: list[np.ndarray] = [np.array([Vocabulary.bos])]
     length, text_bytes = 1, 0
     names = {modality.config.part: name for name, modality in modalities.items()}
+    document = Document(document.key, lambda: contents)  # it is read once
     for part in read_parts(document, {kind: modalities[name].config.read for kind, name in names.items()}):
         if part.type not in names:
             raise BrokenDocument(f"it has {part.type}, for which the recipe has no modality")
         name = names[part.type]
         text_bytes += len(part.item.encode()) if isinstance(part.item, str) else 0
-        grammar, content = grammars[name], np.asarray(modalities[name].encode(part.item))
+        grammar, content = grammars[name], _encoded(name, modalities[name], part.item)
         allowed, form = grammar.positions, stored(grammar.carries)
         if form is not None:
             made.content.append(Carried(name, _checked(content, form, part.type)))
@@ -125,6 +130,20 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
         length += len(ids)
     runs.append(np.array([Vocabulary.eos]))
     return made._replace(tokens=np.concatenate(runs).astype(np.int32), text_bytes=text_bytes)
+
+
+def _encoded(name: str, modality: Modality, item: Any) -> np.ndarray:
+    """What the positions of an item carry."""
+    try:
+        return np.asarray(modality.encode(item))
+    except MemoryError:
+        raise DataError(f"modalities.{name}: the memory does not suffice to encode an item; free some") from None
+    except Exception as error:  # a user's own modality may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise BrokenDocument(
+            f"modalities.{name} cannot encode its {modality.config.part} ({type(error).__name__}: {error}, in "
+            f"{place.filename} line {place.lineno})"
+        ) from None
 
 
 def _checked(content: np.ndarray, form: tuple[np.dtype, tuple[int, ...]], kind: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from pretrain.data import DataConfig, DataError, open_data
 from pretrain.data.cache import HIDDEN
 from tests.pretrain.data.samples import IMAGE, TEXT, documents, keys, png, sample, write_shard
 from zoo.config import ConfigError, UserError
-from zoo.modalities import parse_modalities
+from zoo.modalities import Bytes, parse_modalities
 
 MODALITIES = {"text": TEXT, "image": IMAGE}
 
@@ -167,6 +167,18 @@ def test_broken_documents_are_skipped_counted_and_named(config, folder):
     assert any(line.startswith(f"skipping {len(BROKEN)} broken documents:") for line in lines)
 
 
+def test_an_item_that_a_modality_cannot_encode_is_named_with_the_line_that_raised(config, monkeypatch):
+    def encode(self: Bytes, item: str) -> np.ndarray:
+        return np.array([{"text 3": [0], "text 5": [1]}.get(item, item == "text 7" and 1 / 0 or [2])]).reshape(-1)
+
+    monkeypatch.setattr(Bytes, "encode", encode)
+    data = opened(config, max_broken_documents=1)
+    assert [skipped.key for skipped in data.skipped] == ["007"]
+    assert data.skipped[0].reason.startswith(
+        f"modalities.text cannot encode its text (ZeroDivisionError: division by zero, in {__file__} line "
+    )
+
+
 def test_too_many_broken_documents_is_one_error_from_the_cache_too(config, folder):
     write_shard(folder / "b-train-0.tar", [broken for broken, _ in BROKEN])
     message = (
@@ -248,7 +260,7 @@ def test_two_processes_at_once_build_once(digits, tmp_path):
     command = f"""
 import json
 from pretrain.data import DataConfig, open_data
-from zoo.modalities import parse_modalities
+from zoo.modalities import Bytes, parse_modalities
 lines = []
 config = DataConfig.parse(json.loads({
         json.dumps(

@@ -144,6 +144,7 @@ def test_names_composed_in_another_way_are_the_same(tmp_path):
     """As macOS writes them: the letter and its accent are two characters."""
     picture = {"parts": [{"type": "text", "text": "a"}, {"type": "image", "file": "Caf\u00e9.png"}]}
     files = [("x.json", json.dumps(picture).encode()), ("x.Cafe\u0301.png", png(0))]
+    files += [("Z\u00fc.json", json.dumps(picture).encode()), ("Zu\u0308.Caf\u00e9.png", png(0))]
     assert opened(write_tar(tmp_path / "x.tar", files).parent).skipped == []
 
 
