@@ -110,7 +110,9 @@ WRONG = {
     ),
     "data.text.type=bpe": ("data.text: is modalities.text now",),
     "modalities.image.type=patch": ("modalities.image.type: 'patch' is not known; known: ", "did you mean 'patches'?"),
-    "modalities={image: {type: patches}}": ("modalities: has image, but no kind of text, which the markers between parts are of",),
+    "modalities={image: {type: patches}}": (
+        "modalities: has image, but no kind of text, which the markers between parts are of",
+    ),
     "modalities.image={type: continuous_patches, image_size: 8, mask: bidirectional}": (
         (
             "objective.type: 'autoregressive' predicts every position from those before it, but a position of "
