@@ -559,8 +559,8 @@ def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str | None) -
 
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_bit_of_a_manifest(tmp_path: Path, stride: int) -> None:
-    """A flip (in the suite one in every byte, in the long test each) makes the run fall back to the checkpoint before, or
-    changes nothing; never anything else."""
+    """A flip (in the suite one in every byte, in the long test each) makes the run fall back to the checkpoint before,
+    or changes nothing; never anything else."""
     engine, said = OneRank(), list[str]()
     store = two_checkpoints(tmp_path, engine, said)
     path = tmp_path / "step-2" / MANIFEST
