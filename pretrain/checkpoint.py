@@ -3,7 +3,7 @@
 A checkpoint is written into `step-N.tmp`; after all ranks agree that their files are on the disk, rank 0 seals it with
 a manifest (`pretrain.manifest`) and renames the folder to `step-N`. `latest` and `best` are small files that name a
 folder. Nothing here trusts a folder without a manifest that holds. The folder must be one that all ranks see. Files of
-tensors are DeepSpeed's, and are unpickled when loaded: load checkpoints of your own runs only. All else is JSON.
+tensors are DeepSpeed's and read as tensors and plain values alone, so that none of them runs code. All else is JSON.
 
 The state of the trainer (step, data position, counters) is one dictionary of plain values, the same on every rank:
 noise is a pure function of (seed, step, layer, token), so that no generator's state needs keeping.
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint_record import CheckpointRecord, Identity, check_identity
+from pretrain.checkpoint_record import CheckpointRecord, Identity, check_identity, versions
 from pretrain.manifest import DamageError, read_manifest, write_manifest
 from zoo.config import UserError
 from zoo.files import atomic_write, remove_leftovers, sync
@@ -107,7 +107,7 @@ class CheckpointStore:
 
         def commit() -> None:
             loss = self._loss_of(target) if validation_loss is None else validation_loss
-            record = CheckpointRecord(step, engine.ranks.world, loss, Identity.of(engine))
+            record = CheckpointRecord(step, engine.ranks.world, loss, Identity.of(engine), versions())
             self._commit(temporary, record, state, reports)
 
         try:
@@ -207,13 +207,19 @@ class CheckpointStore:
     def _load(self, engine: Engine, source: Path) -> dict[str, Any]:
         record = CheckpointRecord.read(source)
         check_identity(record.identity, Identity.of(engine), source)
+        now = versions()
+        other = [
+            f"{name} {there}, now {now.get(name)}" for name, there in record.versions.items() if there != now.get(name)
+        ]
+        if other and engine.ranks.first:
+            self.log(f"{source.name} was written with {'; '.join(other)}: the run may not go on bit for bit")
         universal = record.world != engine.ranks.world and engine.stage > 0
         folder = self._converted(engine, source, record.world) if universal else source
         problem = ""
         try:
             engine.load(folder, universal)
         except Exception as error:  # whatever one rank meets, the others must hear of it
-            problem = f"{type(error).__name__}: {error}"
+            problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         problem = _first_problem(engine, problem)
         if problem:
             raise CheckpointError(f"{str(folder)!r} could not be loaded: {problem}")

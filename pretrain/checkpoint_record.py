@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,8 @@ from zoo.config import UserError
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
+
+PACKAGES = ("early-fusion-zoo", "torch", "deepspeed", "numpy", "transformers", "peft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,8 @@ class CheckpointRecord:
     """Ranks that wrote it."""
     validation_loss: float | None
     identity: Identity
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Versions of the packages that computed the run."""
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointRecord:
@@ -53,6 +59,15 @@ class CheckpointRecord:
         if folder.name != f"step-{record.step}":
             raise DamageError(f"its manifest is that of step {record.step}")
         return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages on which the numbers of a run depend, of those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def check_identity(found: Identity, wanted: Identity, folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.deepspeed_keys import REFUSED, SCALARS, SECTIONS
 from pretrain.optim import OptimizerConfig
-from pretrain.recipe_file import check_bounds
+from pretrain.recipe_file import MAX_BYTES, check_bounds
 from zoo.config import ConfigError, explain, suggestion
 
 ROOT = "deepspeed"
@@ -34,10 +34,14 @@ def read(section: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
         return copy.deepcopy(dict(section))
     path = Path(section)
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{ROOT}: {str(path)!r} is larger than {MAX_BYTES:,} bytes; give the path of a JSON file")
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         reason = f"cannot read {str(path)!r} ({error.strerror}); give the path of a JSON file"
         raise ConfigError(f"{ROOT}: {reason}") from None
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{ROOT}: {str(path)!r} is not a valid DeepSpeed JSON file: {error}") from None
     if not isinstance(data, dict):

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
 import os
+import pickle
+import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 
 import torch
 
+from zoo.config import UserError
 from zoo.files import checksum
 
 
@@ -43,6 +48,33 @@ def muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={})
+
+
+def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's part, on the CPU, of what rank 0 has as the whole value of a parameter partitioned by ZeRO-3."""
+    value = parameter.detach().clone().flatten()
+    torch.distributed.broadcast(value, src=0)
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  the last rank's part is padded
+    first = torch.distributed.get_rank() * size
+    part = value[first : first + size]
+    return torch.nn.functional.pad(part, (0, size - part.numel())).cpu()
+
+
+def set_masters(values: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Set the fp32 copies that the optimizer steps.
+
+    DeepSpeed makes them of weights that are rounded to bf16 by then.
+
+    Args:
+        values: of the whole parameter, or of this rank's part where it is partitioned (`own_part`).
+    """
+    import deepspeed.utils
+
+    for parameter, value in values.items():
+        if hasattr(parameter, "ds_id"):
+            deepspeed.utils.safe_set_local_fp32_param(parameter, value)
+        else:
+            deepspeed.utils.safe_set_full_fp32_param(parameter, value)
 
 
 def record_saves(module: Any) -> Any:
@@ -83,6 +115,55 @@ def record_saves(module: Any) -> Any:
 
 
 @contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """Let `torch.load` make tensors and plain values alone, in this process and in those that it starts.
+
+    DeepSpeed asks for full unpickling wherever it reads a file, and that runs whatever code the file names. A variable
+    of torch's overrules it. The classes of DeepSpeed's own that stand in its files hold numbers alone.
+
+    Raises:
+        UserError: a file holds anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"a file of tensors names {found[1] if found else 'what no tensor needs'}, which could run code; nothing of"
+            " it was run. No checkpoint of this library holds such a thing: do not trust the folder"
+        ) from None
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def convert(source: str, target: str, workers: int) -> None:
+    """Run DeepSpeed's converter to universal checkpoints, in a process of its own.
+
+    Args:
+        source, target: folders of a checkpoint's files of tensors, below the current folder.
+        workers: processes that it forks.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    multiprocessing.set_start_method("fork")  # what may be read is told to this process and those forked from it
+    counts = [f"--num_extract_workers={workers}", f"--num_merge_workers={workers}"]
+    sys.argv[1:] = [f"--input_folder={source}", f"--output_folder={target}", *counts]
+    with tensors_only():
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+@contextlib.contextmanager
 def universal_loading(module: Any, universal: bool) -> Iterator[None]:
     """Let `module.load_checkpoint` read a universal checkpoint, or an ordinary one.
 
@@ -118,12 +199,12 @@ def read_bf16_stage_1(files: Sequence[str], model_files: Sequence[str]) -> dict[
     stage 2.
 
     Args:
-        files: of the optimizer's states, one a rank. They are unpickled.
+        files: of the optimizer's states, one a rank; read them under `tensors_only`.
         model_files: of the model's states.
     """
     import deepspeed.utils.zero_to_fp32 as converter
 
-    states = [torch.load(file, map_location="cpu", mmap=True, weights_only=False) for file in files]
+    states = [torch.load(file, map_location="cpu", mmap=True) for file in files]
     groups = [state["optimizer_state_dict"]["single_partition_of_fp32_groups"] for state in states]
     return converter._get_fp32_state_dict_from_zero2_checkpoint(
         len(files), groups, converter.parse_model_states(model_files), False

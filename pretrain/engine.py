@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,11 @@ class Engine:
 
         with deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else contextlib.nullcontext():
             model = build_model()
-        initialise_model(model, seed, self.gather)
+        masters: dict[torch.nn.Parameter, torch.Tensor] = {}
+        if self.precision == "bf16":
+            masters = self._initialised(initialise_model, model, seed)
+        else:
+            initialise_model(model, seed, self.gather)
         groups = optim.parameter_groups(model, optimizer)
         initialize: Any = deepspeed.initialize  # takes more than its annotations say
         self.module: Any = initialize(
@@ -103,6 +107,7 @@ class Engine:
             config=config,
             dist_init_required=False,
         )[0]
+        deepspeed_patches.set_masters(masters)
         # The recipe's settings of each group: learning rates are these times a factor, and a loaded
         # checkpoint does not change them.
         kept = self.module.optimizer.param_groups
@@ -118,6 +123,31 @@ class Engine:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+    def _initialised(
+        self, initialise_model: Callable[[torch.nn.Module, int, Gather], None], model: torch.nn.Module, seed: int
+    ) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Initialise a model that will be rounded to bf16, or (ZeRO-3) is already.
+
+        Returns:
+            The fp32 value of each parameter that trains, before rounding, on the CPU: whole, or this rank's part.
+        """
+        first: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+        @contextlib.contextmanager
+        def gather(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+            with self.gather(parameters):
+                for parameter in parameters:
+                    parameter.data = parameter.data.float()
+                yield
+                for parameter in parameters:
+                    first[parameter] = deepspeed_patches.own_part(parameter)
+                    parameter.data = parameter.data.to(self.dtype)
+
+        initialise_model(model, seed, gather if self.stage == 3 else self.gather)
+        if self.stage < 3:
+            first = {parameter: parameter.detach().float().cpu().clone() for parameter in model.parameters()}
+        return {parameter: value for parameter, value in first.items() if parameter.requires_grad}
 
     def train(self) -> None:
         """Put the model into training mode."""
@@ -189,14 +219,15 @@ class Engine:
     def load(self, folder: Path, universal: bool = False) -> None:
         """Load what `save` wrote, or (`universal`) its conversion for another number of ranks; collective.
 
-        The files are unpickled: they must come from a run of one's own. Raises UserError where nothing is
-        found.
+        No file runs code. Raises UserError where nothing is found, or a file holds more than tensors and plain values.
         """
-        with deepspeed_patches.universal_loading(self.module, universal):
+        with deepspeed_patches.tensors_only(), deepspeed_patches.universal_loading(self.module, universal):
             path, _ = self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._frozen)
         if path is None:
             raise UserError(f"checkpoint {str(folder)!r} holds no {TAG!r} folder; it cannot be loaded")
         deepspeed_patches.repair_loaded_groups(self.module.optimizer, self._settings)
+        if self.stage > 0:  # stages 1 and 2 take the norm to clip at from the checkpoint, too
+            self.module.optimizer.clip_grad = self.module.gradient_clipping()
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Whole weights in fp32 (the master copy) and buffers by name, on the CPU; empty except on rank 0.
@@ -236,17 +267,19 @@ class Engine:
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Whole fp32 weights and buffers by name from what `Engine.save` wrote at any stage, without an engine; on the CPU.
 
-    Frozen weights are not among them. The files are unpickled: they must come from a run of one's own.
+    Frozen weights are not among them. No file runs code: raises UserError where one holds more than tensors and plain
+    values.
     """
     import deepspeed.utils.zero_to_fp32 as converter
 
     path = str(folder / TAG)
     models = converter.get_model_state_files(path)
-    if not list((folder / TAG).glob("*_optim_states.pt")):  # stage 0 keeps the optimizer beside the model
-        return torch.load(models[0], map_location="cpu", weights_only=False)["module"]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    silent = io.StringIO()
+    with deepspeed_patches.tensors_only(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+        if not list((folder / TAG).glob("*_optim_states.pt")):  # stage 0 keeps the optimizer beside the model
+            return torch.load(models[0], map_location="cpu")["module"]
         parts = converter.get_optim_files(path)
-        first = torch.load(parts[0], map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+        first = torch.load(parts[0], map_location="cpu", mmap=True)["optimizer_state_dict"]
         if "zero_stage" in first:
             weights = converter.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
             assert weights is not None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pretrain.data import TokenStream, micro_batches
+from pretrain.data import Mixture, micro_batches
 from pretrain.process_group import ALONE, Ranks
 from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import RoutedBlock
@@ -63,7 +63,7 @@ def evaluate(
     forward: nn.Module,
     model: Model,
     objective: Objective,
-    stream: TokenStream,
+    stream: Mixture,
     rows: int,
     micro_batch: int,
     ranks: Ranks = ALONE,
@@ -94,7 +94,7 @@ def evaluate(
     counts = count_batches(objective, model.modalities, batches).over(ranks, device)
     batches = [batch.to(device) for batch in batches]
     result: dict[str, float] = {}
-    text, text_bytes = stream.documents.vocabulary.text, stream.text_bytes(range(rows)) if bits_per_byte else 0.0
+    text, text_bytes = stream.vocabulary.text, stream.text_bytes(range(rows)) if bits_per_byte else 0.0
     training = objective.training
     objective.eval()
     for routing in routings(model):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,8 @@ from pretrain.progress import Progress, peak_flops, peak_memory
 from pretrain.recipe import RunRecipe
 from pretrain.sums import Sums
 from pretrain.task import AnyTask, RunState, Step
-from zoo.config import UserError
+from pretrain.watch import Watch
+from zoo.config import UserError, printable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -57,8 +57,16 @@ def command(load: Callable[[], SomeRecipe], work: Callable[[SomeRecipe], None]) 
             flush=True,
         )
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         stop_processes()
+
+
+def train(task: AnyTask, config: Mapping[str, Any]) -> None:
+    """Begin or resume the run of `task`, and end it; arguments and errors as for `Loop`."""
+    with Watch(task.engine.ranks, task.recipe.folder) as watch:
+        Loop(task, config, watch).run()
 
 
 class Loop:
@@ -67,14 +75,14 @@ class Loop:
     Args:
         task: what is trained, and on what.
         config: the dictionary that DeepSpeed got; it is written beside the recipe.
+        watch: says when to stop early.
     Raises:
         UserError: the checkpoints there are cannot be read, or belong to other data.
     """
 
-    def __init__(self, task: AnyTask, config: Mapping[str, Any]) -> None:
+    def __init__(self, task: AnyTask, config: Mapping[str, Any], watch: Watch) -> None:
         self.task, self.recipe, self.engine = task, task.recipe, task.engine
-        self.ranks = task.engine.ranks
-        self.told_to_stop = False
+        self.ranks, self.watch = task.engine.ranks, watch
         folder, train = self.recipe.folder, self.recipe.train
         self.store = CheckpointStore(folder / run_folder.CHECKPOINTS, train.keep_checkpoints, log=self.say)
         self.store.clean(self.engine)
@@ -82,7 +90,21 @@ class Loop:
         task.take_up(self.state)
         self.metrics = Metrics(folder, self.state.step or None, self.say) if self.ranks.first else None
         if self.ranks.first:
+            self._say_what_is_new()
             run_folder.write_recipe(folder, self.recipe, config)
+
+    def _say_what_is_new(self) -> None:
+        """Whatever makes a resumed run go on otherwise than it would have, and what of a schedule cannot be meant."""
+        recipe, train, warmup = self.recipe, self.recipe.train, self.recipe.schedule.warmup_steps
+        if self.state.step:
+            for line in run_folder.changes(recipe.folder, recipe, self.state.step):
+                self.say(line)
+        if warmup >= train.steps:
+            reached = learning_rate_factor(recipe.schedule, train.steps - 1, train.steps)
+            self.say(
+                f"schedule.warmup_steps: {warmup} is not less than train.steps {train.steps}: the learning rate ends "
+                f"at {reached:.0%} of optimizer.lr, before it has begun to fall"
+            )
 
     def _restored(self, new: RunState) -> RunState:
         """The state of the newest checkpoint, with weights and optimizer; `new` where there is none."""
@@ -90,14 +112,13 @@ class Loop:
         state = new if found is None else type(new)(**found)
         if state.data != new.data:
             raise UserError(
-                f"data.path: {self.recipe.data.path!r} no longer holds the data that {str(self.recipe.folder)!r} was "
-                "trained on; restore it, or choose another run_dir"
+                f"data: what the recipe names no longer holds the data that {str(self.recipe.folder)!r} was "
+                "trained on; restore them, or choose another run_dir"
             )
         return state
 
     def run(self) -> None:
         """Train to the last step, or until told to stop; leave a checkpoint, the whole weights and the metrics."""
-        self._listen()
         task, train, state = self.task, self.recipe.train, self.state
         self._say_where()
         progress, saved_at = Progress(train.steps, state.step), state.step or None
@@ -127,6 +148,8 @@ class Loop:
         if saved_at != state.step:
             self._save(values)
         weights = self.engine.full_state_dict()
+        self.watch.close()  # before any rank ends
+        self.ranks.barrier()
         if self.metrics is not None:
             task.export(weights)
             self.metrics.close()
@@ -142,15 +165,6 @@ class Loop:
         elif step:
             self.say(f"resuming {folder} at step {step} of {steps}")
 
-    def _listen(self) -> None:
-        """End after the step in hand when TERM or USR1 comes."""
-
-        def note(number: int, frame: object) -> None:
-            self.told_to_stop = True
-
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, note)
-
     def _prepare(self) -> Step[Any, Any] | None:
         """The next step, its counts summed over all ranks; None where any rank was told to stop.
 
@@ -163,7 +177,7 @@ class Loop:
         except UserError as error:
             problem = str(error)
         counts = self.task.count(batches)
-        local = [*counts.numbers(), int(self.told_to_stop), int(bool(problem))]
+        local = [*counts.numbers(), int(self.watch.told_to_stop), int(bool(problem))]
         *numbers, stop, problems = self.ranks.sum(
             torch.tensor(local, dtype=torch.int64, device=self.engine.device)
         ).tolist()
@@ -207,10 +221,12 @@ class Loop:
                 f"step {state.step}: the loss or gradient is not finite; step skipped ({state.bad_in_a_row} in a row)"
             )
         if state.bad_in_a_row >= limit:
+            steps = self.ranks.broadcast(self.store.steps() if self.ranks.first else None)
+            there = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             raise UserError(
                 f"train.max_bad_steps: {limit} steps in a row had a non-finite loss or gradient, the last one "
-                f"{state.step}; checkpoints are intact: lower optimizer.lr, set train.clip, or look at the data, and "
-                "resume"
+                f"{state.step}; {there}: lower optimizer.lr, set train.clip, or look at the data, and give the same "
+                "command again"
             )
 
     def _log(self, report: dict[str, float], progress: Progress) -> None:
@@ -248,7 +264,7 @@ class Loop:
     def say(self, text: str) -> None:
         """Print a line, on rank 0 alone."""
         if self.ranks.first:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
 
 def _due(step: int, every: int) -> bool:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.files import atomic_path, atomic_write
+from zoo.config import UserError
+from zoo.files import atomic_path, atomic_write, open_here
 
 UNREADABLE = "metrics.unreadable"
 """File beside `metrics.jsonl` that keeps the lines of it that could not be read when the run was resumed."""
@@ -80,12 +81,18 @@ def cut(path: Path, step: int) -> list[int]:
 
     Returns:
         The numbers of the lines that were moved, from 1.
+    Raises:
+        UserError: `UNREADABLE` is a link, or cannot be written.
     """
     if not path.exists():
         atomic_write(path, "")
         return []
-    moved = []
-    with atomic_path(path) as temporary, open(temporary, "wb") as kept, open(path.with_name(UNREADABLE), "ab") as aside:
+    moved, unreadable = [], path.with_name(UNREADABLE)
+    try:
+        descriptor = open_here(unreadable, os.O_WRONLY | os.O_APPEND)
+    except OSError as error:
+        raise UserError(f"{unreadable}: cannot be written ({error.strerror}); remove it, and resume") from None
+    with atomic_path(path) as temporary, open(temporary, "wb") as kept, os.fdopen(descriptor, "ab") as aside:
         for number, (line, item) in enumerate(_lines(path), 1):
             if item is not None and item["step"] <= step:
                 kept.write(line.rstrip(b"\n") + b"\n")
@@ -94,8 +101,8 @@ def cut(path: Path, step: int) -> list[int]:
                 moved.append(number)
         aside.flush()
         os.fsync(aside.fileno())
-    if not path.with_name(UNREADABLE).stat().st_size:
-        path.with_name(UNREADABLE).unlink()
+    if not unreadable.stat().st_size:
+        unreadable.unlink()
     return moved
 
 

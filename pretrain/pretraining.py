@@ -12,7 +12,8 @@ from torch import Tensor
 
 import zoo
 from pretrain import run_folder
-from pretrain.data import Data, micro_batches
+from pretrain.data import Data, micro_batches, tokens_by_rank
+from pretrain.data.ratio import imbalance
 from pretrain.describe import blueprint, objective_of
 from pretrain.engine import Engine, Gather
 from pretrain.evaluate import StepCounts, count_batches, evaluate, validation_loss
@@ -139,7 +140,13 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         train, first = self.recipe.train, state.first_row + state.step * self.recipe.train.global_batch
         rows = range(first, first + train.global_batch)
         batches = micro_batches(
-            self.data.train, rows, train.micro_batch, self.engine.ranks, step=state.step, seed=self.recipe.seed
+            self.data.train,
+            rows,
+            train.micro_batch,
+            self.engine.ranks,
+            step=state.step,
+            seed=self.recipe.seed,
+            balanced=self.data.balanced,
         )
         return [self.objective.prepare(batch) for batch in batches]
 
@@ -176,7 +183,24 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
     # -------------------------------------------------------------------------------------------------------- reports
 
     def report(self, state: PretrainingState, totals: Totals, counts: StepCounts) -> dict[str, float]:
-        return step_values(totals, self.objective.report(totals.parts, counts.by_part(self.objective), training=True))
+        losses = self.objective.report(totals.parts, counts.by_part(self.objective), training=True)
+        return step_values(totals, losses) | self._mixture_values(state, counts)
+
+    def _mixture_values(self, state: PretrainingState, counts: StepCounts) -> dict[str, float]:
+        """What a log step says of several sources: how often each has been gone through, the step's tokens by
+        modality, and how unlike those of its ranks are."""
+        mixture, train = self.data.train, self.recipe.train
+        if len(mixture.streams) == 1 and not self.data.balanced:
+            return {}
+        stop = state.first_row + state.step * train.global_batch
+        rows = range(stop - train.global_batch, stop)
+        by_rank = tokens_by_rank(mixture, rows, train.micro_batch, self.engine.ranks.world, self.data.balanced)
+        shares = zip(self.blueprint.modalities, counts.tokens, strict=True)
+        return {
+            **{f"data/epochs/{name}": epochs for name, epochs in mixture.epochs(stop).items()},
+            **{f"data/share/{name}": tokens / max(sum(counts.tokens), 1) for name, tokens in shares},
+            "data/imbalance": imbalance(by_rank),
+        }
 
     def line(self, step: int, report: Mapping[str, float], progress: Progress) -> str:
         routers = f"  routers {report['auxiliary/accuracy']:.1%} right" if self.frozen else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import datetime
+import errno
 import os
 import socket
 import sys
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from zoo.config import UserError
+
+LOOPBACK = "127.0.0.1"
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -56,9 +59,9 @@ def prepare_environment(device: str) -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "RANK" not in os.environ:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((LOOPBACK, 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK}
         os.environ.update(alone | {"MASTER_PORT": str(port)})
     os.environ.setdefault("LOCAL_RANK", "0")
 
@@ -120,6 +123,8 @@ def join_processes(device: str, timeout_seconds: float) -> Ranks:
     Args:
         device: as `choose_device` returned it; `prepare_environment` has been called with it.
         timeout_seconds: how long a rank waits for the others before it gives up.
+    Ranks of a single machine listen on its loopback interface alone; one rank does not listen at all.
+
     Raises:
         UserError: the port on which the ranks meet is taken.
     """
@@ -130,22 +135,55 @@ def join_processes(device: str, timeout_seconds: float) -> Ranks:
     deepspeed_patches.before_start()
     if device == "cuda":
         torch.cuda.set_device(local_device(device))
-    if not deepspeed.comm.is_initialized():
+    backend, timeout = "nccl" if device == "cuda" else "gloo", datetime.timedelta(seconds=timeout_seconds)
+    if not torch.distributed.is_initialized():
+        rank, world = rank_and_world()
         try:
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device == "cuda" else "gloo",
-                auto_mpi_discovery=False,
-                timeout=datetime.timedelta(seconds=timeout_seconds),
-                verbose=False,
+            store = _meeting_place(rank, world, timeout)
+            torch.distributed.init_process_group(
+                backend,
+                None if store else "env://",
+                timeout,
+                world_size=world,
+                rank=rank,
+                store=store,
+                device_id=local_device(device) if device == "cuda" and world > 1 else None,
             )
-        except torch.distributed.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
+        except (OSError, torch.distributed.DistNetworkError) as error:
+            if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
                 raise
             raise UserError(
                 f"port {os.environ.get('MASTER_PORT')} is in use, by another run on this machine perhaps; choose "
                 "another: deepspeed --master_port 29501 …"
             ) from None
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def _meeting_place(rank: int, world: int, timeout: datetime.timedelta) -> torch.distributed.Store | None:
+    """Where the ranks of a single machine find each other; None where there are more machines.
+
+    torch's own would listen on every interface, to anybody.
+    """
+    host, port = os.environ.get("MASTER_ADDR", LOOPBACK), int(os.environ.get("MASTER_PORT", "29500"))
+    if world == 1:
+        return torch.distributed.HashStore()
+    if host not in (LOOPBACK, "localhost"):
+        return None
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    listening = -1
+    if rank == 0:
+        with socket.socket() as meeting:
+            meeting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            meeting.bind((LOOPBACK, port))
+            meeting.listen()
+            listening = meeting.detach()
+    place = torch.distributed.TCPStore
+    if rank:
+        return place(LOOPBACK, port, world, False, timeout)
+    return place(LOOPBACK, port, world, True, timeout, wait_for_workers=False, master_listen_fd=listening)
 
 
 def stop_processes() -> None:

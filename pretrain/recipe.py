@@ -20,10 +20,10 @@ import zoo
 import zoo.kernels
 from pretrain.data import DataConfig, check_length
 from pretrain.optim import OptimizerConfig, ScheduleConfig
-from pretrain.recipe_file import read
+from pretrain.recipe_file import ImportsOfRun, read
 from pretrain.recipe_kind import PRETRAINING, check_kind
 from zoo.carries import Ids
-from zoo.config import Config, ConfigError, dotted
+from zoo.config import Config, ConfigError, dotted, shown
 from zoo.heads import default_head
 from zoo.modalities import ModalitiesSection, default_modalities, in_order, vocabulary
 from zoo.model import MAX_IDS, ModelConfig
@@ -36,10 +36,13 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 
 RESUMABLE = re.compile(
     r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)"
-    r"|(evaluate|kernels)(\..*)?"
-    r"|data\.(path|cache|workers|max_broken_samples|max_broken_documents)"
+    r"|(evaluate|kernels)(\..*)?|optimizer\.(muon_)?lr|train\.clip|deepspeed\.gradient_clipping"
+    r"|data\.(path|train|validation|cache|workers|max_broken_samples|max_broken_documents)"
+    r"|data\.sources\.[^.]+\.(path|files|validation)"
 )
-"""Keys that may change when a run is resumed."""
+"""Keys that may change when a run is resumed. Which data it is says their content, not where they lie."""
+CHANGES_TRAINING = re.compile(r"optimizer\.(muon_)?lr|train\.clip")
+"""Those among them by which the run goes on otherwise."""
 
 
 class LoopConfig(Config):
@@ -120,8 +123,8 @@ class RunRecipe(Config):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("must be letters, digits, '.', '_' and '-', and begin with a letter or digit")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
+            raise ValueError("must be letters, digits, '.', '_' and '-', 200 at most, and begin with a letter or digit")
         return name
 
     @property
@@ -177,11 +180,7 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: as `load`.
     """
-    modules = data.get("imports") or []
-    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-        raise ConfigError(f"imports: {modules!r}: must be a list of module names, such as [my_blocks]")
-    for module in modules:
-        _import(module)
+    _import_all(data.get("imports") or [])
     for old, new in MOVED.items():
         section, key = old.split(".")
         if isinstance(data.get(section), Mapping) and key in data[section]:
@@ -278,15 +277,35 @@ def deepspeed_for(recipe: RunRecipe, world: int, d_model: int) -> dict[str, Any]
     )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], only: re.Pattern[str] = re.compile(".*")) -> list[str]:
-    """One line for each key, among those that match `only`, that differs and may not change when a run is resumed."""
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    only: re.Pattern[str] = re.compile(".*"),
+    but: re.Pattern[str] | None = RESUMABLE,
+) -> list[str]:
+    """One line for each key that differs, among those that match `only` and do not match `but`."""
     flat_old, flat_new = _flatten(old), _flatten(new)
     lines = []
     for key in sorted(flat_old.keys() | flat_new.keys()):
         before, after = flat_old.get(key, "(absent)"), flat_new.get(key, "(absent)")
-        if before != after and only.fullmatch(key) and not RESUMABLE.fullmatch(key) and key != "run_dir":
+        allowed = key == "run_dir" or (but is not None and but.fullmatch(key))
+        if before != after and only.fullmatch(key) and not allowed:
             lines.append(f"{key}: {before!r} there, {after!r} here")
     return lines
+
+
+def _import_all(modules: Any) -> None:
+    """Import what a recipe names. What the recipe of a run folder names runs only where it has been imported before,
+    or is named anew by the user."""
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ConfigError(f"imports: {shown(modules)}: must be a list of module names, such as [my_blocks]")
+    if isinstance(modules, ImportsOfRun) and (unknown := [name for name in modules if name not in sys.modules]):
+        raise ConfigError(
+            f"imports: {shown(unknown)} stands in the recipe of a run folder, which runs no code of itself; if you "
+            f"trust these modules, name them: 'imports=[{', '.join(modules)}]'"
+        )
+    for module in modules:
+        _import(module)
 
 
 def _import(module: str) -> None:

@@ -40,6 +40,20 @@ def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     return data
 
 
+RUN_RECIPE = "recipe.yaml"
+"""The file in a run folder that holds the whole recipe of the run."""
+_OF_A_RUN = ("checkpoints", "deepspeed.json", "metrics.jsonl", "model.safetensors", "initial.json")
+
+
+class ImportsOfRun(list[Any]):
+    """The `imports` that the recipe of a run folder names: whoever wrote the folder names them, not who opens it."""
+
+
+def in_run_folder(path: Path) -> bool:
+    """Whether `path` is the recipe that a run has left in its folder."""
+    return path.name == RUN_RECIPE and any((path.parent / name).exists() for name in _OF_A_RUN)
+
+
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 50, 100_000
 """Bounds of a recipe's file: its size, how deeply its values lie in one another, how many they are with aliases written
 out."""
@@ -77,6 +91,18 @@ class _Loader(yaml.SafeLoader):
         if isinstance(value, int) and value.bit_length() > 64:
             raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
         return value
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                maps = [each for each in merged if isinstance(each, yaml.MappingNode)]
+                for each in maps:
+                    self.flatten_mapping(each)
+                if sum(len(each.value) for each in maps) > MAX_VALUES:
+                    problem = f"too many values; at most {MAX_VALUES:,}, aliases written out"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        super().flatten_mapping(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -162,7 +188,10 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's data over that of the recipes it extends; `chain` are the files that led here."""
+    """The file's data over that of the recipes it extends; `chain` are the files that led here.
+
+    The `imports` that a run folder's recipe names, itself or in what it extends, are marked as `ImportsOfRun`.
+    """
     if path.resolve() in chain:
         names = " → ".join(str(link) for link in (*chain, path.resolve()))
         raise ConfigError(f"{path}: extends itself ({names}); remove one `extends`")
@@ -171,6 +200,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
             f"{chain[-1]}: extends: {str(path)!r} does not exist; the path is relative to the file it stands in"
         )
     data = _parse(path)
+    if isinstance(data.get("imports"), list) and any(map(in_run_folder, (*chain, path))):
+        data["imports"] = ImportsOfRun(data["imports"])
     parents = data.pop("extends", None) or []
     if isinstance(parents, str):
         parents = [parents]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,14 +17,17 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from pretrain import recipe as recipes
+from pretrain import recipe_file
 from pretrain.checkpoint import STATE, CheckpointStore
 from pretrain.engine import read_weights
+from pretrain.optim import learning_rate_factor
 from pretrain.recipe import Recipe, RunRecipe
+from pretrain.watch import LOST
 from zoo.config import UserError
-from zoo.files import atomic_path, atomic_write, remove_leftovers
+from zoo.files import atomic_path, atomic_write, open_here, remove_leftovers
 from zoo.model import Model
 
-RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
+RECIPE, WEIGHTS, CHECKPOINTS = recipe_file.RUN_RECIPE, "model.safetensors", "checkpoints"
 INITIAL, INITIAL_POSITION = "initial.safetensors", "initial.json"
 
 
@@ -54,7 +58,7 @@ def claim(folder: Path) -> TextIO:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = os.fdopen(open_here(folder / ".lock", os.O_RDWR), "r+")
     except OSError as error:
         raise UserError(f"run_dir: {str(folder)!r} cannot be written ({error.strerror}); choose another") from None
     try:
@@ -64,6 +68,7 @@ def claim(folder: Path) -> TextIO:
             f"run_dir: {str(folder)!r} is in use by a live run; wait for it, stop it, or give this one another run_dir"
         ) from None
     remove_leftovers(folder)
+    (folder / LOST).unlink(missing_ok=True)
     return file
 
 
@@ -77,18 +82,33 @@ def check_recipe(folder: Path, recipe: RunRecipe) -> None:
     if not path.exists():
         return
     try:
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(old, dict):
-            raise ValueError("it holds no recipe")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read ({reason}); restore it, or choose another run_dir") from None
+        old = recipe_file.read(path)
+    except UserError as error:
+        raise UserError(f"{error}. Restore it, or choose another run_dir") from None
     lines = recipes.differences(old, recipe.dump())
     if lines:
         raise UserError(
             f"run_dir: {str(folder)!r} belongs to another recipe; choose another run_dir or name, or remove the folder."
             " Different are\n  " + "\n  ".join(lines)
         )
+
+
+def changes(folder: Path, recipe: RunRecipe, step: int) -> list[str]:
+    """By what a run that is resumed after `step` goes on otherwise than it would have, a line each."""
+    path = folder / RECIPE
+    if not path.exists():
+        return [f"{path} is gone; that the checkpoint is of this recipe cannot be told but by its model and its data"]
+    old = recipe_file.read(path)
+    lines = recipes.differences(old, recipe.dump(), only=recipes.CHANGES_TRAINING, but=None)
+    now = recipe.train.steps
+    before = old["train"].get("steps", now)
+    planned, next_one = (learning_rate_factor(recipe.schedule, step, steps) for steps in (before, now))
+    if planned != next_one:
+        lines.append(
+            f"train.steps: {before} there, {now} here: the learning rate goes on at {next_one:.1%} of its peak, where "
+            f"{planned:.1%} was planned"
+        )
+    return [f"from step {step + 1} on: {line}" for line in lines]
 
 
 def write_recipe(folder: Path, recipe: RunRecipe, effective: Mapping[str, Any]) -> None:

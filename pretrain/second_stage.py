@@ -34,7 +34,7 @@ def second_stage(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.exists():
         raise UserError(f"{path}: does not exist; give the folder of a run")
     run_folder.newest_checkpoint(run)
-    old = recipes.load(path)
+    old = recipes.load(path, [text for text in overrides if text.startswith("imports=")])
     over = {
         "name": f"{old.name}_routers",
         "run_dir": str(run.with_name(f"{run.name}_routers")),

@@ -3,7 +3,7 @@
     deepspeed --num_accelerators N --module pretrain.train RECIPE.yaml [key.sub=value ...]
     python -m pretrain.train RECIPE.yaml [key.sub=value ...]
 
-The same command resumes. TERM or USR1 on any rank ends the run after the step in hand, with a checkpoint.
+The same command resumes. TERM, USR1 or Ctrl-C ends the run after the step in hand, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pretrain import run_folder
 from pretrain.data import open_data
 from pretrain.deepspeed_config import check_values
 from pretrain.describe import blueprint
-from pretrain.loop import Loop, command
+from pretrain.loop import command, train
 from pretrain.pretraining import Pretraining, auxiliary_routers
 from pretrain.process_group import choose_device, leave, prepare_environment, rank_and_world
 from pretrain.recipe import Recipe
@@ -58,7 +58,7 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         check_values(config)
         lock = run_folder.claim(recipe.folder) if rank == 0 else None  # last: until here nothing is written
         initial = begin(recipe) if begin else run_folder.load_initial(recipe.folder)
-        Loop(Pretraining(recipe, data, config, device, initial), config).run()
+        train(Pretraining(recipe, data, config, device, initial), config)
         del lock
 
     return command(load, work)

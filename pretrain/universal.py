@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pretrain import deepspeed_patches
 from pretrain.engine import TAG
 from pretrain.manifest import DamageError, read_manifest, write_manifest
 from zoo.files import atomic_path, checksum, sync
@@ -37,21 +38,33 @@ def damage_of(source: Path, rank: int, world: int) -> str:
 
 
 def convert(source: Path) -> None:
-    """Make the conversion of `source`, in place of one that is there.
+    """Make the conversion of `source`, in place of one that is there; no file of it runs code.
 
     Raises:
         OSError: DeepSpeed's converter failed, or the disk is full.
     """
     with atomic_path(universal_folder(source)) as temporary:
-        # Relative paths: the converter reads them as patterns, so that a "(" or "+" further up would break it.
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-        command += ["--input_folder", f"{source.name}/{TAG}", "--output_folder", f"{temporary.name}/{TAG}"]
-        command += ["--num_extract_workers", str(WORKERS), "--num_merge_workers", str(WORKERS)]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, env=environment)
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+        }
+        # -P: nothing is imported from the folder in which the command runs
+        command = [sys.executable, "-P", "-m", "pretrain.universal", str(source), str(temporary)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise OSError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
         sync(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         checksums = {str(path.relative_to(temporary)): checksum(path) for path in files}
         write_manifest(temporary, {"source": read_manifest(source).crc32}, checksums)
+
+
+def main(source: str, target: str) -> None:
+    """Convert the checkpoint in `source` into `target`, beside it, in a process of its own."""
+    os.chdir(Path(source).parent)  # the converter reads paths as patterns: a "(" or "+" further up would break it
+    deepspeed_patches.convert(f"{Path(source).name}/{TAG}", f"{Path(target).name}/{TAG}", WORKERS)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

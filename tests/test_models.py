@@ -29,10 +29,16 @@ MOD = {"90m": (14, 512), "435m": (40, 1024), "1.4b": (32, 2304)}
 """The same table's layers and widths with Mixture-of-Depths."""
 MOT = {"37m": (4, 256), "94m": (8, 512), "443m": (24, 1024), "880m": (24, 1536), "1.5b": (24, 2048), "7b": (32, 4096)}
 """Mixture-of-Transformers (arXiv 2411.04996), Chameleon setting; our Mamba and Mixture-of-Mamba follow all but 7B."""
+TRANSFUSION = {"0.16b": (16, 768), "0.37b": (24, 1024), "0.76b": (24, 1536), "1.4b": (24, 2048), "7b": (32, 4096)}
+"""Transfusion (arXiv 2408.11039), Table 2."""
+UNET_SHARE = {"0.16b": 1.061, "0.37b": 0.713, "0.76b": 0.355, "1.4b": 0.193, "7b": 0.038}
+"""The same table: parameters of the U-Net blocks beside the Transformer's."""
 EXPECTED = {
     *(f"{kind}_{size}" for kind in ("dense", "moma_1t1i", "moma_4t4i", "ec_8x", "mod_moma_4t4i") for size in DENSE),
     *(f"mot_{size}" for size in MOT),
     *(f"{kind}_{size}" for kind in ("mamba", "mixture_of_mamba") for size in MOT if size != "7b"),
+    *(f"{kind}_{size}" for kind in ("transfusion", "transfusion_unet") for size in TRANSFUSION),
+    *(f"mot_transfusion_{size}" for size in TRANSFUSION if size != "0.37b"),
 }
 
 
@@ -54,8 +60,9 @@ def header(name: str) -> str:
 def derived(name: str) -> tuple[float, float]:
     """(total, active) parameters by arithmetic on layers and width alone: norms and routers are left out."""
     kind, size = name.rsplit("_", 1)
-    layers, d = (MOD if kind.startswith("mod_") else DENSE if size in DENSE else MOT)[size]
-    ends = 2 * VOCABULARY * d
+    table = MOD if kind.startswith("mod_") else DENSE if size in DENSE else MOT
+    layers, d = (TRANSFUSION if "transfusion" in kind else table)[size]
+    ends = 2 * vocabulary(name) * d
     attention, feedforward = 4 * d * d, 3 * d * 256 * math.ceil(8 * d / 3 / 256)
     dense = layers * (attention + feedforward)
     if kind in ("mamba", "mixture_of_mamba"):
@@ -64,11 +71,25 @@ def derived(name: str) -> tuple[float, float]:
         block = projections + inner * (4 + 1 + states + 1)  # convolution and its bias, A, D
         active = 2 * layers * block
         return ends + active + (2 * layers * projections if kind == "mixture_of_mamba" else 0), ends + active
-    if kind == "mot":
+    if kind == "transfusion_unet":
+        return ends + (1 + UNET_SHARE[size]) * dense + UNET_SHARE[size] * ends, 0.0
+    if kind == "transfusion":
+        return ends + dense, ends + dense
+    if kind in ("mot", "mot_transfusion"):
         return ends + 2 * dense, ends + dense
     experts = {"dense": 1, "moma_1t1i": 2}.get(kind, 8)
     kept = (1 + 0.25) / 2 if kind.startswith("mod_") else 1  # every other layer for a quarter of the tokens
     return ends + layers * (attention + experts * feedforward), ends + kept * dense
+
+
+def vocabulary(name: str) -> int:
+    return 32_000 if "transfusion" in name else VOCABULARY
+
+
+def size_file(name: str) -> str:
+    """The file of layers and width that a recipe extends."""
+    kind, size = name.rsplit("_", 1)
+    return f"sizes/transfusion_{size}.yaml" if "transfusion" in kind else f"sizes/{size}.yaml"
 
 
 def test_every_size_of_the_papers_is_here() -> None:
@@ -79,10 +100,11 @@ def test_every_size_of_the_papers_is_here() -> None:
 def test_a_recipe_is_an_architecture_and_a_size(name: str) -> None:
     """Two files to extend, its name, and where layers count otherwise than the size's, their number or width."""
     data = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    kind, size = name.rsplit("_", 1)
-    assert set(data.pop("extends")) == {f"architectures/{kind}.yaml", f"sizes/{size}.yaml"}
+    kind = name.rsplit("_", 1)[0]
+    assert set(data.pop("extends")) == {f"architectures/{kind}.yaml", size_file(name)}
     assert data.pop("name") == name
-    assert not data or (set(data) == {"model"} and set(data["model"]) <= {"repeat", "d_model", "layers"})
+    ends = {"stem", "head"} if kind == "transfusion_unet" else set()
+    assert not data or (set(data) == {"model"} and set(data["model"]) <= {"repeat", "d_model", "layers"} | ends)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,11 +112,16 @@ def test_parameters_are_those_derived_from_the_papers_layers_and_widths(name: st
     recipe, model = built(name)
     total, active = derived(name)
     counted = sum(p.numel() for p in model.parameters())
-    assert recipe.name == name and recipe.model.vocab_size == VOCABULARY
+    assert recipe.name == name and recipe.model.vocab_size == vocabulary(name)
+    if "unet" in name:  # ours, to have the paper's share
+        plain = sum(p.numel() for p in built(name.replace("_unet", ""))[1].parameters())
+        assert counted / plain - 1 == pytest.approx(total / plain - 1, rel=0.06)
+        assert max(cost(name).active) == counted
+        return
     assert (counted, max(cost(name).active)) == (pytest.approx(total, rel=0.005), pytest.approx(active, rel=0.005))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("mot_")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("mot_") and "transfusion" not in name])
 def test_flops_are_the_baselines(name: str) -> None:
     """Routers and auxiliary routers apart, with causal scores and the head at T = 4096."""
     kind, size = name.rsplit("_", 1)
@@ -119,6 +146,15 @@ def test_mixture_of_transformers_costs_what_its_dense_baseline_does(size: str) -
     assert sum(p.numel() for p in built(name, *overrides)[1].parameters()) == dense.active[0]
 
 
+@pytest.mark.parametrize("size", TRANSFUSION)
+def test_a_unet_costs_images_alone_and_untying_nothing(size: str) -> None:
+    plain, unet = cost(f"transfusion_{size}").flops, cost(f"transfusion_unet_{size}").flops
+    assert unet[0] == plain[0] and unet[1] > plain[1] > plain[0]
+    if size != "0.37b":
+        untied = cost(f"mot_transfusion_{size}")
+        assert (untied.flops, untied.active) == (plain, cost(f"transfusion_{size}").active)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if "mamba" in name])
 def test_sizes_that_are_ours_say_so(name: str) -> None:
     page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
@@ -131,7 +167,7 @@ def test_deepspeed_sections(name: str, ranks: int, monkeypatch: pytest.MonkeyPat
     """On 256 ranks with the micro-batch that the size's header gives, where the recipe's own does not divide."""
     monkeypatch.chdir(ROOT)
     recipe, overrides = built(name)[0], [f"deepspeed=recipes/deepspeed/{ranks}gpu.json"]
-    text = header(f"sizes/{name.rsplit('_', 1)[1]}")
+    text = header(size_file(name).removesuffix(".yaml"))
     smaller = re.search(r"train\.micro_batch=\d+", text)
     if ranks == 256 and smaller:
         with pytest.raises(ConfigError, match=f"^train.global_batch: {recipe.train.global_batch} is not a multiple"):

@@ -20,6 +20,7 @@ import annotated_types as limits
 from pydantic.fields import FieldInfo
 
 from pretrain.finetune.recipe import FinetuneRecipe
+from pretrain.image_tokenizer import ImageTokenizerRecipe
 from pretrain.recipe import Recipe
 from tools.examples.make_llava import LlavaFolderConfig
 from tools.sweep.adapt.settings import SweepConfig
@@ -33,6 +34,7 @@ ROOTS: Sequence[tuple[str, type[Config]]] = (
     ("Keys of a fine-tuning", FinetuneRecipe),
     ("Keys of a sweep of adaptations", SweepConfig),
     ("Keys of a small LLaVA", LlavaFolderConfig),
+    ("Keys of an image tokenizer", ImageTokenizerRecipe),
 )
 """Heading and config of each kind of file; the blocks stand after the first."""
 PLAIN = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`", Any: "anything"}

@@ -23,11 +23,14 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     # torch first and by its exact version: a range would take the newest build with all of CUDA
     $pip install --quiet --constraint constraints.txt torch &&
         $pip install --quiet --constraint constraints.txt --editable ".[dev]" || exit 1
-    # the Python files of mamba-ssm, which tests and benchmarks compare with; unpacked, not installed: it needs CUDA
+    # the Python files of mamba-ssm and causal-conv1d, which tests and benchmarks compare with; unpacked, not installed:
+    # they need CUDA
     rm -rf .peers && mkdir .peers &&
-        MAMBA_SKIP_CUDA_BUILD=TRUE $pip download --quiet --constraint constraints.txt --no-deps --no-build-isolation \
-            --no-binary mamba-ssm --dest .peers mamba-ssm &&
-        tar -xzf .peers/mamba_ssm-*.tar.gz -C .peers --strip-components 1 ||
-        echo "note: mamba-ssm's source could not be fetched; comparisons with it are skipped" >&2
+        MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE $pip download --quiet \
+            --constraint constraints.txt --no-deps --no-build-isolation --no-binary mamba-ssm,causal-conv1d \
+            --dest .peers mamba-ssm causal-conv1d &&
+        tar -xzf .peers/mamba_ssm-*.tar.gz -C .peers --strip-components 1 &&
+        tar -xzf .peers/causal_conv1d-*.tar.gz -C .peers --strip-components 1 ||
+        echo "note: mamba-ssm's or causal-conv1d's source could not be fetched; comparisons are skipped" >&2
     echo "$wanted" >"$stamp"
 fi

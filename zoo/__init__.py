@@ -10,6 +10,7 @@ from zoo import (  # noqa: F401  they register their blocks
     mixer_gate,
     moma,
     token_choice,
+    unet,
 )
 from zoo.batch import Batch
 from zoo.build import build, build_block, build_model

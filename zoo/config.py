@@ -14,8 +14,23 @@ from typing import Any, ClassVar, Self
 import pydantic
 
 
+def printable(text: str, lines: bool = True) -> str:
+    """`text` without characters that would steer a terminal: what cannot be printed is escaped.
+
+    Args:
+        lines: whether ends of lines stay.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
-    """A mistake that the user can fix. Entry points print it without a traceback and exit with 2."""
+    """A mistake that the user can fix. Entry points print it without a traceback and exit with 2.
+
+    What it quotes may come from anywhere: its text is printable.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(UserError):

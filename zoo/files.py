@@ -45,6 +45,15 @@ def atomic_write(target: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def open_here(path: Path, flags: int) -> int:
+    """A file descriptor for writing `path`, which is made where absent; `flags` are those of `os.open`.
+
+    Raises:
+        OSError: also where `path` is a link: in a folder from elsewhere it may lead to any file of the user's.
+    """
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+
 def remove_leftovers(folder: Path, targets: str = ".+") -> None:
     """Remove what killed writers left in `folder`. Nobody may be writing there: hold the folder's lock.
 

@@ -31,6 +31,18 @@ def hash32(value: np.ndarray) -> np.ndarray:
     return value
 
 
+def unhash32(value: np.ndarray) -> np.ndarray:
+    """The inverse of `hash32`; same shape, uint32."""
+    value = value.astype(np.uint32, copy=True)
+    with np.errstate(over="ignore"):
+        value ^= value >> np.uint32(16)
+        value *= np.uint32(pow(_SECOND, -1, 1 << 32))
+        value ^= (value >> np.uint32(15)) ^ (value >> np.uint32(30))
+        value *= np.uint32(pow(_FIRST, -1, 1 << 32))
+        value ^= value >> np.uint32(16)
+    return value
+
+
 def token_keys(seed: int, rows: np.ndarray, columns: int) -> np.ndarray:
     """Keys of the tokens of global rows `rows` (B,), each `columns` long: (B, T) int32."""
     state = hash32(np.full(1, seed & 0xFFFFFFFF, np.uint64))

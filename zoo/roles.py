@@ -67,8 +67,9 @@ def role_by_kind(module: nn.Module, name: str, shape: tuple[int, ...], head: boo
     """The role of a parameter that nobody has declared. The first line that fits decides:
 
     - fewer than two dimensions: BIAS
-    - in an `nn.Embedding`, in a convolution whose stride is its kernel (it cuts patches), or in a module that contains
-      nothing but such modules (positions and class tokens beside them): EMBEDDING
+    - in an `nn.Embedding`, in a convolution whose stride is its kernel (it cuts patches), in a module that contains
+      nothing but such modules (positions and class tokens beside them), or called an embedding: EMBEDDING
+    - of one vector, however many dimensions it is written in: BIAS
     - `weight` of a norm of torch: GAIN
     - in the module that gives logits: HEAD
     - in another convolution: CONVOLUTION
@@ -87,8 +88,10 @@ def role_by_kind(module: nn.Module, name: str, shape: tuple[int, ...], head: boo
         for part in module.modules()
         if part is not module and next(part.parameters(recurse=False), None) is not None
     ]
-    if _embeds(module) or (inner and all(map(_embeds, inner))):
+    if _embeds(module) or (inner and all(map(_embeds, inner))) or "embedding" in name:
         return Role.EMBEDDING
+    if sum(size > 1 for size in shape) < 2 and len(shape) > 2:
+        return Role.BIAS
     if name == "weight" and isinstance(module, NORMS):
         return Role.GAIN
     if head:

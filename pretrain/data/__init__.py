@@ -1,10 +1,11 @@
 """Data: shards → documents → token stream → packed rows → batches."""
 
-from pretrain.data.batches import micro_batches
+from pretrain.data.batches import micro_batches, tokens_by_rank
 from pretrain.data.config import DataConfig, check_length
 from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
 from pretrain.data.index import Skipped
+from pretrain.data.mixture import Mixture
 from pretrain.data.opening import Data, open_data
 from pretrain.data.packing import Row, TokenStream
 
@@ -13,10 +14,12 @@ __all__ = [
     "DataConfig",
     "DataError",
     "Documents",
+    "Mixture",
     "Row",
     "Skipped",
     "TokenStream",
     "check_length",
     "micro_batches",
     "open_data",
+    "tokens_by_rank",
 ]

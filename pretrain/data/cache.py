@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,21 +20,28 @@ from zoo.files import remove_leftovers
 
 HIDDEN = ".index"
 """Name of the cache inside a data folder."""
+SHARED = "shared"
+"""Name of the cache, below the user's, of whatever has no data folder of its own."""
+PAUSE = 30.0
+"""Seconds from one message of a process that waits to the next."""
 
 
-def cache_folder(data: Path, wanted: str | None) -> Path:
+def cache_folder(data: Path | None, wanted: str | None) -> Path:
     """A writable folder, made if need be: `wanted`, else one inside `data`, else one under the user's cache
     folder.
 
+    Args:
+        data: the folder in which the data lie; None where they have none, or several.
     Raises:
         DataError: none of them can be written.
     """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain-data"
     if wanted is not None:
         candidates = [Path(wanted)]
+    elif data is None:
+        candidates = [user / SHARED]
     else:
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        name = hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:16]
-        candidates = [data / HIDDEN, user / "pretrain-data" / name]
+        candidates = [data / HIDDEN, user / hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:16]]
     reasons = []
     for folder in candidates:
         try:
@@ -46,21 +55,74 @@ def cache_folder(data: Path, wanted: str | None) -> Path:
     )
 
 
+class Waiting:
+    """What the process that holds the lock of a cache tells those that wait for it.
+
+    Args:
+        folder: the cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "progress"
+        self._told = time.monotonic()
+
+    def tell(self, text: str) -> None:
+        """Leave a line, a few times a minute at most."""
+        if time.monotonic() - self._told > PAUSE / 3:
+            self._told = time.monotonic()
+            self._path.write_text(text)
+
+    def read(self) -> str:
+        """The last line; empty without one."""
+        try:
+            return self._path.read_text()
+        except OSError:
+            return ""
+
+
 @contextlib.contextmanager
-def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Let one process at a time through; the others wait. The lock ends with its process, however that
-    ends."""
-    lock = filelock.FileLock(folder / "lock")
+def locked(folder: Path, log: Callable[[str], None]) -> Iterator[Waiting]:
+    """Let one process at a time through; the others wait, and say now and then for what. The lock ends with its
+    process, however that ends."""
+    lock, waiting = filelock.FileLock(folder / "lock"), Waiting(folder)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         log(f"waiting for another process that is indexing into {folder}")
-        lock.acquire()
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=PAUSE)
+            except filelock.Timeout:
+                log(f"still waiting: {waiting.read() or 'it has not said how far it is'}")
     try:
-        remove_leftovers(folder)
-        yield
+        with alone(folder) as nobody_else:
+            if nobody_else:
+                remove_leftovers(folder)
+                (folder / "progress").unlink(missing_ok=True)
+        with writing(folder):
+            yield waiting
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Keep others from taking what this process is writing into the cache for the leftovers of a killed one."""
+    with open(folder / "writers", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Whether no process is writing into the cache; none begins to while this lasts."""
+    with open(folder / "writers", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 @contextlib.contextmanager

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from pretrain.data.index import ShardTokens
-from pretrain.data.items import Items, stored
-from pretrain.data.strings import Strings
-from zoo.modalities import Modalities, ModalityConfig, Vocabulary
+from pretrain.data.items import Form, ShardTokens, stored
+from pretrain.data.plan import cut
+from zoo.modalities import Modalities, Vocabulary
+
+CHUNK = 1 << 20
+"""Tokens that are in hand at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """The documents of some shards one after the other: document i is tokens starts[i] to starts[i + 1] of
-    the whole."""
+    """The documents of some shards one after the other. Of a shard only three numbers are kept in memory."""
 
     vocabulary: Vocabulary
-    starts: np.ndarray
-    """(d + 1,) int64."""
-    text_bytes: np.ndarray
-    """(d,) int64, UTF-8 bytes of the texts of each document."""
-    spans: np.ndarray
-    """(s, 2) int64, ascending: [start, stop) of the parts that must never be cut."""
-    shards: Sequence[np.ndarray]
-    """The tokens, an int32 array for each shard."""
-    shard_starts: np.ndarray
-    """(shards + 1,) int64: first token of each shard in the whole."""
-    keys: Strings
-    """The key of each of the d documents."""
-    items: Mapping[str, Items] = dataclasses.field(default_factory=dict)
-    """The items of each modality whose positions carry no ids or see all of their item."""
+    shards: Sequence[ShardTokens]
+    """Each is opened when it is asked for."""
+    token_starts: np.ndarray
+    """(shards + 1,) int64: tokens before each shard."""
+    document_starts: np.ndarray
+    """(shards + 1,) int64: documents before each shard."""
+    forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
+    """What a position carries of each modality whose positions carry no ids."""
+    bidirectional: tuple[str, ...] = ()
+    """The modalities whose positions see all of their item."""
+    name: str = ""
+    """Hash of what the shards hold."""
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Tokens of each modality; empty where they were not counted."""
 
     @classmethod
     def join(
@@ -43,73 +44,83 @@ class Documents:
         Args:
             modalities: those of the vocabulary; default: all carry ids and see what stands before.
         """
-        shard_starts = np.concatenate([[0], np.cumsum([len(s.tokens) for s in shards])]).astype(np.int64)
-        base = list(zip(shards, shard_starts.tolist(), strict=False))
+        sizes = [(len(shard.tokens), len(shard.starts) - 1) for shard in shards]
+        return cls.of(shards, np.array(sizes, np.int64).reshape(-1, 2), vocabulary, modalities or {})
+
+    @classmethod
+    def of(
+        cls,
+        shards: Sequence[ShardTokens],
+        sizes: np.ndarray,
+        vocabulary: Vocabulary,
+        modalities: Modalities,
+        name: str = "",
+        counts: Mapping[str, int] | None = None,
+    ) -> Documents:
+        """The same without opening a shard: `sizes` (shards, 2) int64 are the tokens and the documents of each."""
+        forms = {each: stored(modality.carries) for each, modality in modalities.items()}
+        tokens, documents = np.concatenate([np.zeros((2, 1), np.int64), np.cumsum(sizes.T, axis=1)], axis=1)
         return cls(
             vocabulary,
-            np.concatenate([[0], *(s.starts[1:] + first for s, first in base)]).astype(np.int64),
-            np.concatenate([np.zeros(0, np.int64), *(s.text_bytes for s in shards)]),
-            np.concatenate([np.zeros((0, 2), np.int64), *(s.spans + first for s, first in base)]),
-            [s.tokens for s in shards],
-            shard_starts,
-            Strings.join([s.keys for s in shards]),
-            {
-                name: _items(base, vocabulary.modalities.index(name), name, modality)
-                for name, modality in (modalities or {}).items()
-                if modality.bidirectional or stored(modality.carries) is not None
-            },
+            shards,
+            tokens,
+            documents,
+            {each: form for each, form in forms.items() if form is not None},
+            tuple(each for each, modality in modalities.items() if modality.bidirectional),
+            name,
+            counts or {},
         )
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(d,) tokens of each document."""
-        return np.diff(self.starts)
+        return int(self.document_starts[-1])
 
     @property
     def total(self) -> int:
         """Tokens of all documents."""
-        return int(self.starts[-1])
+        return int(self.token_starts[-1])
 
-    def read(self, start: int, length: int) -> np.ndarray:
-        """(length,) int32: tokens from `start` of the whole; they lie inside one document."""
-        shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
-        offset = start - int(self.shard_starts[shard])
-        return self.shards[shard][offset : offset + length]
+    def place(self, token: int) -> tuple[ShardTokens, int]:
+        """The shard in which a token of the whole lies, and its place there."""
+        shard = int(np.searchsorted(self.token_starts, token, side="right")) - 1
+        return self.shards[shard], token - int(self.token_starts[shard])
+
+    def document(self, number: int) -> np.ndarray:
+        """(n,) int32: the tokens of a document."""
+        shard = int(np.searchsorted(self.document_starts, number, side="right")) - 1
+        found, inside = self.shards[shard], number - int(self.document_starts[shard])
+        return found.tokens[int(found.starts[inside]) : int(found.starts[inside + 1])]
 
     def bytes_in(self, start: int, length: int) -> float:
         """UTF-8 bytes of the texts in a stretch of one document; where it is not the whole document, the share of its
         text tokens."""
-        document = int(np.searchsorted(self.starts, start, side="right")) - 1
-        first, stop = self.starts[document : document + 2].tolist()
-        whole = float(self.text_bytes[document])
+        shard, offset = self.place(start)
+        document = int(np.searchsorted(shard.starts, offset, side="right")) - 1
+        first, stop = shard.starts[document : document + 2].tolist()
+        whole = float(shard.text_bytes[document])
         if length == stop - first:
             return whole
-        inside, of_all = (self._text_tokens(*stretch) for stretch in ((start, length), (first, stop - first)))
+        inside, of_all = (self._text_tokens(shard.tokens[a:b]) for a, b in ((offset, offset + length), (first, stop)))
         return whole * inside / max(of_all, 1)
 
-    def _text_tokens(self, start: int, length: int) -> int:
-        """Ids of text in a stretch, special tokens apart."""
-        tokens = self.read(start, length)
+    def _text_tokens(self, tokens: np.ndarray) -> int:
+        """Ids of text, special tokens apart."""
         own, stop = self.vocabulary.range(self.vocabulary.text)
         return int(((tokens >= own) & (tokens < stop)).sum())
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) int32: the tokens at ascending `positions` (n,) of the whole."""
-        cuts = np.searchsorted(positions, self.shard_starts)
-        runs = [
-            tokens[positions[first:stop] - start]
-            for tokens, start, first, stop in zip(self.shards, self.shard_starts[:-1], cuts[:-1], cuts[1:], strict=True)
-        ]
-        return np.concatenate([np.zeros(0, np.int32), *runs])
+    def edges(self, length: int) -> Iterator[np.ndarray]:
+        """The first token of each piece of at most `length` tokens, shard by shard, and then the end of the last."""
+        for number, first in enumerate(self.token_starts[:-1].tolist()):
+            shard = self.shards[number]
+            yield cut(np.asarray(shard.starts), shard.spans(), length) + first
+        yield self.token_starts[-1:]
 
-
-def _items(shards: Sequence[tuple[ShardTokens, int]], number: int, name: str, modality: ModalityConfig) -> Items:
-    """The items of a modality in `shards`, each with its first token in the whole."""
-    spans = [np.zeros((0, 2), np.int64)]
-    for shard, first in shards:
-        spans.append(shard.spans[shard.modality == number] + first + np.array([1, -1]))  # between the markers
-    content = [] if stored(modality.carries) is None else [shard.content[name] for shard, _ in shards]
-    return Items(np.concatenate(spans), modality.bidirectional, content)
+    def frequencies(self, length: int) -> np.ndarray:
+        """(ids,) int64: how often each id occurs as a target, in pieces of at most `length` tokens: a piece's first
+        token is none."""
+        counts = np.zeros(self.vocabulary.size, np.int64)
+        for number, edges in zip(range(len(self.shards)), self.edges(length), strict=False):
+            tokens = self.shards[number].tokens
+            for start in range(0, len(tokens), CHUNK):
+                counts += np.bincount(tokens[start : start + CHUNK], minlength=len(counts))
+            counts -= np.bincount(tokens[edges - self.token_starts[number]], minlength=len(counts))
+        return counts

@@ -1,6 +1,6 @@
 """The error of everything that is wrong with a user's data."""
 
-from zoo.config import UserError
+from zoo.config import UserError, printable
 
 
 class DataError(UserError):
@@ -13,5 +13,5 @@ class BrokenDocument(Exception):
 
 def shown(text: str, limit: int = 200) -> str:
     """A text of unknown origin as a message can hold it: what cannot be printed is escaped, what is long is cut."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    escaped = printable(text[:limit], lines=False)
     return escaped if len(text) <= limit else f"{escaped}… ({len(text):,} characters)"

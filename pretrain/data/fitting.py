@@ -4,6 +4,7 @@ learned from the training shards."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from pretrain.data.cache import cache_folder
 from pretrain.data.config import DataConfig
 from pretrain.data.errors import BrokenDocument, DataError, shown
-from pretrain.data.index import REASON, Listing, list_shard
+from pretrain.data.index import REASON, Listing, Split, list_shard
 from pretrain.data.reading import read_parts
-from pretrain.data.shards import find_shards
-from pretrain.data.sources import Document, DocumentShards, Shard
+from pretrain.data.sources import Document
+from pretrain.data.workers import Task, find_tasks
 from zoo.config import UserError
 from zoo.files import atomic_path
 from zoo.modalities import LearnedConfig, LearnedModality, Modalities, Modality, vocabulary
@@ -31,15 +33,17 @@ NAMED = 5
 
 
 def load_modalities(
-    modalities: Modalities, listings: list[Listing], cache: Path, log: Callable[[str], None]
+    modalities: Modalities, tasks: Sequence[Task], cache: Path, log: Callable[[str], None]
 ) -> dict[str, Modality]:
-    """Every modality ready for use; those that learn and have no `path` learn once from the shards of `listings`, and
+    """Every modality ready for use; those that learn and have no `path` learn once from the shards of `tasks`, and
     what they have learned is kept in `cache`.
 
     Raises:
         UserError: a file is missing or does not fit its config; there is nothing to learn from.
     """
-    shards = [listing.checksum for listing in listings]
+    wanted = {name: config for name, config in learning(modalities).items() if config.path is None}
+    lessons = _lessons(tasks, cache) if wanted else []
+    shards = [[lesson.listing.checksum, *lesson.held_out] for lesson in lessons]
     files = {
         name: _cached(name, config, shards, cache) if config.path is None else Path(config.path)
         for name, config in learning(modalities).items()
@@ -47,13 +51,33 @@ def load_modalities(
     learned = {name: _loaded(config, files[name]) for name, config in learning(modalities).items()}
     missing = [name for name, modality in learned.items() if modality is None]
     if missing:
-        for name, modality in fit(modalities, listings, missing, cache, log).items():
+        for name, modality in _fit(modalities, lessons, missing, cache, log).items():
             with atomic_path(files[name]) as temporary:
                 modality.save(temporary)
     return {
         name: config.load(files[name]) if isinstance(config, LearnedConfig) else config.block(config)
         for name, config in modalities.items()
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """A shard from which modalities learn."""
+
+    listing: Listing
+    split: Split
+
+    @property
+    def held_out(self) -> list[float]:
+        """The share of its documents that is held out, if any."""
+        return [self.split.held_out] if self.split.held_out else []
+
+
+def _lessons(tasks: Sequence[Task], cache: Path) -> list[Lesson]:
+    """The shards that modalities learn from: all, or SHARDS of them, scattered."""
+    chosen = sorted(np.argsort(hash32(np.arange(len(tasks))), kind="stable")[:SHARDS].tolist())
+    chosen = tqdm.tqdm(chosen, desc="listing shards", unit="shard", disable=None, leave=False)
+    return [Lesson(list_shard(tasks[n].source, tasks[n].shard, cache), tasks[n].split) for n in chosen]
 
 
 def _loaded(config: LearnedConfig, file: Path) -> LearnedModality | None:
@@ -71,15 +95,14 @@ def learning(modalities: Modalities) -> dict[str, LearnedConfig]:
     return {name: config for name, config in modalities.items() if isinstance(config, LearnedConfig)}
 
 
-def fit(
-    modalities: Modalities, listings: list[Listing], names: Iterable[str], cache: Path, log: Callable[[str], None]
+def _fit(
+    modalities: Modalities, lessons: Sequence[Lesson], names: Iterable[str], cache: Path, log: Callable[[str], None]
 ) -> dict[str, LearnedModality]:
-    """Let the modalities `names` learn from the shards of `listings`; a function of their content alone."""
-    if len(listings) > SHARDS:
-        listings = [listings[n] for n in sorted(np.argsort(hash32(np.arange(len(listings))))[:SHARDS])]
+    """Let the modalities `names` learn; a function of the content of the shards alone."""
     chosen = {name: config for name, config in learning(modalities).items() if name in names}
-    log(f"training the {' and the '.join(chosen)} tokenizer on {sum(map(len, listings)):,} documents")
-    items, broken = _sample(chosen, listings, cache)
+    total = sum(len(lesson.listing) for lesson in lessons)
+    log(f"training the {' and the '.join(chosen)} tokenizer on {total:,} documents")
+    items, broken = _sample(chosen, lessons, cache)
     for name, config in chosen.items():
         if not items[name] and broken:
             reasons = "\n  ".join(broken[:NAMED])
@@ -98,18 +121,15 @@ def fit_and_save(config: DataConfig, modalities: Modalities, out: Path, log: Cal
     Raises:
         UserError: the shards cannot be read, or nothing learns.
     """
-    folder = Path(config.path)
-    cache = cache_folder(folder, config.cache)
-    source = DocumentShards(DocumentShards.Config(path=config.path))
-    shards = [Shard(str(file)) for file in find_shards(folder, config.train, "data.train")]
-    listings = [list_shard(source, shard, cache) for shard in shards]
+    tasks = [task for tasks in find_tasks(config).values() for task in tasks if task.split.name == "train"]
+    cache = cache_folder(config.folder, config.cache)
     names = list(learning(modalities))
     if not names:
         kinds = ", ".join(f"{name} is {modality.type_name!r}" for name, modality in modalities.items())
         raise UserError(f"modalities: {kinds}: none of them learns anything, there is nothing to do")
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, modality in fit(modalities, listings, names, cache, log).items():
+    for name, modality in _fit(modalities, _lessons(tasks, cache), names, cache, log).items():
         files.append(out / f"{name}{learning(modalities)[name].file}")
         modality.save(files[-1])
     return files
@@ -122,17 +142,17 @@ def fingerprint(modalities: Mapping[str, Modality]) -> str:
     return hashlib.sha256(json.dumps([parts, list(sizes.items())]).encode()).hexdigest()
 
 
-def _cached(name: str, config: LearnedConfig, shards: list[str], cache: Path) -> Path:
+def _cached(name: str, config: LearnedConfig, shards: list[list[Any]], cache: Path) -> Path:
     recipe = json.dumps([config.model_dump(), shards], sort_keys=True)
     return cache / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}{config.file}"
 
 
 def _sample(
-    modalities: Mapping[str, LearnedConfig], listings: Sequence[Listing], cache: Path
+    modalities: Mapping[str, LearnedConfig], lessons: Sequence[Lesson], cache: Path
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """Items of each modality from documents of all shards alike, in a scattered order, up to `fit_limit`; and a line
     for each document that was met and cannot be used."""
-    stops = np.cumsum([len(listing) for listing in listings])
+    stops = np.cumsum([len(lesson.listing) for lesson in lessons])
     items: dict[str, list[Any]] = {name: [] for name in modalities}
     broken: list[str] = []
     room = {name: config.fit_limit for name, config in modalities.items()}
@@ -143,10 +163,12 @@ def _sample(
             if not names:
                 break
             number = int(np.searchsorted(stops, place, side="right"))
-            listing = listings[number]
+            listing = lessons[number].listing
             if number not in opened:
                 opened[number] = stack.enter_context(listing.source.open(listing.shard, cache))
             document = opened[number][place - int(stops[number])]  # counted from its end
+            if not lessons[number].split.has(document.key):
+                continue
             try:
                 parts = list(read_parts(document, {kind: modalities[name].read for kind, name in names.items()}))
             except BrokenDocument as error:

@@ -1,4 +1,4 @@
-"""The items of a modality in the token stream, and what their positions carry where that is not an id.
+"""The tokens of one shard, the items of each modality in them, and what positions carry that carry no id.
 
 The stream holds a token for every position, also where a position carries a vector or channels: the id that holds the
 place. What it carries lies in an array beside the tokens, one row a position, in the order of the stream. It is written
@@ -10,16 +10,18 @@ or 2 for channels.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from zoo.carries import Carries, Channels, Ids, Vectors
 
+Form = tuple[np.dtype, tuple[int, ...]]
+"""Type and shape of what one position carries, as it is kept on disk."""
 
-def stored(carries: Carries) -> tuple[np.dtype, tuple[int, ...]] | None:
-    """Type and shape of what one position carries, as it is kept on disk; None for ids, which are tokens."""
+
+def stored(carries: Carries) -> Form | None:
+    """The form of what a position carries; None for ids, which are tokens."""
     match carries:
         case Ids():
             return None
@@ -31,33 +33,46 @@ def stored(carries: Carries) -> tuple[np.dtype, tuple[int, ...]] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """The items of one modality in all shards of a split."""
+    """The items of one modality in a shard, in their order.
 
-    spans: np.ndarray
-    """(i, 2) int64, ascending: [start, stop) of the positions of each item in the whole, markers apart."""
-    bidirectional: bool
-    """A position sees all of its item."""
-    content: Sequence[np.ndarray] = ()
-    """What the positions carry, one row each, an array a shard; none where they carry ids."""
+    Attributes:
+        table: (3, i) int64, for each item its first position in the tokens and the one after its last, markers apart,
+            and the number of positions in the items before it.
+    """
 
-    @functools.cached_property
-    def before(self) -> np.ndarray:
-        """(i + 1,) positions of the items before each."""
-        return np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])
-
-    @functools.cached_property
-    def shard_starts(self) -> np.ndarray:
-        """(shards + 1,) positions in the shards before each."""
-        return np.concatenate([[0], np.cumsum([len(content) for content in self.content])])
+    table: np.ndarray
 
     def inside(self, start: int, stop: int) -> np.ndarray:
-        """(k, 2) spans of the items in [start, stop) of the whole, which cuts none."""
-        return self.spans[slice(*np.searchsorted(self.spans[:, 0], [start, stop]))]
+        """(3, k) those in the tokens [start, stop), which cut none."""
+        first, last = np.searchsorted(self.table[0], (start, stop)).tolist()
+        return self.table[:, first:last]
 
-    def carried(self, start: int, stop: int) -> np.ndarray:
-        """(n, …) what the n positions of the items in [start, stop) carry; the stretch lies inside one document."""
-        first, last = self.before[np.searchsorted(self.spans[:, 0], [start, stop])].tolist()
-        shard = int(np.searchsorted(self.shard_starts, first, side="right")) - 1
-        shard = min(shard, len(self.content) - 1)
-        offset = int(self.shard_starts[shard])
-        return self.content[shard][first - offset : last - offset]
+    def positions(self, start: int, stop: int) -> slice:
+        """Which positions of the modality, counted in the shard, are those in the tokens [start, stop)."""
+        found = self.inside(start, stop)
+        if not found.shape[1]:
+            return slice(0, 0)
+        first, last = int(found[2, 0]), int(found[2, -1] + found[1, -1] - found[0, -1])
+        return slice(first, last)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTokens:
+    """The usable documents of a shard as one array of tokens; arrays are mapped from disk."""
+
+    tokens: np.ndarray
+    """(n,) int32: all documents one after the other."""
+    starts: np.ndarray
+    """(d + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]."""
+    text_bytes: np.ndarray
+    """(d,) int64: UTF-8 bytes of the texts of each document."""
+    items: Mapping[str, Items]
+    """The items of each modality that has any, of which none is ever cut."""
+    content: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What the positions carry of each modality that carries no ids, (n, …), one row a position."""
+
+    def spans(self) -> np.ndarray:
+        """(s, 2) int64, ascending: [start, stop) in the tokens of all items with their markers."""
+        tables = [np.stack([items.table[0] - 1, items.table[1] + 1], 1) for items in self.items.values()]
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *tables])
+        return spans[np.argsort(spans[:, 0])]

@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import tqdm
 
-from pretrain.data.cache import cache_folder, locked, room_for
-from pretrain.data.config import DataConfig, check_length
+from pretrain.data.cache import Waiting, cache_folder, locked, room_for, writing
+from pretrain.data.config import SHORT, DataConfig, check_length
 from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
 from pretrain.data.fitting import fingerprint, load_modalities
-from pretrain.data.index import Listing, ShardTokens, Skipped, list_shard, shard_tokens, tokenize_shard
+from pretrain.data.index import OpenShards, Skipped, TokenRecord
+from pretrain.data.mixture import Mixture
 from pretrain.data.packing import TokenStream
-from pretrain.data.shards import find_shards
-from pretrain.data.sources import DocumentShards, Shard
+from pretrain.data.ratio import weights_for
+from pretrain.data.workers import Indexed, Indexer, Task, find_tasks, index_all
 from zoo.carries import Ids, Vectors
 from zoo.modalities import Grammar, Modalities, Modality, Vocabulary, grammars, vocabulary
 
@@ -28,24 +28,28 @@ READING = 2
 """Counted up whenever the library makes other tokens of the same files."""
 NAMED = 5
 """How many broken documents an error lists."""
+KEPT = 1000
+"""How many of them `Data` names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Opened data: streams, vocabulary, modalities."""
 
-    train: TokenStream
-    validation: TokenStream | None
+    train: Mixture
+    validation: Mixture | None
     vocabulary: Vocabulary
     modalities: Mapping[str, Modality]
     """Ready for use, in the order of the recipe."""
     skipped: list[Skipped]
-    """Documents that could not be used."""
+    """Documents that could not be used: the first thousand."""
     fingerprint: str
-    """Hash of the training shards' content and of the modalities; equal means the same token stream, wherever the
-    shards and the cache lie."""
+    """Hash of the training documents' content, of the modalities and of the weights; equal means the same token stream,
+    wherever the shards and the cache lie."""
     validation_fingerprint: str
-    """The same of the validation shards."""
+    """The same of the validation documents."""
+    balanced: bool = False
+    """Whether the rows of a step are dealt so that micro-batches hold modalities alike."""
 
     @property
     def grammars(self) -> dict[str, Grammar]:
@@ -62,11 +66,12 @@ class Data:
         Args:
             split: "train" or "validation".
         """
-        stream = self._stream(split)
-        counts = np.zeros(self.vocabulary.size, dtype=np.int64)
-        for tokens in stream.documents.shards:
-            counts += np.bincount(tokens, minlength=self.vocabulary.size)
-        counts -= np.bincount(stream.documents.take(stream.pieces.starts), minlength=self.vocabulary.size)
+        mixture = self._mixture(split)
+        counts = np.zeros(self.vocabulary.size)
+        for name, stream in mixture.streams.items():
+            # of a mixture: as often as its rows come
+            often = 1.0 if len(mixture.streams) == 1 else mixture.shares[name] / stream.rows_per_epoch
+            counts += often * stream.documents.frequencies(stream.sequence_length)
         modality = self.vocabulary.modality_of(np.arange(self.vocabulary.size))
         entropy = {}
         for number, name in enumerate(self.vocabulary.modalities):
@@ -82,17 +87,15 @@ class Data:
         Args:
             split: "train" or "validation".
         """
-        errors = {}
-        for name, items in self._stream(split).documents.items.items():
-            if isinstance(self.modalities[name].config.carries, Vectors):
-                errors[name] = _variance(items.content)
-        return errors
+        streams = self._mixture(split).streams.values()
+        vectors = [n for n, modality in self.modalities.items() if isinstance(modality.config.carries, Vectors)]
+        return {n: _variance([s.content[n] for stream in streams for s in stream.documents.shards]) for n in vectors}
 
-    def _stream(self, split: str) -> TokenStream:
-        stream = {"train": self.train, "validation": self.validation}[split]
-        if stream is None:
+    def _mixture(self, split: str) -> Mixture:
+        mixture = {"train": self.train, "validation": self.validation}[split]
+        if mixture is None:
             raise ValueError(f"the data has no {split} split")
-        return stream
+        return mixture
 
 
 def _variance(content: Sequence[np.ndarray]) -> float:
@@ -119,122 +122,161 @@ def open_data(config: DataConfig, modalities: Modalities, seed: int, log: Callab
         UserError: a modality's file does not fit, or an item of it does not fit into a row.
     """
     check_length(config, modalities)
-    train, validation = _shards(config)
-    cache = cache_folder(Path(config.path), config.cache)
-    source = DocumentShards(DocumentShards.Config(path=config.path))
-    with locked(cache, log), room_for(cache):
-        shards = tqdm.tqdm(train + validation, desc="listing shards", unit="shard", disable=None, leave=False)
-        listings = [list_shard(source, Shard(str(shard)), cache) for shard in shards]
-        ready = load_modalities(modalities, listings[: len(train)], cache, log)
-        name = _token_name(ready)
-        _index(listings, cache, name, ready, log)
-    made = [shard_tokens(listing, cache, name, ready) for listing in listings]
-    tokens = [shard for shard in made if shard is not None]
-    assert len(tokens) == len(listings), "all have just been made"
-    skipped = [broken for shard in tokens for broken in shard.skipped]
-    _check_broken(skipped, config, log)
-    count, length, meant = len(train), config.sequence_length, fingerprint(ready)
-    stream = _packed("train", tokens[:count], modalities, length, seed, log)
-    held_out = _packed("validation", tokens[count:], modalities, length, None, log) if validation else None
+    tasks = find_tasks(config)
+    cache = cache_folder(config.folder, config.cache)
+    with locked(cache, log) as waiting, room_for(cache):
+        indexer = _indexer(tasks, modalities, cache, log)
+        found = _all_indexed(indexer, tasks, config.workers, log, waiting)
+        skipped = _check_broken(found, config, log)
+        making = _Making(config, modalities, found, indexer, log)
+        train, held_out = making.mixture("train", seed), making.mixture("validation", None)
+    assert train is not None, "every source has training shards"
     return Data(
-        stream,
+        train,
         held_out,
         vocabulary(modalities),
-        ready,
+        indexer.modalities,
         skipped,
-        _identity(meant, listings[:count], tokens[:count]),
-        _identity(meant, listings[count:], tokens[count:]),
+        making.identity("train", train),
+        making.identity("validation", held_out),
+        config.token_ratio is not None,
     )
 
 
-def _token_name(modalities: Mapping[str, Modality]) -> str:
-    """Hash of everything that decides what becomes of a document: tokens in the cache go by it."""
-    configs = [modality.config.model_dump(mode="json", exclude={"path"}) for modality in modalities.values()]
-    content = json.dumps([READING, fingerprint(modalities), configs], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _identity(modalities: str, listings: Sequence[Listing], tokens: Sequence[ShardTokens]) -> str:
-    """Hash of what the shards of a split hold and what was made of it, wherever they lie.
+def tokenize_part(config: DataConfig, modalities: Modalities, part: int, parts: int, log: Callable[[str], None]) -> int:
+    """Index one of several equal shares of the shards, which other machines that share the cache need not do again.
 
     Args:
-        modalities: their fingerprint.
-    """
-    content = [
-        [listing.checksum, [broken.key for broken in shard.skipped]]
-        for listing, shard in zip(listings, tokens, strict=True)
-    ]
-    return hashlib.sha256(json.dumps([READING, modalities, content]).encode()).hexdigest()
-
-
-def _shards(config: DataConfig) -> tuple[list[Path], list[Path]]:
-    """The shards of training and of validation.
-
+        part: which share, from 1 to `parts`.
+    Returns:
+        how many shards it has.
     Raises:
-        DataError: no shard, or one that is in both.
+        UserError: as `open_data`.
     """
-    folder = Path(config.path)
-    train = find_shards(folder, config.train, "data.train")
-    validation = [] if config.validation is None else find_shards(folder, config.validation, "data.validation")
-    shared = sorted({path.name for path in train} & {path.name for path in validation})
-    if shared:
-        raise DataError(
-            f"data.validation: {config.validation!r} and data.train: {config.train!r} both match {shared[0]}; "
-            "make the patterns disjoint, or set data.validation to null"
-        )
-    return train, validation
+    check_length(config, modalities)
+    tasks = find_tasks(config)
+    cache = cache_folder(config.folder, config.cache)
+    with locked(cache, log), room_for(cache):
+        indexer = _indexer(tasks, modalities, cache, log)
+    own = [task for source in tasks.values() for task in source][part - 1 :: parts]
+    with writing(cache), room_for(cache):
+        index_all(indexer, [task for task in own if indexer.find(task) is None], config.workers, log, Waiting(cache))
+    return len(own)
 
 
-def _index(
-    listings: list[Listing],
-    cache: Path,
-    name: str,
-    modalities: Mapping[str, Modality],
+def _indexer(
+    tasks: Mapping[str, Sequence[Task]], modalities: Modalities, cache: Path, log: Callable[[str], None]
+) -> Indexer:
+    """What shards are indexed with: the modalities, which learn first what they have to."""
+    training = [task for source in tasks.values() for task in source if task.split.name == "train"]
+    ready = load_modalities(modalities, training, cache, log)
+    configs = [modality.config.model_dump(mode="json", exclude={"path"}) for modality in ready.values()]
+    content = json.dumps([READING, fingerprint(ready), configs], sort_keys=True)
+    return Indexer(cache, hashlib.sha256(content.encode()).hexdigest(), ready)
+
+
+def _all_indexed(
+    indexer: Indexer,
+    tasks: Mapping[str, Sequence[Task]],
+    workers: int | None,
     log: Callable[[str], None],
-) -> None:
-    """Tokenise the shards that have not been."""
-    todo = [listing for listing in listings if shard_tokens(listing, cache, name, modalities) is None]
-    if not todo:
-        return
-    count = sum(map(len, todo))
-    log(f"indexing {count:,} documents of {len(todo)} shards into {cache}")
-    with tqdm.tqdm(total=count, desc="indexing", unit="document", disable=None, leave=False) as bar:
-        for listing in todo:
-            tokenize_shard(listing, cache, name, modalities, bar.update)
-
-
-def _packed(
-    split: str,
-    shards: Sequence[ShardTokens],
-    modalities: Modalities,
-    length: int,
-    seed: int | None,
-    log: Callable[[str], None],
-) -> TokenStream:
-    """The documents of a split in rows of `length` tokens; `log` is told how much there is.
-
-    Raises:
-        DataError: none of the documents can be used.
-    """
-    documents = Documents.join(shards, vocabulary(modalities), modalities)
-    if not len(documents):
-        raise DataError(f"data.{split}: none of the documents can be used; see the reasons of the skipped ones")
-    stream = TokenStream(documents, length, seed)
-    log(
-        f"{split}: {len(documents):,} documents, {documents.total:,} tokens, {stream.rows_per_epoch:,} rows of "
-        f"{length} an epoch, {stream.share_of_padding:.1%} padding"
+    waiting: Waiting,
+) -> dict[str, list[Indexed]]:
+    """The shards of each source, indexed."""
+    index_all(
+        indexer, [t for source in tasks.values() for t in source if indexer.find(t) is None], workers, log, waiting
     )
-    return stream
+    found = {name: [indexer.find(task) for task in source] for name, source in tasks.items()}
+    whole = {name: [shard for shard in shards if shard is not None] for name, shards in found.items()}
+    if whole != found:
+        raise DataError("data: a shard has changed while it was indexed; give the same command again")
+    return whole
 
 
-def _check_broken(skipped: list[Skipped], config: DataConfig, log: Callable[[str], None]) -> None:
-    lines = [f"{shard}: {key}: {reason}" for shard, key, reason in skipped[:NAMED]]
-    if len(skipped) > NAMED:
-        lines.append(f"… and {len(skipped) - NAMED} more")
-    if len(skipped) > config.max_broken_documents:
-        raise DataError(
-            f"data.max_broken_documents: {config.max_broken_documents}: {len(skipped)} documents cannot be "
-            f"used; repair them or set it to at least {len(skipped)}:\n  " + "\n  ".join(lines)
+@dataclasses.dataclass(frozen=True)
+class _Making:
+    """Streams from indexed shards."""
+
+    config: DataConfig
+    modalities: Modalities
+    found: Mapping[str, Sequence[Indexed]]
+    indexer: Indexer
+    log: Callable[[str], None]
+
+    def mixture(self, split: str, seed: int | None) -> Mixture | None:
+        """The stream of a split; None where no source has any.
+
+        Raises:
+            DataError: none of the documents of a source can be used.
+        """
+        streams = {
+            name: self._stream(name, split, [shard.records[split] for shard in shards if split in shard.records], seed)
+            for name, shards in self.found.items()
+            if any(split in shard.records for shard in shards)
+        }
+        if not streams:
+            return None
+        weights = {name: self.config.entries[name].config.weight for name in streams}
+        if self.config.token_ratio is not None:
+            weights = weights_for(self.config.token_ratio, weights, streams)
+        return Mixture(streams, weights, seed)
+
+    def _stream(self, source: str, split: str, records: Sequence[TokenRecord], seed: int | None) -> TokenStream:
+        words = vocabulary(self.modalities)
+        sizes = np.array([(record.tokens, record.documents) for record in records], np.int64)
+        name = hashlib.sha256("".join(record.folder.name + record.digest for record in records).encode()).hexdigest()[
+            :32
+        ]
+        counts = {modality: sum(record.counts[modality] for record in records) for modality in words.modalities}
+        opened = OpenShards(records, self.indexer.modalities)
+        documents = Documents.of(opened, sizes, words, self.modalities, name, counts)
+        if not len(documents):
+            key = self.config.entries[source].pattern(split)
+            raise DataError(f"{key}: none of the documents can be used; see the reasons of the skipped ones")
+        stream = TokenStream(documents, self.config.sequence_length, seed, self.indexer.cache)
+        which = split if source == SHORT else f"{source}, {split}"
+        self.log(
+            f"{which}: {len(documents):,} documents, {documents.total:,} tokens, {stream.rows_per_epoch:,} rows of "
+            f"{stream.sequence_length} an epoch, {stream.share_of_padding:.1%} padding"
         )
-    if skipped:
-        log(f"skipping {len(skipped)} broken documents:\n  " + "\n  ".join(lines))
+        return stream
+
+    def identity(self, split: str, mixture: Mixture | None) -> str:
+        """Hash of what the shards of a split hold, what was made of it and how it is mixed, wherever they lie."""
+        content = [
+            [
+                [shard.checksum, shard.records[split].digest, shard.task.split.held_out]
+                for shard in shards
+                if split in shard.records
+            ]
+            for shards in self.found.values()
+        ]
+        shares = [] if mixture is None else mixture.rows_per_block.tolist()
+        what = json.dumps([READING, fingerprint(self.indexer.modalities), content, shares])
+        return hashlib.sha256(what.encode()).hexdigest()
+
+
+def _check_broken(
+    found: Mapping[str, Sequence[Indexed]], config: DataConfig, log: Callable[[str], None]
+) -> list[Skipped]:
+    """The first of the documents that cannot be used.
+
+    Raises:
+        DataError: they are too many.
+    """
+    records = [record for shards in found.values() for shard in shards for record in shard.records.values()]
+    count, skipped = sum(record.skipped for record in records), []
+    for record in records:
+        if record.skipped and len(skipped) < KEPT:
+            skipped += record.skips()[: KEPT - len(skipped)]
+    lines = [f"{shard}: {key}: {reason}" for shard, key, reason in skipped[:NAMED]]
+    if count > NAMED:
+        lines.append(f"… and {count - NAMED:,} more")
+    if count > config.max_broken_documents:
+        raise DataError(
+            f"data.max_broken_documents: {config.max_broken_documents}: {count:,} documents cannot be "
+            f"used; repair them or set it to at least {count}:\n  " + "\n  ".join(lines)
+        )
+    if count:
+        log(f"skipping {count:,} broken documents:\n  " + "\n  ".join(lines))
+    return skipped

@@ -10,18 +10,20 @@
    pieces within the rows, and the rows. So every epoch has the same number of rows, global row i is row i mod
    R of epoch i div R, each epoch holds every piece once, and any row can be had without the rows before it.
 
-All of it is a pure function of (seed, epoch, lengths, spans, T).
+All of it is a pure function of (seed, epoch, lengths, spans, T); `pretrain.data.plan` does it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import numpy as np
 
 from pretrain.data.documents import Documents
-from zoo.noise import hash32
+from pretrain.data.plan import plan_rows
+from zoo.modalities import Vocabulary
 
 PADDING = -1
 
@@ -45,16 +47,6 @@ class Row:
     """(n, …) what the row's positions carry of each modality that carries no ids, in their order."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Pieces:
-    """Stretches of documents that are packed whole."""
-
-    starts: np.ndarray
-    """(n,) int64: first token, in the numbering of `Documents`."""
-    lengths: np.ndarray
-    """(n,) int64, each in [1, T]."""
-
-
 class TokenStream:
     """Rows of packed documents, for ever: epoch after epoch, by number.
 
@@ -62,19 +54,23 @@ class TokenStream:
         documents: what to pack.
         sequence_length: T.
         seed: of the order; None keeps the documents in their order, the same in each epoch.
+        cache: folder for a plan that is too large to be made at each start; None keeps it in memory.
+    Raises:
+        DataError: see `plan_rows`.
     """
 
-    def __init__(self, documents: Documents, sequence_length: int, seed: int | None) -> None:
+    def __init__(self, documents: Documents, sequence_length: int, seed: int | None, cache: Path | None = None) -> None:
         self.documents = documents
         self.sequence_length = sequence_length
-        self.seed = seed
-        self.pieces = cut(documents.starts, documents.spans, sequence_length)
-        lengths = self.pieces.lengths
-        order = np.arange(len(lengths)) if seed is None else shuffled(len(lengths), seed, 0)
-        self._row_of_piece = np.empty(len(lengths), dtype=np.int64)
-        self._row_of_piece[order] = fill(lengths[order], sequence_length)
-        self.rows_per_epoch = int(self._row_of_piece.max()) + 1
-        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
+        name = f"{documents.name}-{sequence_length}-{seed}"
+        self.plan = plan_rows(lambda: documents.edges(sequence_length), sequence_length, seed, cache, name)
+        self.rows_per_epoch = len(self.plan)
+        self._deal = functools.lru_cache(maxsize=2)(self.plan.deal)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that its tokens are from."""
+        return self.documents.vocabulary
 
     @property
     def share_of_padding(self) -> float:
@@ -89,28 +85,36 @@ class TokenStream:
         document, item = (np.full(length, PADDING, np.int32) for _ in range(2))
         content = self._no_content()
         stop = 0
-        for order, piece in enumerate(self.pieces_of_row(number).tolist()):
-            size = int(self.pieces.lengths[piece])
+        for order, (first, size) in enumerate(self._stretches(number)):
             start, stop = stop, stop + size
-            first = int(self.pieces.starts[piece])
-            tokens[start:stop] = self.documents.read(first, size)
+            shard, offset = self.documents.place(first)
+            tokens[start:stop] = shard.tokens[offset : offset + size]
             position[start:stop] = np.arange(size)
             document[start:stop] = order
-            for name, items in self.documents.items.items():
-                if items.content:
-                    content[name].append(items.carried(first, first + size))
-                if items.bidirectional:
-                    for begin, end in (items.inside(first, first + size) + (start - first)).tolist():
-                        item[begin:end] = item.max() + 1
-        modality = self.documents.vocabulary.modality_of(tokens)
+            for name in content:
+                content[name].append(shard.content[name][shard.items[name].positions(offset, offset + size)])
+            for name in self.documents.bidirectional:
+                table = shard.items[name].inside(offset, offset + size)
+                for begin, end in (table[:2].T + (start - offset)).tolist():
+                    item[begin:end] = item.max() + 1
+        modality = self.vocabulary.modality_of(tokens)
         modality[stop:] = PADDING
         return Row(tokens, modality, position, document, item, _joined(content))
 
-    def text_bytes(self, rows: range) -> float:
-        """UTF-8 bytes of the texts in some rows, whatever they are tokenised by. Exact for whole documents."""
-        pieces = np.concatenate([np.zeros(0, np.int64), *(self.pieces_of_row(row) for row in rows)])
-        starts, lengths = self.pieces.starts[pieces].tolist(), self.pieces.lengths[pieces].tolist()
-        return sum(self.documents.bytes_in(*stretch) for stretch in zip(starts, lengths, strict=True))
+    def counts(self, number: int) -> np.ndarray:
+        """(M,) int64: tokens of each modality in a row, known without reading it."""
+        counts = dict.fromkeys(self.vocabulary.modalities, 0)
+        for first, size in self._stretches(number):
+            shard, offset = self.documents.place(first)
+            where = {name: items.positions(offset, offset + size) for name, items in shard.items.items()}
+            sizes = {name: positions.stop - positions.start for name, positions in where.items()}
+            for name, positions in (sizes | {self.vocabulary.text: size - sum(sizes.values())}).items():
+                counts[name] += positions
+        return np.array(list(counts.values()), np.int64)
+
+    def text_bytes(self, number: int) -> float:
+        """UTF-8 bytes of the texts in a row, whatever they are tokenised by. Exact for whole documents."""
+        return sum(self.documents.bytes_in(*stretch) for stretch in self._stretches(number))
 
     def padding_row(self) -> Row:
         """A row of nothing but padding."""
@@ -118,96 +122,23 @@ class TokenStream:
         zeros, padding = np.zeros(length, np.int32), np.full(length, PADDING, np.int32)
         return Row(zeros, padding.astype(np.int8), zeros, padding, padding, _joined(self._no_content()))
 
-    def _no_content(self) -> dict[str, list[np.ndarray]]:
-        """Nothing carried, of the type and shape of what may be."""
-        return {name: [items.content[0][:0]] for name, items in self.documents.items.items() if items.content}
-
     def pieces_of_row(self, number: int) -> np.ndarray:
         """Numbers of the pieces in global row `number`, in their order."""
         if number < 0:
             raise ValueError(f"row {number}: rows are numbered from 0")
         epoch, row = divmod(number, self.rows_per_epoch)
-        order, row_starts = self._plan(epoch if self.seed is not None else 0)
-        return order[row_starts[row] : row_starts[row + 1]]
+        return self.plan.pieces_of_row(epoch, row, self._deal(epoch if self.plan.seed is not None else 0))
 
-    def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces sorted by their row in this epoch, (n,), and where each row starts among them, (rows +
-        1,)."""
-        count, rows = len(self.pieces.lengths), self._row_of_piece
-        order = np.arange(count)
-        if self.seed is not None:
-            dealt, by_row, within = (
-                shuffled(n, self.seed, 3 * epoch + k) for n, k in ((count, 1), (self.rows_per_epoch, 2), (count, 3))
-            )
-            # Places and pieces of equal length, paired: both sorted by length, the pieces at random within
-            # it.
-            places = np.argsort(self.pieces.lengths, kind="stable")
-            pieces = dealt[np.argsort(self.pieces.lengths[dealt], kind="stable")]
-            rows = np.empty_like(rows)
-            rows[pieces] = by_row[self._row_of_piece[places]]
-            order = within
-        order = order[np.argsort(rows[order], kind="stable")]
-        return order, np.searchsorted(rows[order], np.arange(self.rows_per_epoch + 1))
+    def _stretches(self, number: int) -> list[tuple[int, int]]:
+        """First token in the whole and number of tokens of each piece in a row."""
+        numbers = self.pieces_of_row(number).astype(np.int64)
+        pieces = self.plan.pieces
+        return list(zip(pieces.starts(numbers).tolist(), pieces.lengths(numbers).tolist(), strict=True))
+
+    def _no_content(self) -> dict[str, list[np.ndarray]]:
+        """Nothing carried, of the type and shape of what may be."""
+        return {name: [np.zeros((0, *shape), dtype)] for name, (dtype, shape) in self.documents.forms.items()}
 
 
 def _joined(content: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate(runs) for name, runs in content.items()}
-
-
-def cut(starts: np.ndarray, spans: np.ndarray, sequence_length: int) -> Pieces:
-    """Documents as pieces of at most `sequence_length` tokens, in order.
-
-    Args:
-        starts: (d + 1,) first token of each document.
-        spans: (s, 2) [start, stop) that no cut may enter, none longer than `sequence_length`.
-    """
-    lengths = np.diff(starts)
-    long = np.flatnonzero(lengths > sequence_length)
-    extra = []
-    span_starts, span_stops = spans[:, 0], spans[:, 1]
-    for document in long.tolist():
-        start, stop = int(starts[document]), int(starts[document + 1])
-        while stop - start > sequence_length:
-            start += sequence_length
-            span = int(np.searchsorted(span_starts, start, side="left")) - 1  # the last that begins before the cut
-            if span >= 0 and span_stops[span] > start:
-                start = int(span_starts[span])
-            extra.append(start)
-    edges = np.sort(np.concatenate([starts, np.array(extra, dtype=np.int64)]))
-    return Pieces(edges[:-1], np.diff(edges))
-
-
-def fill(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """(n,) row of each piece by best fit: the fullest row that has room for it, else a new one.
-
-    Args:
-        lengths: (n,) of the pieces in the order in which they are placed, each in [1, sequence_length].
-    """
-    rows = np.empty(len(lengths), dtype=np.int64)
-    with_room: list[list[int]] = [[] for _ in range(sequence_length + 1)]  # free places → rows
-    occupied = 0  # bit r is set where with_room[r] holds a row: finding the fullest row that fits is bit arithmetic
-    count = 0
-    for piece, length in enumerate(lengths.tolist()):
-        fitting = occupied >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                occupied ^= 1 << room
-        else:
-            room, row = sequence_length, count
-            count += 1
-        rows[piece] = row
-        room -= length
-        if room:
-            with_room[room].append(row)
-            occupied |= 1 << room
-    return rows
-
-
-def shuffled(count: int, seed: int, stream: int) -> np.ndarray:
-    """A permutation of range(count) that depends on (count, seed, stream) alone, on any machine and NumPy."""
-    state = hash32(np.array([seed & 0xFFFFFFFF], np.uint64))
-    state = hash32(state ^ hash32(np.array([seed >> 32 & 0xFFFFFFFF], np.uint64)))
-    state = hash32(state ^ np.uint32(stream))
-    return np.argsort(hash32(hash32(np.arange(count)) ^ state), kind="stable")

@@ -6,6 +6,8 @@ token.
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +18,9 @@ from pretrain.data.items import stored
 from pretrain.data.sources import Document
 from zoo.config import UserError
 from zoo.modalities import PARTS, Grammar, Modality, Vocabulary
+
+ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")
+"""What Pillow calls a file that it has from us; it would be another in every process."""
 
 Readers = Mapping[str, Callable[[bytes], Any]]
 """Type of a part → what makes its item from the bytes of its file, or of its text."""
@@ -52,7 +57,8 @@ def _item(reader: Callable[[bytes], Any], name: str, content: bytes) -> Any:
     except UserError:  # a missing package says nothing about it either
         raise
     except Exception as error:  # decoders raise anything for bytes they cannot read: OSError, struct.error
-        raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {error})") from None
+        why = ADDRESS.sub("", str(error))
+        raise BrokenDocument(f"{name} does not decode ({type(error).__name__}: {why})") from None
 
 
 class Span(NamedTuple):
@@ -92,8 +98,8 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
     Args:
         grammars: of the modalities.
     Raises:
-        BrokenDocument: see `read_parts`; also a part that no modality reads, an item of more positions than its
-            modality allows, or one whose numbers are not finite.
+        BrokenDocument: see `read_parts`; also a part that no modality reads, an item that its modality cannot encode,
+            one of more positions than that allows, or one whose numbers are not finite.
     """
     made = Tokens(np.zeros(0), [], [])
     runs: list[np.ndarray] = [np.array([Vocabulary.bos])]
@@ -104,7 +110,7 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
             raise BrokenDocument(f"it has {part.type}, for which the recipe has no modality")
         name = names[part.type]
         text_bytes += len(part.item.encode()) if isinstance(part.item, str) else 0
-        grammar, content = grammars[name], np.asarray(modalities[name].encode(part.item))
+        grammar, content = grammars[name], _encoded(name, modalities[name], part.item)
         allowed, form = grammar.positions, stored(grammar.carries)
         if form is not None:
             made.content.append(Carried(name, _checked(content, form, part.type)))
@@ -120,6 +126,20 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
         length += len(ids)
     runs.append(np.array([Vocabulary.eos]))
     return made._replace(tokens=np.concatenate(runs).astype(np.int32), text_bytes=text_bytes)
+
+
+def _encoded(name: str, modality: Modality, item: Any) -> np.ndarray:
+    """What the positions of an item carry."""
+    try:
+        return np.asarray(modality.encode(item))
+    except MemoryError:
+        raise DataError(f"modalities.{name}: the memory does not suffice to encode an item; free some") from None
+    except Exception as error:  # a user's own modality may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise BrokenDocument(
+            f"modalities.{name} cannot encode its {modality.config.part} ({type(error).__name__}: {error}, in "
+            f"{place.filename} line {place.lineno})"
+        ) from None
 
 
 def _checked(content: np.ndarray, form: tuple[np.dtype, tuple[int, ...]], kind: str) -> np.ndarray:

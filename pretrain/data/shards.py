@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pretrain.data.errors import DataError
@@ -39,14 +40,20 @@ class Entry:
     members: tuple[Member, ...]
 
     def find(self, extension: str) -> Member | None:
-        """The last member with this extension, else the last that differs from it only in capitals."""
+        """The last member with this extension, else the last that differs from it only in capitals, or in how Unicode
+        composes its letters: macOS writes an "é" in file names as two characters."""
         same = [m for m in self.members if m.extension == extension]
-        same = same or [m for m in self.members if m.extension.lower() == extension.lower()]
+        same = same or [m for m in self.members if _folded(m.extension) == _folded(extension)]
         return same[-1] if same else None
 
 
+def _folded(name: str) -> str:
+    return _composed(name).lower()
+
+
 def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
-    """Shards in `folder` whose names match `pattern`, sorted by name.
+    """Shards in `folder` whose names match `pattern`, sorted by name; where it ends in .tar, also those that are
+    compressed, .tar.gz, unless the plain file is there.
 
     Raises:
         DataError: the folder is missing, or nothing matches; `key` names the entry of the recipe to correct.
@@ -54,6 +61,11 @@ def find_shards(folder: Path, pattern: str, key: str) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"data.path: {str(folder)!r} is not a folder (looked for from {Path.cwd()}); correct data.path")
     shards = sorted(path for path in folder.glob(pattern) if path.is_file())
+    if pattern.endswith(".tar"):
+        packed = (
+            path for path in folder.glob(pattern + ".gz") if path.is_file() and path.with_suffix("") not in shards
+        )
+        shards = sorted([*shards, *packed])
     if not shards:
         present = sorted(path.name for path in folder.glob("*.tar"))
         there = (
@@ -91,17 +103,18 @@ def checksum(path: Path) -> str:
 
 def _documents(files: Sequence[TarFile], endings: Sequence[str]) -> list[Entry]:
     """Files as documents. Where a name comes again, another document of the same key begins."""
-    keys = {key for key in (_main(file.name, endings) for file in files) if key is not None}
+    named = [key for key in (_main(file.name, endings) for file in files) if key is not None]
+    keys = {_composed(key): key for key in named} | {key: key for key in named}
     documents: list[tuple[str, list[Member]]] = []
     newest: dict[str, tuple[list[Member], set[str]]] = {}
     for file in files:
-        main = _main(file.name, endings)
-        key = _key(file.name, keys) if main is None else main
+        key = _main(file.name, endings)
+        if key is not None:
+            extension = file.name[len(key) + 1 :].lower()
+        else:
+            key, extension = _owner(file.name, keys)
         if key is None:
             continue
-        extension = file.name[len(key) + 1 :]
-        if main is not None:
-            extension = extension.lower()
         if key not in newest or extension in newest[key][1]:
             newest[key] = [], set()
             documents.append((key, newest[key][0]))
@@ -118,15 +131,26 @@ def _main(name: str, endings: Sequence[str]) -> str | None:
     return next((name[: -len(ending)] for ending in endings if name[-len(ending) :].lower() == ending), None)
 
 
-def _key(name: str, keys: set[str]) -> str | None:
-    """The key of the document that a file belongs to: the longest of `keys` that its name begins with."""
+def _owner(name: str, keys: Mapping[str, str]) -> tuple[str | None, str]:
+    """The key of the document that a file belongs to, the longest of `keys` that its name begins with, and what follows
+    it; None where there is no document.
+
+    Args:
+        keys: by how they are spelled in a file's name.
+    """
     folder = name.rfind("/") + 1
     cut = len(name)
     for _ in range(DOTS):
         cut = name.rfind(".", folder, cut)
         if cut < 0:
             break
-        if name[:cut] in keys:
-            return name[:cut]
+        key = keys.get(name[:cut]) or keys.get(_composed(name[:cut]))
+        if key is not None:
+            return key, name[cut + 1 :]
     first = name.find(".", folder)
-    return name[:first] if first > folder else None
+    return (name[:first], name[first + 1 :]) if first > folder else (None, "")
+
+
+def _composed(name: str) -> str:
+    """A name in the one way of Unicode to compose its letters."""
+    return unicodedata.normalize("NFC", name)

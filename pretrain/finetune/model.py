@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 import zoo.adapt as za
-from pretrain.finetune.model_folder import cannot_open, open_folder
+from pretrain.finetune.model_folder import open_folder
 from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.tuning import freeze, lora_config, tuned
 from zoo.adapt.family import parts, picture_ids
-from zoo.adapt.save import CONFIG, check_complete, read_about, weights_hash
+from zoo.adapt.folder import CONFIG, cannot_open, open_whole, read_about
+from zoo.adapt.save import weights_hash
 from zoo.config import ConfigError, UserError
 from zoo.files import atomic_path
 
@@ -81,13 +82,13 @@ def open_base(recipe: FinetuneRecipe) -> Base:
     name = recipe.base
     try:
         config, processor = open_folder(name)
+        before = read_about(Path(name)).adapt if (Path(name) / CONFIG).is_file() else None
         with torch.device("meta"):
             dense = _dense(config)
     except UserError as error:
         raise ConfigError(f"base: {error}") from None
     except Exception as error:  # Transformers raises anything for a config it does not take
         raise ConfigError(f"base: {cannot_open(name, error)}") from None
-    before = read_about(Path(name))[1] if (Path(name) / CONFIG).is_file() else None
     if before is not None and recipe.adapt not in (None, before):
         raise ConfigError(
             f"adapt: the base {name!r} is adapted already, in another way; leave adapt out to go on with its routers, "
@@ -123,9 +124,10 @@ def first_model(recipe: FinetuneRecipe, base: Base, dtype: torch.dtype = torch.f
     if base.adapted:
         model = za.load_adapted(base.name, dtype=dtype)
     else:
-        kind = transformers.AutoModelForImageTextToText
-        model, loaded = kind.from_pretrained(base.name, dtype=dtype, output_loading_info=True)
-        check_complete(f"base: {base.name!r}", loaded)
+        try:
+            model = open_whole(transformers.AutoModelForImageTextToText, base.name, dtype=dtype)
+        except UserError as error:
+            raise UserError(f"base: {error}") from None
         if base.adapt is not None:
             za.adapt(model, base.adapt, recipe.seed)
     return tuned(model, recipe)
@@ -195,5 +197,7 @@ def decoder_trains(recipe: FinetuneRecipe, base: Base) -> bool:
 
 def _dense(config: Any) -> nn.Module:
     with no_init_weights():
-        model = transformers.AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = transformers.AutoModelForImageTextToText.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
     return model

@@ -11,7 +11,7 @@ import transformers
 
 import zoo.adapt as za
 from zoo.adapt.family import parts, picture_ids
-from zoo.adapt.save import CONFIG, check_complete
+from zoo.adapt.folder import CONFIG, cannot_open, check_whole, open_whole
 from zoo.config import UserError
 
 
@@ -23,18 +23,11 @@ def open_folder(name: str) -> tuple[Any, Any]:
     Raises:
         UserError: no such folder, only adapters in it, no multimodal model, or no processor of images and text.
     """
-    folder = Path(name)
-    local = folder.is_dir()
-    if not local and (folder.is_absolute() or name.count("/") != 1):  # no name on the hub
-        raise UserError(f"{name!r} is not a folder; give one with a model of Transformers and its processor")
-    if local and not (folder / "config.json").is_file():
-        adapters = (folder / "adapter_config.json").is_file()
-        what = "only adapters, not the model they belong to" if adapters else "no config.json"
-        raise UserError(f"{name!r} holds {what}; give a folder that `save_pretrained` wrote for a whole model")
+    check_whole(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         picture_ids(config, f"{name!r} ({type(config).__name__})")
-        processor = transformers.AutoProcessor.from_pretrained(name)
+        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # whatever a folder holds, or a hub answers
@@ -45,12 +38,6 @@ def open_folder(name: str) -> tuple[Any, Any]:
             " it: processor.save_pretrained(folder)"
         )
     return config, processor
-
-
-def cannot_open(name: str, error: Exception) -> UserError:
-    """What to say where Transformers fails at a model, with anything it likes to raise."""
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
-    return UserError(f"{name!r} cannot be opened ({said})")
 
 
 def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
@@ -74,12 +61,7 @@ def open_dense(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
         UserError: it cannot be opened, lacks weights, or knows no images.
     """
     _, processor = open_folder(name)
-    kind = transformers.AutoModelForImageTextToText
-    try:
-        model, loaded = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # Transformers raises anything for a model it does not take
-        raise cannot_open(name, error) from None
-    check_complete(repr(name), loaded)
+    model = open_whole(transformers.AutoModelForImageTextToText, name, dtype=dtype)
     return on_device(model, device).eval(), processor
 
 
@@ -96,7 +78,7 @@ def open_adapted(folder: Path, base: str | None = None, device: str = "auto") ->
         model = za.load_adapted(folder, base)
         kept_beside = (folder / "preprocessor_config.json", folder / "processor_config.json")
         source = folder if any(map(Path.is_file, kept_beside)) else base or parts(model).top.config._name_or_path
-        processor = transformers.AutoProcessor.from_pretrained(source)
+        processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # Transformers, and what reads weights, raise anything for a wrong folder

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.errors import DataError
-from pretrain.data.packing import shuffled
+from pretrain.data.shuffle import shuffled
 from pretrain.finetune.batcher import Batcher, QuestionBatch
 from pretrain.finetune.questions import Question, read_questions
 from zoo.config import UserError

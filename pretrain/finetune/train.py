@@ -4,7 +4,7 @@
     deepspeed --num_accelerators N --module pretrain.finetune RECIPE.yaml [key.sub=value ...]
     python -m pretrain.finetune RECIPE.yaml [key.sub=value ...]
 
-The same command resumes. TERM or USR1 on any rank ends the run after the step in hand, with a checkpoint. The trained
+The same command resumes. TERM, USR1 or Ctrl-C ends the run after the step in hand, with a checkpoint. The trained
 model is left in <run>/model, for `zoo.adapt.load_adapted`.
 """
 
@@ -25,7 +25,7 @@ from pretrain.finetune.questions import Question
 from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.samples import open_questions, too_many, usable
 from pretrain.finetune.task import FineTuning
-from pretrain.loop import Loop, command
+from pretrain.loop import command, train
 from pretrain.process_group import choose_device, prepare_environment, rank_and_world
 from zoo.config import ConfigError
 
@@ -72,7 +72,7 @@ def work(recipe: FinetuneRecipe) -> None:
     held_out = usable(held_out, batchers[1], recipe.data.max_broken_samples, log)
     lock = run_folder.claim(recipe.folder) if rank == 0 else None
     task = FineTuning(recipe, base, training, held_out, batchers, config, device)
-    Loop(task, config).run()
+    train(task, config)
     del lock
 
 

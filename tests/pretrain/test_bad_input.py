@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -200,19 +201,18 @@ def test_cuda_where_there_is_none(refused: Refused) -> None:
 
 
 def test_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs under the launcher's default port on one machine."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    import deepspeed
-
+    """Two runs under one port on one machine."""
     from pretrain import process_group
 
-    def taken(**options: Any) -> None:
-        raise torch.distributed.DistNetworkError("The server socket has failed to listen: EADDRINUSE")
-
-    monkeypatch.setattr(deepspeed, "init_distributed", taken)
-    with pytest.raises(UserError, match=r"^port 29500 is in use, .*; choose another: deepspeed --master_port"):
-        process_group.join_processes("cpu", 1.0)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        address = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in ({"DS_ACCELERATOR": "cpu"} | address).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"^port {port} is in use, .*; choose another: deepspeed --master_port"):
+            process_group.join_processes("cpu", 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -321,19 +321,12 @@ def test_broken_documents(
 
     opened: list[Any] = []
     monkeypatch.setattr(pretrain.train, "Pretraining", lambda recipe, data, *rest: opened.append(data))
-    monkeypatch.setattr(pretrain.train, "Loop", lambda task, config: Finished())
+    monkeypatch.setattr(pretrain.train, "train", lambda task, config: None)
     path = refused.folder / "recipe.yaml"
     assert pretrain.train.main([str(path), f"data.path={shards}", "data.max_broken_documents=2"]) == 0
     assert [(b.shard, b.key) for b in opened[0].skipped] == [("b-train-0.tar", "100"), ("b-train-0.tar", "101")]
     printed = capsys.readouterr().out
     assert "skipping 2 broken documents" in printed and "b-train-0.tar: 100: " in printed
-
-
-class Finished:
-    """A run that has nothing to do."""
-
-    def run(self) -> None:
-        pass
 
 
 # ---------------------------------------------------------------------------------------------------------- run folder
@@ -369,11 +362,13 @@ def test_folder_that_cannot_be_written(refused: Refused) -> None:
 
 def test_folder_of_another_recipe(refused: Refused) -> None:
     refused.run.mkdir()
-    other = recipes.resolve(tiny_recipe(refused.data, refused.run, optimizer={"lr": 1e-3}, train={"steps": 99}))
+    other = recipes.resolve(tiny_recipe(refused.data, refused.run, optimizer={"eps": 1e-6}, train={"steps": 99}))
     run_folder.write_recipe(refused.run, other, {})
     message = refused()
     assert "belongs to another recipe; choose another run_dir or name, or remove the folder" in message
-    assert message.splitlines()[1:] == ["  optimizer.lr: 0.001 there, 0.01 here"], "train.steps may change"
+    assert message.splitlines()[1:] == ["  optimizer.eps: 1e-06 there, 1e-08 here"], "train.steps may change"
     for content in (b"\xff\xfe", b"- 1", b"a: [", b""):
         (refused.run / "recipe.yaml").write_bytes(content)
-        assert f"{refused.run / 'recipe.yaml'}: cannot be read (" in refused()
+        message = refused()
+        assert message.startswith(f"{refused.run / 'recipe.yaml'}: ")
+        assert message.rstrip().endswith("Restore it, or choose another run_dir")

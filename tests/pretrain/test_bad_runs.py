@@ -62,9 +62,10 @@ def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
         run("skipped", "skipped", **own)
         poison.BAD |= {4, 5, 6}
         run("ended", "ended", **own)
+        run("never began", "never began", **own | {"train": TRAIN | {"checkpoint_every": 0}})
         results["left"] = [(0, " ".join(sorted(p.name for p in (folder / "ended" / "checkpoints").iterdir())))]
         poison.BAD.clear()
-        run("ended", "ended", **own)
+        run("ended", "ended", **own | {"optimizer": {"lr": 1e-3}, "train": TRAIN | {"clip": 0.5}})  # as it was advised
 
         Loop._save = full_from(4)  # type: ignore[method-assign]
         run("full", "full")
@@ -118,7 +119,10 @@ def test_too_many_bad_steps_end_the_run(story: Story) -> None:
     assert message.startswith(
         "error: train.max_bad_steps: 3 steps in a row had a non-finite loss or gradient, the last one 7"
     )
-    assert "checkpoints are intact: lower optimizer.lr" in message and message.count("\n") == 1
+    advice = "the checkpoint of step 6 is intact: lower optimizer.lr, set train.clip, or look at the data"
+    assert advice in message and message.count("\n") == 1
+    [(code, message)] = results["never began"]
+    assert code == 2 and "there is no checkpoint yet: lower optimizer.lr" in message
     assert results["left"] == [(0, "latest step-4 step-6")]
     assert again == (0, ""), "once the reason is gone, the same command goes on"
     steps = [item["step"] for item in metrics.read(folder / "ended" / "metrics.jsonl") if "loss" in item]

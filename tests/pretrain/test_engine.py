@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -34,7 +35,7 @@ POISONS = [nan_loss_on_rank_one, infinite_constant_on_rank_zero, infinite_gradie
 
 def steps_of(engine: Any, bad: bool, micro: int = 1) -> dict[str, Any]:
     """Three good steps, with a bad one of each kind between them where `bad`."""
-    good, skipped = [], []
+    good, skipped, first = [], [], tiny.weights(engine)
     for step in range(3):
         if bad:
             before = tiny.weights(engine)
@@ -43,7 +44,7 @@ def steps_of(engine: Any, bad: bool, micro: int = 1) -> dict[str, Any]:
             skipped.append((result.applied, result.grad_norm, all(torch.equal(before[k], after[k]) for k in before)))
         result, loss = tiny.train_step(engine, step, micro)
         good.append((result.applied, result.grad_norm, loss))
-    return {"good": good, "skipped": skipped, "weights": tiny.weights(engine)}
+    return {"good": good, "skipped": skipped, "weights": tiny.weights(engine), "first": first}
 
 
 def scenario() -> dict[Any, Any]:
@@ -88,6 +89,8 @@ def scenario() -> dict[Any, Any]:
         rows, _ = engine.module(tiny.batch(0))
     results["evaluation"] = rows
     results["objects"] = (engine.ranks.broadcast({"rank": engine.ranks.rank}), engine.ranks.gather(engine.ranks.rank))
+    connections = psutil.Process().net_connections("inet")
+    results["listens"] = {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
     results["reduced"] = (
         float(engine.ranks.sum(torch.tensor(engine.ranks.rank + 1.0))),
         float(engine.ranks.max(torch.tensor(float(engine.ranks.rank)))),
@@ -129,6 +132,15 @@ def test_every_stage_trains_what_one_process_trains(ranks: list[dict[Any, Any]],
     expected = reference()
     assert largest_difference(ranks[0][key]["weights"], expected["weights"]) < 1e-6
     assert [g[1] for g in ranks[0][key]["good"]] == pytest.approx(expected["norms"], rel=1e-6)
+
+
+@pytest.mark.parametrize("case", [*CASES, ("offload", 2), ("offload", 3), ("muon", 1)])
+def test_first_weights_are_not_rounded(ranks: list[dict[Any, Any]], case: Any) -> None:
+    """Nor are they in bf16: the optimizer starts from what the seed gives."""
+    model = tiny.TinyModel()
+    tiny.initialise(model, 3, lambda parameters: torch.no_grad())
+    first = ranks[0][(*case, False)]["first"]
+    assert [name for name, value in model.state_dict().items() if not torch.equal(first[name], value)] == []
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -180,6 +192,10 @@ def test_evaluation_and_collectives(ranks: list[dict[Any, Any]]) -> None:
     assert torch.equal(ranks[0]["evaluation"], ranks[1]["evaluation"])
     assert ranks[1]["objects"] == ({"rank": 0}, [0, 1])
     assert ranks[1]["reduced"] == (3.0, 1.0)
+
+
+def test_ranks_of_one_machine_listen_to_no_other(ranks: list[dict[Any, Any]]) -> None:
+    assert [rank["listens"] for rank in ranks] == [{"127.0.0.1"}] * 2
 
 
 def test_choose_device() -> None:

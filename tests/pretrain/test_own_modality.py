@@ -20,6 +20,7 @@ from pretrain import metrics
 from pretrain import recipe as recipes
 from pretrain.data import Data, micro_batches, open_data
 from pretrain.process_group import Ranks
+from tests.pretrain.data import samples
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import one_rendezvous, steady
 from tests.pretrain.strokes import Strokes, document, polygon, write_documents
@@ -133,7 +134,7 @@ def test_content_that_is_no_drawing_is_named(tmp_path: Path) -> None:
     changed["data"] |= {"validation": None, "max_broken_documents": 4}
     resolved = recipes.resolve(changed)
     opened = open_data(resolved.data, resolved.modalities, 0, log=lambda line: None)
-    assert len(opened.train.documents) == 1
+    assert len(samples.documents(opened)) == 1
     reasons = {skipped.key: skipped.reason for skipped in opened.skipped}
     assert reasons["empty"] == "its drawing takes 0 positions, modalities.strokes allows 1 to 16"
     assert reasons["long"] == "its drawing takes 41 positions, modalities.strokes allows 1 to 16"

@@ -67,14 +67,35 @@ def test_no_run(tmp_path: Path) -> None:
 def test_every_difference_is_named(tmp_path: Path) -> None:
     old = recipes.resolve(tiny_recipe("data", tmp_path))
     run_folder.write_recipe(tmp_path, old, {})
-    changes: dict[str, Any] = {"seed": 4, "optimizer": {"lr": 1e-3}, "train": {"steps": 5, "clip": 0.5}}
+    changes: dict[str, Any] = {"seed": 4, "optimizer": {"eps": 1e-6}, "train": {"steps": 5, "micro_batch": 1}}
     with pytest.raises(UserError) as caught:
         run_folder.check_recipe(tmp_path, recipes.resolve(tiny_recipe("data", tmp_path, **changes)))
     assert str(caught.value).splitlines()[1:] == [
-        "  optimizer.lr: 0.01 there, 0.001 here",
+        "  optimizer.eps: 1e-08 there, 1e-06 here",
         "  seed: 0 there, 4 here",
-        "  train.clip: 1.0 there, 0.5 here",
+        "  train.micro_batch: 2 there, 1 here",
     ]
+
+
+def test_what_may_change_and_matters_is_said(tmp_path: Path) -> None:
+    cosine = {"schedule": {"type": "cosine", "decay_steps": None}}
+    old = recipes.resolve(tiny_recipe("data", tmp_path, **cosine))
+    run_folder.write_recipe(tmp_path, old, {})
+    assert run_folder.changes(tmp_path, old, 12) == []
+    changes: dict[str, Any] = {"optimizer": {"lr": 1e-3}, "train": {"steps": 24, "clip": 0.5, "log_every": 3}}
+    new = recipes.resolve(tiny_recipe("data", tmp_path, **cosine, **changes))
+    run_folder.check_recipe(tmp_path, new)
+    assert run_folder.changes(tmp_path, new, 12) == [
+        "from step 13 on: optimizer.lr: 0.01 there, 0.001 here",
+        "from step 13 on: train.clip: 1.0 there, 0.5 here",
+        "from step 13 on: train.steps: 12 there, 24 here: the learning rate goes on at 55.0% of its peak, where 10.0% "
+        "was planned",
+    ]
+    (tmp_path / "recipe.yaml").unlink()
+    assert (
+        "recipe.yaml is gone; that the checkpoint is of this recipe cannot be told"
+        in run_folder.changes(tmp_path, new, 12)[0]
+    )
 
 
 def test_a_recipe_with_umlauts_stays_readable(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_progress_ends_at_its_total(folder: Path, monkeypatch: pytest.MonkeyPatc
 BAD: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
     "model": ({"model": "nowhere"}, (), "is not a folder; give one with a model of Transformers"),
     "weights": ({"model": "partly"}, (), "partly' has no weights model.language_model.norm.weight (1 are missing)"),
-    "broken": ({"model": "broken"}, (), "broken: cannot be opened as an adapted model"),
+    "broken": ({"model": "broken"}, (), "broken/mod_routers.safetensors: is damaged"),
     "data": ({"data": "nowhere"}, (), "nowhere: is not a folder; give one with test.jsonl"),
     "images": ({"data": "texts"}, (), "texts/test.jsonl: none of its 1 lines has an image"),
     "split": ({}, ("--split", "tset"), "tset.jsonl: does not exist"),

@@ -391,6 +391,33 @@ def test_compiled_scan_is_as_exact_as_fp32_allows():
     assert errors.pop("y") < 1.5e-7 and max(errors.values()) < 1e-6, errors
 
 
+UNEVEN = [
+    (function, backend)
+    for operation, function in (("scan", "selective_scan"), ("ssd", "ssd"))
+    for backend in OPERATIONS[operation]
+    if backend not in ("reference", "mamba_ssm")
+]
+
+
+@pytest.mark.parametrize(("function", "backend"), UNEVEN)
+def test_very_uneven_steps_lose_nothing(function, backend):
+    """Steps of 1e-6 to 1e3, in any order: what a token says to the next is as exact as where all steps are alike."""
+    if backend == "cpu" and cpu.missing():
+        pytest.skip(f"no compiled kernels: {cpu.missing()}")
+    torch.manual_seed(0)
+    make, operation = {"selective_scan": (scan_inputs, "scan"), "ssd": (ssd_inputs, "ssd")}[function]
+    layout = layout_of("t" * 130 + "|" + "t" * 71)
+    inputs = make(layout, False)
+    steps = 10 ** (9 * torch.rand_like(inputs["dt"]) - 6)
+    inputs["dt"] = torch.where(steps > 20, steps, steps.expm1().log())  # softplus makes the steps of it
+    inputs["bias"] = 0 * inputs["bias"]
+    inputs = {name: x.float().double() for name, x in inputs.items()}
+    ours = run(OPERATIONS[operation][backend], function, layout, inputs, torch.float32)
+    exact = run(reference, function, layout, inputs, torch.float64)
+    errors = {name: relative(value, exact[name]) for name, value in ours.items()}
+    assert max(errors.values()) < 2e-6, errors
+
+
 @needs_compiler
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 20.0])
 def test_step_sizes_are_exact_however_small(scale):

@@ -89,7 +89,12 @@ def test_roles_in_a_pretrained_model(family):
             assert roles[name] is Role.ADDED_ROUTER, name
         elif parameter.dim() < 2:
             assert roles[name] is Role.BIAS, name
-        elif "embed" in name:  # Transformers calls tables, patches and class tokens so
+        elif parameter.squeeze().dim() < 2 and name.endswith("extensor"):  # Phi-4's marks between rows and tiles
+            assert roles[name] is Role.BIAS, name
+        elif "embed" in name and family not in (
+            "gemma4",
+            "phi4_multimodal",
+        ):  # Transformers calls tables, patches and class tokens so
             assert roles[name] is Role.EMBEDDING, name
         elif module is model.get_output_embeddings():
             assert roles[name] is Role.HEAD, name
@@ -99,5 +104,7 @@ def test_roles_in_a_pretrained_model(family):
         assert (
             roles[f"{CHAMELEON}.weight"] is Role.GAIN and roles["model.vqmodel.quant_conv.weight"] is Role.CONVOLUTION
         )
+    if family == "gemma4":
+        assert roles["model.vision_tower.patch_embedder.position_embedding_table"] is Role.EMBEDDING
     if family == "internvl":
         assert roles[f"{INTERNVL}.cls_token"] is roles[f"{INTERNVL}.position_embeddings"] is Role.EMBEDDING

@@ -77,16 +77,23 @@ def decoded(data: Data, content: np.ndarray) -> np.ndarray:
 
 
 def scores(model: Model, data: Data, images: Sequence[Any] | np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """(images, captions) log-likelihood in nats of each caption, and of the end of the document, after each picture."""
-    words, text, image = data.vocabulary, data.grammars["text"], data.grammars["image"]
+    """(images, captions) log-likelihood in nats of each caption, and of the end of the document, after each picture.
+
+    Args:
+        images: pictures as the modality `image` encodes them; None: no picture, the caption begins the document.
+    """
+    words, text = data.vocabulary, data.grammars["text"]
     ends = [np.append(text.tokens(data.modalities["text"].encode(caption)), words.eos) for caption in captions]
     length = max(map(len, ends))
     padded = np.stack([np.pad(end, (0, length - len(end)), constant_values=-1) for end in ends])
     result = np.empty((len(images), len(captions)))
     step = max(1, BATCH // len(captions))
     for start in range(0, len(images), step):
-        content = np.stack([data.modalities["image"].encode(each) for each in images[start : start + step]])
-        prompts = np.stack([np.concatenate([[words.bos], image.tokens(each)]) for each in content])
+        shown = [each for each in images[start : start + step] if each is not None]
+        content = np.stack([data.modalities["image"].encode(each) for each in shown]) if shown else None
+        prompts = np.full((max(1, len(shown)), 1), words.bos)
+        if content is not None:
+            prompts = np.concatenate([prompts, [data.grammars["image"].tokens(each) for each in content]], 1)
         tokens = np.concatenate([np.repeat(prompts, len(captions), 0), np.tile(padded, (len(prompts), 1))], 1)
         scored = np.zeros(tokens.shape, bool)
         scored[:, prompts.shape[1] :] = tokens[:, prompts.shape[1] :] >= 0
@@ -95,8 +102,10 @@ def scores(model: Model, data: Data, images: Sequence[Any] | np.ndarray, caption
     return result
 
 
-def _score(model: Model, data: Data, tokens: Tensor, scored: Tensor, content: np.ndarray, repeated: int) -> Tensor:
-    """(B,) log-likelihoods of rows with a picture each; content (B / repeated, positions, …)."""
+def _score(
+    model: Model, data: Data, tokens: Tensor, scored: Tensor, content: np.ndarray | None, repeated: int
+) -> Tensor:
+    """(B,) log-likelihoods of rows with a picture each, or none; content (B / repeated, positions, …)."""
     modality = torch.from_numpy(data.vocabulary.modality_of(tokens.clamp_min(0).numpy())).long()
     modality = torch.where(tokens < 0, -1, modality)
     number = data.vocabulary.modalities.index("image")
@@ -105,10 +114,10 @@ def _score(model: Model, data: Data, tokens: Tensor, scored: Tensor, content: np
         modality,
         modalities=data.vocabulary.modalities,
         routing=CAUSAL,
-        item=torch.where(modality == number, 0, -1) if bidirectional else None,
+        item=torch.where(modality == number, 0, -1) if bidirectional and content is not None else None,
     )
     carried = {}
-    if not isinstance(data.grammars["image"].carries, Ids):
+    if content is not None and not isinstance(data.grammars["image"].carries, Ids):
         carried = {"image": torch.from_numpy(np.repeat(content, repeated, 0)).flatten(0, 1)}
     return log_likelihood(model, tokens.clamp_min(0), context, scored, carried)
 

@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         if kind != "llava":
             raise UserError(f"{options.folder}: holds a model of type {kind!r}, not 'llava'")
         model = LlavaForConditionalGeneration.from_pretrained(options.folder)
-        processor = AutoProcessor.from_pretrained(options.folder)
+        processor = AutoProcessor.from_pretrained(options.folder, trust_remote_code=False)
         settings = {name: getattr(options, name) for name in ("steps", "batch", "lr", "seed")}
         right = pretrain(model, processor, options.data, **settings)
     except UserError as error:

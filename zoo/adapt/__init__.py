@@ -1,5 +1,10 @@
 """zoo.adapt: Mixture-of-Depths for pretrained multimodal LLMs of Transformers. Everything public is named here."""
 
+import importlib.util
+
+if importlib.util.find_spec("transformers") is None:
+    raise ModuleNotFoundError("zoo.adapt needs Transformers: pip install -e .[adapt]", name="transformers")
+
 from zoo.adapt.cache import CacheReport, cache_report
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext

@@ -91,6 +91,25 @@ class AdaptContext:
 
         return Candidates(self, self.shared("everyone", compute), (), self.pools)
 
+    def to(self, device: torch.device | str, **options: Any) -> AdaptContext:
+        """The same on another device: accelerate asks for it where a decoder's layers lie on several.
+
+        Args:
+            options: for `Tensor.to`.
+        """
+        if self.competing.device == torch.device(device):
+            return self
+
+        def compute() -> AdaptContext:
+            moved = {
+                name: value.to(device, **options)
+                for name in ("competing", "by_threshold", "dense_mask", "key")
+                if (value := getattr(self, name)) is not None
+            }
+            return dataclasses.replace(self, **moved, _derived={})
+
+        return self.shared(("on", torch.device(device)), compute)
+
     def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
         """A value that depends on this context alone: computed by the first layer that asks, kept for the others."""
         if name not in self._derived:
@@ -139,7 +158,7 @@ class AdaptContext:
             threshold = not training and config.inference.text == "threshold"
             everything = torch.arange(rows * columns if threshold else 0, device=like.device)
             return dataclasses.replace(cls.text(like), by_threshold=everything, **options)
-        kind = _kinds(ids, inputs, like, embed, answers)
+        kind = _kinds(ids, inputs, like, embed, answers, start)
         key = _keys(config.router.seed, kind, inputs, training) if config.router.type == "random" else None
         division = _divided(config, kind, inputs, model_config, training)
         frames = config.group == "frame"
@@ -163,11 +182,13 @@ def _kinds(
     like: Tensor,
     embed: Callable[[Tensor], Tensor] | None,
     answers: Tensor | None,
+    start: int,
 ) -> Tensor:
-    """(B, T) int64 on the host: what each token is."""
+    """(B, T) int64 on the host: what each token is. Pictures without a token are no mistake where all of theirs are
+    masked, or after tokens in a cache: Phi-4 is given them again at every step of generation."""
     found = _placeholders(ids, inputs, like, embed)
     kind = _masked(found, inputs).cpu()
-    if has_pictures(inputs) and not bool((kind > TEXT).any()) and not bool(found.any()):  # all masked is no mistake
+    if has_pictures(inputs) and not start and not bool((kind > TEXT).any()) and not bool(found.any()):
         names = " or ".join(map(str, ids))
         raise UserError(
             f"the batch has pictures but no token of them: the id {names} never occurs in input_ids; build "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import nn
+from transformers import GenerationMixin
 
 from zoo.config import UserError
 
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 TEXT, IMAGE, VIDEO, ANSWER, PADDING = 0, 1, 2, 3, -1
 """What a token is. ANSWER: a text token with a label, in training."""
 
+IGNORED = -100
+"""Label of a token that is not predicted, Transformers' own."""
+
 FEATURES = (
     "pixel_values",
     "pixel_values_images",
     "pixel_values_videos",
+    "image_pixel_values",
     "image_hidden_states",
 )
 """Arguments by which a forward carries pictures, beside `mm_encoder_outputs`, a mapping."""
@@ -41,7 +46,10 @@ FRAMES: dict[str, Callable[[Any], int]] = {
 SIDE_BY_SIDE = ("qwen2_vl", "qwen2_5_vl")
 """Families whose videos have frames of any size side by side; later ones put a time stamp between."""
 
-GATED = ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp")
+CROSSING = ("cross_attention_layers", "cross_layer_interval")
+"""Keys of text configs whose decoder attends to pictures that are not in its stream (Mllama, IDEFICS)."""
+
+GATED = ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward")
 """Where the MLP branch ends, first of those that a layer has."""
 
 
@@ -82,14 +90,22 @@ def parts(model: nn.Module) -> Parts:
     Args:
         model: of Transformers, or PEFT's wrapper of one.
     Raises:
-        UserError: it is not a multimodal decoder.
+        UserError: it is not a multimodal decoder, or its `generate` hides which tokens are those of pictures.
     """
     top = unwrapped(model)
     name = type(top).__name__
     if not hasattr(top, "config") or not hasattr(top, "get_decoder"):
         raise UserError(f"{name} is not a model of Transformers; give one loaded by AutoModelForImageTextToText")
     picture_ids(top.config, name)
+    writes = [type(child).__name__ for child in top.children() if isinstance(child, GenerationMixin)]
+    if writes and getattr(type(top), "generate", None) is not GenerationMixin.generate:
+        raise UserError(
+            f"{name}.generate calls its {writes[0]} with embeddings, which do not say which tokens are those of "
+            "pictures; give a model whose generate calls the model itself, such as LLaVA"
+        )
     decoder = top.get_decoder()
+    if decoder is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        decoder = getattr(decoder, "model", None)  # a decoder with a head of its own
     if decoder is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise UserError(f"{name} has no decoder with a list of layers; it cannot be adapted")
     return Parts(top, top.base_model, decoder)
@@ -99,17 +115,35 @@ def picture_ids(config: Any, name: str) -> dict[int, int]:
     """Placeholder id → IMAGE or VIDEO.
 
     Raises:
-        UserError: there is none: a text-only model.
+        UserError: there is none, or pictures are no tokens of the decoder's stream.
     """
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        crosses = "it has an encoder, to which pictures are given"
+    else:
+        crosses = next((f"config.{key}" for key in CROSSING if getattr(text, key, None)), "")
+    if crosses:
+        raise UserError(
+            f"the decoder of {name} meets pictures by cross-attention ({crosses}), so that no token of its stream is a"
+            " picture's and there is nothing to skip; give a model that puts pictures among its tokens, such as LLaVA"
+        )
+    vision = getattr(config, "vision_config", None)
     image = getattr(config, "image_token_id", None)
     if image is None and isinstance(getattr(config, "vocabulary_map", None), Mapping):  # Chameleon
         image = config.vocabulary_map.get("<image>")
+    if image is None:  # Phi-4-multimodal
+        image = getattr(vision, "image_token_id", None)
     video = getattr(config, "video_token_id", None)
     ids = {token: kind for token, kind in ((image, IMAGE), (video, VIDEO)) if token is not None}
-    if not ids:
+    if not ids and vision is None:
         raise UserError(
             f"{name} has no image token (config.image_token_id): it is a text-only model, and there is nothing to skip;"
             " give a multimodal one, such as LLaVA"
+        )
+    if not ids:
+        raise UserError(
+            f"{name} sees pictures, but no id stands for their tokens (config.image_token_id), so that nothing says "
+            "which ones may be skipped; set the id if the model has one, or give a model that has, such as LLaVA"
         )
     return ids
 

@@ -29,6 +29,12 @@ from zoo.noise import salt
 from zoo.routing.scorer import Scorer
 from zoo.routing.selection import TokenSelection
 
+UNKNOWN = -1
+"""How `RoutedDecoderLayer.returns` begins: the layer has not returned anything yet."""
+
+WHOLE = ("attention_mask", "past_key_values")
+"""Arguments of a decoder layer that are not cut to the kept tokens by their shape."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -84,13 +90,16 @@ class RoutedDecoderLayer(DecoderLayer):
     routing: Routing
     mod_router: Scorer | None
     """The layer's own router, a child of it; None where all layers share one or none has weights."""
-    mod_shared: Scorer | None
-    """The router of all layers, registered on the decoder; None where there is none."""
+    mod_owner: Any
+    """The decoder, where the router of all layers is its child; None where there is none. Asked each time, since PEFT
+    may put a copy in the router's place."""
     gradient_checkpointing = False
     """Transformers sets it on a layer that it recomputes."""
+    returns: int | None = UNKNOWN
+    """How many values the layer returns in a tuple beside its hidden states; None: those alone, without a tuple."""
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-        context: AdaptContext = kwargs.pop("mod_context", None) or AdaptContext.text(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        context = self._context(hidden_states, kwargs.pop("mod_context", None))
         checkpoint = self.gradient_checkpointing and self.training
         if checkpoint:  # the layer's own class would drop the cache too: a recomputation must not fill it again
             kwargs |= {name: off for name, off in (("past_key_values", None), ("use_cache", False)) if name in kwargs}
@@ -100,21 +109,36 @@ class RoutedDecoderLayer(DecoderLayer):
         chosen = self._choose(scores, context, slots) if context.routes else None
         if slots is not None:
             slots.last_kind = None if context.kind is None else context.kind[:, -1]
-        if chosen is not None and not chosen.index.shape[1]:
-            if slots is not None:
-                slots.length += context.shape[1]
-            return hidden_states  # a step of generation in which every token is skipped
-        y = self._packed(hidden_states, gate, chosen, slots, checkpoint, kwargs)
+        y = self._packed(hidden_states, gate, chosen, slots, checkpoint, args, kwargs)
         if gate is None and scores is not None and scores.requires_grad:
             # every rank uses every router, whatever its batch holds
             y, rest = _split(y)
             y = _join(y + 0.0 * scores[:0].sum().to(y.dtype), rest)
         return y
 
+    def _context(self, x: Tensor, context: AdaptContext | None) -> AdaptContext:
+        """The context, if there is one and it is that of x.
+
+        Raises:
+            UserError: the layer is called as if nothing were skipped.
+        """
+        name = type(self).__name__
+        if context is None:
+            raise UserError(
+                f"{self.routing.name}: this {name} is called without what the adapted model knows of its tokens, as "
+                "where a decoder is called by itself; call the model that takes ids and pictures"
+            )
+        if x.dim() != 3 or x.shape[:2] != context.shape:
+            raise UserError(
+                f"{self.routing.name}: this {name} is given hidden states of shape {tuple(x.shape)} for "
+                f"{context.shape[0]} rows of {context.shape[1]} tokens; its family cannot be adapted"
+            )
+        return context
+
     @property
     def router(self) -> Scorer | None:
         """None where it has no weights."""
-        return self.mod_router if self.mod_shared is None else self.mod_shared
+        return self.mod_router if self.mod_owner is None else self.mod_owner.mod_router
 
     def _score(self, x: Tensor, context: AdaptContext) -> tuple[Tensor | None, Tensor | None]:
         """Scores of the candidates and then whoever else is gated, None where nobody needs one; the gate (B, T), None
@@ -160,31 +184,51 @@ class RoutedDecoderLayer(DecoderLayer):
         chosen: TokenSelection | None,
         slots: RoutedLayer | None,
         checkpoint: bool,
+        args: tuple,
         kwargs: dict[str, Any],
     ) -> Any:
         """The layer on the kept tokens of x (B, T, D), gated, among the others as they are; as the layer returns it."""
         (rows, tokens, width), start = x.shape, 0 if slots is None else slots.length
+        if chosen is not None and not chosen.index.shape[1]:  # a step of generation in which every token is skipped
+            if slots is not None:
+                slots.length += tokens
+            rest = self._beside(x, args, kwargs)
+            return _join(self._unpacked(x[:, :0], x, gate, chosen), rest)
         if chosen is not None and chosen.valid is None and chosen.index.shape[1] == tokens:
             chosen = None  # every token goes
-        time = torch.arange(start, start + tokens, device=x.device).expand(rows, -1)
-        packed, columns, weight, valid = x, time, gate, None
+        columns = torch.arange(start, start + tokens, device=x.device).expand(rows, -1)
+        packed, weight, ragged = x, gate, False
         if chosen is not None:
-            index, valid, flat_index = chosen.index, chosen.valid, chosen.flat_index
-            packed = F.embedding(flat_index, x.reshape(-1, width)).view(rows, -1, width)
-            columns = index + start if valid is None else (index + start).masked_fill(~valid, -1)
+            index, ragged = chosen.index, chosen.valid is not None
+            packed = F.embedding(chosen.flat_index, x.reshape(-1, width)).view(rows, -1, width)
+            columns = index + start if chosen.valid is None else (index + start).masked_fill(~chosen.valid, -1)
             weight = None if gate is None else gate.gather(1, index)
-            kwargs = kwargs | _taken(kwargs, index)
-        held, ragged = columns, valid is not None
+            args, kwargs = _cut(args, kwargs, index, tokens)
+        held = columns
         if slots is not None:
             held = slots.announce(columns, tokens, ragged)
             ragged = slots.ragged
         if ragged or held.shape[1] < start + tokens:
             kwargs = kwargs | {"attention_mask": slot_mask(kwargs.get("attention_mask"), columns, held, start, ragged)}
         run, inner = functools.partial(self._run, kwargs), weight if self.routing.gated else None
-        y, rest = _split(self._gradient_checkpointing_func(run, packed, inner) if checkpoint else run(packed, inner))
+        given = (packed, inner, *args)  # what a recomputation is given otherwise may lose its gradient
+        y, rest = _split(self._gradient_checkpointing_func(run, *given) if checkpoint else run(*given))
+        self.returns = None if rest is None else len(rest)
         if weight is not None and not self.routing.gated:
             y = packed + weight.unsqueeze(-1).to(y.dtype) * (y - packed)
         return _join(y if chosen is None else self._unpacked(y, x, gate, chosen), rest)
+
+    def _beside(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """What the layer returns beside x (B, T, D) where it is given no token: as many times nothing as it returns
+        values. Before its first token it is asked with one that nobody sees."""
+        if self.returns == UNKNOWN:
+            args, kwargs = _cut(args, kwargs, torch.zeros_like(x[:, :1, 0], dtype=torch.int64), x.shape[1])
+            alone = {"attention_mask": None, "past_key_values": None, "use_cache": False}
+            with torch.no_grad():
+                output = super().forward(x[:, :1], *args, **kwargs | {k: v for k, v in alone.items() if k in kwargs})
+            rest = _split(output)[1]
+            self.returns = None if rest is None else len(rest)
+        return None if self.returns is None else (None,) * self.returns
 
     def _unpacked(self, y: Tensor, x: Tensor, gate: Tensor | None, chosen: TokenSelection) -> Tensor:
         """(B, T, D): y (B, K, D) of the kept tokens, among the others of x (B, T, D)."""
@@ -192,17 +236,18 @@ class RoutedDecoderLayer(DecoderLayer):
         if self.routing.config.gate.symmetric and gate is not None:
             skipped = chosen.kept.logical_not()
             others = x * torch.where(skipped, gate, 1.0).to(x.dtype).unsqueeze(-1)
-        others = others.reshape(-1, width)
+        wide = torch.promote_types(x.dtype, y.dtype)  # wider than x where norms are kept in fp32
+        others, y = others.reshape(-1, width).to(wide), y.to(wide)
         if chosen.valid is not None:  # the places past a row's count hold tokens that are skipped
             y = torch.where(chosen.valid.unsqueeze(-1), y, F.embedding(flat_index, others).view_as(y))
         return others.index_copy(0, flat_index, y.reshape(-1, width)).view_as(x)
 
-    def _run(self, kwargs: dict[str, Any], x: Tensor, gate: Tensor | None) -> Any:
+    def _run(self, kwargs: dict[str, Any], x: Tensor, gate: Tensor | None, *args: Any) -> Any:
         """The family's own layer, its MLP branch times the gate (B, K), if there is one."""
         if gate is None:
-            return super().forward(x, **kwargs)
+            return super().forward(x, *args, **kwargs)
         with _weighed(self.get_submodule(self.routing.gated), gate):
-            return super().forward(x, **kwargs)
+            return super().forward(x, *args, **kwargs)
 
 
 def _check_parts(config: AdaptConfig, context: AdaptContext, slots: RoutedLayer) -> None:
@@ -250,19 +295,22 @@ def _join(first: Tensor, rest: tuple | None) -> Any:
     return first if rest is None else (first, *rest)
 
 
-def _taken(kwargs: dict[str, Any], index: Tensor) -> dict[str, Any]:
-    """What else goes by token, at the columns index (B, K): rotary tables (B or 1, T, K), positions (B or 1, T)."""
-    taken: dict[str, Any] = {}
-    tables = kwargs.get("position_embeddings")
-    if tables is not None:
-        wide = index.unsqueeze(-1)
-        taken["position_embeddings"] = tuple(
-            table.expand(index.shape[0], -1, -1).gather(1, wide.expand(-1, -1, table.shape[-1])) for table in tables
-        )
-    positions = kwargs.get("position_ids")
-    if positions is not None:
-        taken["position_ids"] = positions.expand(index.shape[0], -1).gather(1, index)
-    return taken
+def _cut(args: tuple, kwargs: dict[str, Any], index: Tensor, tokens: int) -> tuple[tuple, dict[str, Any]]:
+    """A layer's arguments for the columns index (B, K) of `tokens`."""
+    cut = {name: value if name in WHOLE else _taken(value, index, tokens) for name, value in kwargs.items()}
+    return tuple(_taken(value, index, tokens) for value in args), cut
+
+
+def _taken(value: Any, index: Tensor, tokens: int) -> Any:
+    """The columns index (B, K) of what goes by token: a tensor (B or 1, tokens, …), or several, such as rotary tables,
+    positions or a layer's own inputs. Anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_taken(part, index, tokens) for part in value)
+    rows = index.shape[0]
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] not in (1, rows) or value.shape[1] != tokens:
+        return value
+    wide = index.view(*index.shape, *(1,) * (value.dim() - 2)).expand(*index.shape, *value.shape[2:])
+    return value.expand(rows, *value.shape[1:]).gather(1, wide)
 
 
 @functools.cache

@@ -96,7 +96,8 @@ def attend(
     context: AdaptContext | None = kwargs.get("mod_context")
     if context is not None and context.routes:
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        context.shared("received", lambda: received(context, query.detach(), key.detach(), attention_mask, scale))
+        with torch.autocast(query.device.type, enabled=False):
+            context.shared("received", lambda: received(context, query.detach(), key.detach(), attention_mask, scale))
     return own(module, query, key, value, attention_mask, **kwargs)
 
 

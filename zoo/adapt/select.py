@@ -53,9 +53,10 @@ class ModRouter(LinearScorer, counter_noise=True):
             super().initialise(name, parameter, generator)
 
     def forward(self, x: Tensor, candidates: Candidates | None = None) -> Tensor:
-        """x (n, D) → scores (n, 1 or 2), fp32, before any activation."""
+        """x (n, D) → scores (n, 1 or 2), fp32 under autocast too, before any activation."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
 
     def ranking(self, scores: Tensor) -> Tensor:
         """(n, 1) log-odds of keeping."""

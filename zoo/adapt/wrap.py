@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
@@ -21,7 +22,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext
-from zoo.adapt.family import VIDEO, Parts, gated, parts, picture_ids, unwrapped
+from zoo.adapt.family import IGNORED, VIDEO, Parts, gated, has_pictures, parts, picture_ids, unwrapped
+from zoo.adapt.folder import PRECISIONS
 from zoo.adapt.layer import RoutedDecoderLayer, Routing, routed_class
 from zoo.adapt.scores import UNLEARNED, unwatch, watch
 from zoo.adapt.select import ModRouter
@@ -30,6 +32,9 @@ from zoo.trace import Trace
 
 ROUTER = "mod_router"
 """Name of the child that a routed layer, or the decoder under `router.shared`, gets."""
+
+OWN = ("mod_trace", "mod_answers", "mod_pictures")
+"""Arguments of an adapted model that its own forward does not know."""
 
 
 @dataclasses.dataclass
@@ -45,9 +50,10 @@ def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int =
     """Make some of the decoder's layers Mixture-of-Depths layers, in place.
 
     From then on the model's forward takes `mod_trace=zoo.Trace()`, which collects decisions, auxiliary losses and
-    statistics under `layers.<number>`, and, for `candidates: image_and_answer`, `mod_answers` (B, T) bool where no
-    `labels` are given. With labels, in training, the auxiliary loss is part of the model's `loss`. `generate` is used
-    as before.
+    statistics under `layers.<number>`; for `candidates: image_and_answer`, `mod_answers` (B, T) bool where no `labels`
+    are given; and, where it is given `inputs_embeds` of text alone, `mod_pictures=False`. With labels, in training, the
+    auxiliary loss is part of the model's `loss`: whole where that is a mean over the batch, and by the batch's share of
+    the labels where `num_items_in_batch` makes it a part of a larger mean. `generate` is used as before.
 
     Args:
         model: a multimodal model of Transformers, or PEFT's wrapper of one.
@@ -79,19 +85,19 @@ def adapt(model: nn.Module, config: AdaptConfig | Mapping[str, Any], seed: int =
 
 def _route(found: Parts, plan: Mapping[int, Fraction], config: AdaptConfig, seed: int) -> None:
     """Make the layers of the plan routed ones, each with its capacity and its router or the one that all share."""
-    width, shared = found.text_config.hidden_size, None
+    width = found.text_config.hidden_size
     if config.router.type == "attention":
         watch(found.layers[min(plan) - 1])
     if config.router.shared:
-        shared = _router(config, width, found.layers[next(iter(plan))], f"{seed}:{ROUTER}")
-        found.decoder.add_module(ROUTER, shared)
+        found.decoder.add_module(ROUTER, _router(config, width, found.layers[min(plan)], f"{seed}:{ROUTER}"))
     unlearned = None if config.router.learned else UNLEARNED[config.router.type]()
     for number, capacity in plan.items():
         layer: Any = found.layers[number]
-        own = shared is None and config.router.learned
+        own = config.router.learned and not config.router.shared
         router = _router(config, width, layer, f"{seed}:layers.{number}.{ROUTER}") if own else None
         layer.register_module(ROUTER, router)
-        object.__setattr__(layer, "mod_shared", shared)  # not registered: one copy of it is saved
+        owner = found.decoder if config.router.shared else None
+        object.__setattr__(layer, "mod_owner", owner)  # not registered: one copy of its router is saved
         name = gated(layer) if config.gate.branch == "mlp" else ""
         layer.routing = Routing(number, capacity, config, name, unlearned)
         layer.__class__ = routed_class(type(layer))
@@ -99,11 +105,11 @@ def _route(found: Parts, plan: Mapping[int, Fraction], config: AdaptConfig, seed
 
 def _hooked(found: Parts, config: AdaptConfig, ids: dict[int, int]) -> list[RemovableHandle]:
     """Hang the hooks round the model in which ids and pictures meet, and round the one with the head."""
-    handles = [found.base.register_forward_pre_hook(ContextHook(config, ids, _names(found.base)), with_kwargs=True)]
-    if found.top is not found.base:
-        handles.append(found.top.register_forward_pre_hook(LabelHook(config), with_kwargs=True))
-        handles.append(found.top.register_forward_hook(LossHook(config), with_kwargs=True))
-    return handles
+    return [
+        found.top.register_forward_pre_hook(LabelHook(config), with_kwargs=True),  # first, where both are one
+        found.base.register_forward_pre_hook(ContextHook(config, ids, _names(found.base)), with_kwargs=True),
+        found.top.register_forward_hook(LossHook(config), with_kwargs=True),
+    ]
 
 
 def adaptation(model: nn.Module) -> AdaptConfig | None:
@@ -128,17 +134,20 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(layer, RoutedDecoderLayer):
             layer.__class__ = type(layer).__mro__[2]
             layer._modules.pop(ROUTER, None)
-            del layer.routing, layer.mod_shared
+            del layer.routing, layer.mod_owner
+            vars(layer).pop("returns", None)
     found.decoder._modules.pop(ROUTER, None)
     del found.top.mod_adaptation
     return model
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, router) of each router, by its dotted name below the decoder: `layers.3.mod_router` or `mod_router`."""
+    """(name, router) of each router, by its dotted name below the decoder: `layers.3.mod_router` or `mod_router`. Of
+    one under PEFT's `modules_to_save`, the copy that is in use."""
     for name, module in parts(model).decoder.named_modules():
         if name.rpartition(".")[2] == ROUTER:
-            yield name, module
+            copies = getattr(module, "modules_to_save", None)
+            yield name, module if copies is None else copies[module.active_adapters[0]]
 
 
 def routed_layers(model: nn.Module) -> list[RoutedDecoderLayer]:
@@ -154,7 +163,8 @@ def auxiliary_loss(trace: Trace, config: AdaptConfig) -> Tensor | float:
     """
     if config.auxiliary.type == "none" or not trace.losses:
         return 0.0
-    return config.auxiliary.weight * sum(total / max(1, count) for total, count in trace.losses.values())
+    means = [total / max(1, count) for total, count in trace.losses.values()]
+    return config.auxiliary.weight * sum(mean.to(means[0].device) for mean in means)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +178,14 @@ class ContextHook:
 
     def __call__(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        trace, answers = kwargs.get("mod_trace"), kwargs.get("mod_answers")
         like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if like is None:
             return args, kwargs  # the model says itself what is missing
+        if inputs.get("input_ids") is None and not has_pictures(inputs) and kwargs.get("mod_pictures") is not False:
+            raise UserError(
+                "inputs_embeds without input_ids and without pictures: nothing says which tokens are those of pictures;"
+                " give input_ids and the pictures themselves, or, where all is text, mod_pictures=False"
+            )
         context = AdaptContext.build(
             self.config,
             self.ids,
@@ -180,10 +194,10 @@ class ContextHook:
             model_config=module.config,
             training=module.training,
             embed=module.get_input_embeddings(),
-            answers=answers,
-            trace=trace,
+            answers=kwargs.get("mod_answers"),
+            trace=kwargs.get("mod_trace"),
         )
-        rest = {name: value for name, value in kwargs.items() if name not in ("mod_trace", "mod_answers")}
+        rest = {name: value for name, value in kwargs.items() if name not in OWN}
         return args, rest | {"mod_context": context}
 
 
@@ -194,13 +208,41 @@ class LabelHook:
     config: AdaptConfig
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if getattr(module, "_is_replica", False):
+            raise UserError(
+                "an adapted model does not run under torch.nn.DataParallel, whose copies would share one router; start "
+                "a process for each device (torchrun, accelerate launch, deepspeed)"
+            )
+        _check_expert_loss(module, kwargs)
         labels = kwargs.get("labels")
-        if labels is None or not module.training:
+        if not module.training:
+            return args, kwargs
+        if torch.is_grad_enabled():
+            self._check_loss(labels, kwargs)
+        if labels is None:
             return args, kwargs
         given = {"mod_trace": kwargs.get("mod_trace") or Trace()}
         if self.config.candidates == "image_and_answer" and kwargs.get("mod_answers") is None:
-            given["mod_answers"] = labels != -100
+            given["mod_answers"] = labels != IGNORED
         return args, kwargs | given
+
+    def _check_loss(self, labels: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+        """Raise `UserError` where a training step would go on without what the config asks for."""
+        auxiliary = self.config.auxiliary.type
+        if auxiliary != "none" and kwargs.get("mod_trace") is None and (labels is None or kwargs.get("fused_lm_head")):
+            why = "is given no labels (Trainer's label_smoothing_factor and compute_loss_func take them away)"
+            if labels is not None:
+                why = "gives log-probabilities of which TRL makes a loss of its own (fused_lm_head)"
+            raise UserError(
+                f"auxiliary.type: {auxiliary}: the model is in training and {why}, so that the loss would lack the "
+                "auxiliary one; use Trainer's own loss, or give mod_trace=zoo.Trace() and add "
+                "zoo.adapt.auxiliary_loss(trace, config), or set auxiliary.type: none"
+            )
+        if self.config.candidates == "image_and_answer" and labels is None and kwargs.get("mod_answers") is None:
+            raise UserError(
+                "candidates: image_and_answer: the model is in training but nothing says which tokens are answers; "
+                "give labels, or mod_answers (B, T) bool"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,11 +254,39 @@ class LossHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if kwargs.get("labels") is None or not module.training or self.config.auxiliary.type == "none":
             return output
-        loss = auxiliary_loss(kwargs["mod_trace"], self.config)
+        context = kwargs.get("mod_context")  # there where ids and pictures meet in this very model
+        trace = kwargs["mod_trace"] if context is None else context.trace
+        own = output[0] if isinstance(output, tuple) else output["loss"]
+        loss = own + torch.as_tensor(auxiliary_loss(trace, self.config) * _share(kwargs)).to(own.device)
         if isinstance(output, tuple):
-            return (output[0] + loss, *output[1:])
-        output["loss"] = output["loss"] + loss
+            return (loss, *output[1:])
+        output["loss"] = loss
         return output
+
+
+def _share(kwargs: Mapping[str, Any]) -> Tensor | float:
+    """What part of the loss a batch is: 1, or, where Transformers' Trainer has the sum of the losses divided by the
+    labels of all batches of the step (`num_items_in_batch`), the batch's share of those."""
+    items, shifted = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+    if items is None:
+        return 1.0
+    labels = kwargs["labels"][..., 1:] if shifted is None else shifted
+    own = (labels != IGNORED).sum()
+    return own / (items.to(own.device) if isinstance(items, Tensor) else items)
+
+
+def _check_expert_loss(module: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise `UserError` where the family balances its experts by one mask for all layers, whatever each was given."""
+    asked = kwargs.get("output_router_logits")
+    if asked is None:
+        asked = getattr(module.config.get_text_config(decoder=True), "output_router_logits", False)
+    family = sys.modules[type(module).__module__]
+    balances = hasattr(family, "load_balancing_loss_func") or kwargs.get("fused_lm_head")  # the latter: TRL
+    if asked and balances and kwargs.get("attention_mask") is not None:
+        raise UserError(
+            f"output_router_logits: {type(module).__name__} balances its experts over the tokens of attention_mask, but"
+            " routed layers are given fewer; leave it out, or, where nothing is padded, leave attention_mask out"
+        )
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:
@@ -227,7 +297,7 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 
 def _router(config: AdaptConfig, width: int, layer: nn.Module, name: str) -> ModRouter:
     """A router beside the weights of `layer`, of their type; its first weights depend on `name` alone."""
-    beside = next(p for p in layer.parameters() if p.is_floating_point())
+    beside = next(p for p in layer.parameters() if p.dtype in PRECISIONS)  # not a quantised one
     router = ModRouter(config, width)
     digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -254,9 +324,33 @@ def _check_layers(found: Parts, plan: Mapping[int, Fraction], config: AdaptConfi
             "no image token receives attention; begin after a layer without one"
         )
     for number in plan:
-        layer = found.layers[number]
-        if "forward" in vars(layer):
-            raise UserError(
-                f"layers: the forward of layer {number} was patched by another library (device maps of accelerate do "
-                "so); adapt the model first"
-            )
+        _check_layer(number, found.layers[number], config)
+
+
+def _check_layer(number: int, layer: Any, config: AdaptConfig) -> None:
+    """Raise `UserError` where leaving tokens out would change what a layer does to the others, or it lacks a part."""
+    name, attention = type(layer).__name__, getattr(layer, "self_attn", None)
+    if "forward" in vars(layer):
+        raise UserError(
+            f"layers: the forward of layer {number} was patched by another library (device maps of accelerate do "
+            "so); adapt the model first"
+        )
+    if attention is None:
+        raise UserError(
+            f"layers: layer {number} is a {name} without self-attention, whose tokens meet by their places, and of the "
+            "kept ones these are others; leave it out"
+        )
+    if hasattr(attention, "attn_temperature_tuning"):
+        raise UserError(
+            f"layers: layer {number}: a {type(attention).__name__} takes a token's place to be its number among those "
+            "it is given (attn_temperature_tuning), which of kept tokens is another; this family cannot be adapted"
+        )
+    if getattr(attention, "store_full_length_kv", False):
+        raise UserError(
+            f"layers: layer {number}: later layers read its keys and values (num_kv_shared_layers), and need those of "
+            "every token; leave it out"
+        )
+    if config.router.input == "norm" and not hasattr(layer, "input_layernorm"):
+        raise UserError(f"router.input: norm: a {name} has no input_layernorm; set it to residual")
+    if config.gate.branch == "mlp":
+        gated(layer)

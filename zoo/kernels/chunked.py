@@ -144,19 +144,20 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.ssd`: inside a chunk of steps batched products, from chunk to chunk the state.
 
-    Every exponent is masked before its exponential, which would overflow where it looks ahead.
+    Every exponent is masked before its exponential, which would overflow where it looks ahead. Exponents are
+    differences of sums of Δ A in float64: after a large step, fp32 would keep nothing of small ones.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     delta = F.softplus(layout.biased(dt.to(dtype), bias.to(dtype)))
     wide, chunks = x.to(dtype), _Chunks.of(layout, chunk)
     inputs = chunks.cut(wide * delta.unsqueeze(-1)).transpose(2, 3)  # (B, c, H, chunk, K)
     into, out = (chunks.cut(v.to(dtype)).transpose(2, 3) for v in (B, C))  # (B, c, S, chunk, N)
-    decay = chunks.cut(delta * A).transpose(2, 3).cumsum(-1)  # (B, c, H, chunk)
-    spans = (decay[..., :, None] - decay[..., None, :]).masked_fill(~chunks.seen.unsqueeze(2), -torch.inf)
+    decay = chunks.cut(delta * A).transpose(2, 3).double().cumsum(-1)  # (B, c, H, chunk)
+    spans = (decay[..., :, None] - decay[..., None, :]).to(dtype).masked_fill(~chunks.seen.unsqueeze(2), -torch.inf)
     y = (_by_head(out @ into.transpose(-1, -2), x.shape[1]) * spans.exp()) @ inputs
     h = wide.new_zeros(len(layout.row), *x.shape[1:], B.shape[2]) if state is None else state.to(dtype)
     entering, h = _states(inputs, into, decay, chunks, h)
-    reached = decay.masked_fill(~chunks.entered.unsqueeze(2), -torch.inf).exp().unsqueeze(-1)
+    reached = decay.to(dtype).masked_fill(~chunks.entered.unsqueeze(2), -torch.inf).exp().unsqueeze(-1)
     y = y + (_by_head(out, x.shape[1]) @ entering.transpose(-1, -2)) * reached
     skip = D.to(dtype)[:, None] * wide
     if layout.padded:
@@ -207,13 +208,13 @@ def _states(inputs: Tensor, into: Tensor, decay: Tensor, chunks: _Chunks, h: Ten
     Args:
         inputs: (B, c, H, chunk, K), Δ x.
         into: (B, c, S, chunk, N), B of every set.
-        decay: (B, c, H, chunk), Σ Δ A from the chunk's first step on.
+        decay: (B, c, H, chunk) float64, Σ Δ A from the chunk's first step on.
         h: (B, H, K, N) the first state.
     """
     last = decay[..., -1:]
-    kept = (last - decay).masked_fill(~chunks.left.unsqueeze(2), -torch.inf).exp()
+    kept = (last - decay).to(inputs.dtype).masked_fill(~chunks.left.unsqueeze(2), -torch.inf).exp()
     added = (inputs * kept.unsqueeze(-1)).transpose(-1, -2) @ _by_head(into, inputs.shape[2])  # (B, c, H, K, N)
-    carried = last.masked_fill(~chunks.entered[..., -1:].unsqueeze(2), -torch.inf).exp().unsqueeze(-1)
+    carried = last.to(inputs.dtype).masked_fill(~chunks.entered[..., -1:].unsqueeze(2), -torch.inf).exp().unsqueeze(-1)
     entering = []
     for addition, factor in zip(added.unbind(1), carried.unbind(1), strict=True):
         entering.append(h)

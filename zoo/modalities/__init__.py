@@ -3,6 +3,7 @@
 from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.modalities.continuous_patches import ContinuousPatches
 from zoo.modalities.grammar import Grammar, grammars
+from zoo.modalities.latents import Latents
 from zoo.modalities.patches import Patches
 from zoo.modalities.section import (
     Modalities,
@@ -15,6 +16,8 @@ from zoo.modalities.section import (
 from zoo.modalities.speech import Codec, DMel, Units
 from zoo.modalities.text import BPE, Bytes, HuggingFace
 from zoo.modalities.vocabulary import Vocabulary
+from zoo.modalities.vq import VQ
+from zoo.modalities.vqvae import VQVAE
 from zoo.modality import (
     PARTS,
     LearnedConfig,
@@ -27,6 +30,8 @@ from zoo.modality import (
 __all__ = [
     "BPE",
     "PARTS",
+    "VQ",
+    "VQVAE",
     "Bytes",
     "Carries",
     "Channels",
@@ -36,6 +41,7 @@ __all__ = [
     "Grammar",
     "HuggingFace",
     "Ids",
+    "Latents",
     "LearnedConfig",
     "LearnedModality",
     "Modalities",

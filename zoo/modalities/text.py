@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +28,8 @@ LONG = re.compile(rf"\S{{{WORD + 1},}}|\s{{{WORD + 1},}}")
 TOKENIZER = "tokenizer.json"
 PROBE = "aЖ語"
 """Characters of which a tokenizer must make something."""
+PROBES = ("A Fox jumps  over\n\n\ta Dog.", "Crème Bru\u0302le\u0301e", "ﬁne ½ Ⅷ", "日本語 🙂 Ж")
+"""Texts that a tokenizer must give back."""
 
 
 class TextConfig(ModalityConfig):
@@ -118,6 +121,25 @@ class Tokenized(Text):
         return self.inner.decode([int(i) for i in content], skip_special_tokens=False)
 
 
+def _check_kept(inner: tokenizers.Tokenizer, path: str | Path) -> None:
+    """Raise `UserError` where a tokenizer alters texts: makes letters small, drops accents or white space. How Unicode
+    composes its letters may change, white space in front may come or go, and what it does not know may be named so."""
+    unknown = getattr(inner.model, "unk_token", None)
+    unknown = None if unknown is None else inner.token_to_id(unknown)
+    added = [f"a {token.content} b" for token in inner.get_added_tokens_decoder().values()]
+    for text in (*PROBES, *added):
+        ids = inner.encode(text, add_special_tokens=False).ids
+        back = inner.decode(ids, skip_special_tokens=False)
+        if unknown not in ids and _plain(back) != _plain(text):
+            raise UserError(
+                f"{path} alters texts: {text!r} becomes {back!r}; use another tokenizer, or accept it by lossy: true"
+            )
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", text).lstrip(" ")
+
+
 def _check_ids(inner: tokenizers.Tokenizer, vocab_size: int, path: str | Path) -> None:
     """Raise `UserError` where a tokenizer has more ids than `vocab_size`, or makes nothing of some characters."""
     highest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -147,6 +169,8 @@ class BPE(Tokenized, LearnedModality):
         fit_limit: ClassVar[int] = 1 << 26
         vocab_size: int = pydantic.Field(default=4096, ge=BYTES)
         """Ids, at least 256; training on little text may use fewer of them."""
+        lossy: bool = False
+        """Accept a tokenizer that does not give every text back: one that makes letters small, or drops accents."""
 
         @property
         def carries(self) -> Ids:
@@ -182,6 +206,8 @@ class BPE(Tokenized, LearnedModality):
             except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
                 raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
             _check_ids(inner, self.vocab_size, path)
+            if not self.lossy:
+                _check_kept(inner, path)
             return BPE(self, inner)
 
     def save(self, path: str | Path) -> None:
@@ -208,6 +234,8 @@ class HuggingFace(Tokenized):
         """The folder of the tokenizer."""
         vocab_size: int = pydantic.Field(ge=1)
         """Ids, at least as many as the tokenizer has; its special ones count and stay unused."""
+        lossy: bool = False
+        """Accept a tokenizer that does not give every text back: one that makes letters small, or drops accents."""
 
         @property
         def carries(self) -> Ids:
@@ -216,6 +244,8 @@ class HuggingFace(Tokenized):
     def __init__(self, config: Config) -> None:
         inner = _steady(_from_folder(Path(config.path)))
         _check_ids(inner, config.vocab_size, config.path)
+        if not config.lossy:
+            _check_kept(inner, config.path)
         inner.encode_special_tokens = True
         super().__init__(config, inner)
 

@@ -160,8 +160,12 @@ def find_files(paths: str | Sequence[str], names: str) -> list[str]:
 
 
 def inside(folder: Path, names: str) -> list[str]:
-    """Files of a folder whose paths below it match a pattern with braces and `**`, sorted; hidden ones are left out."""
+    """Files of a folder whose paths below it match a pattern with braces and `**`, sorted; hidden ones are left out.
+
+    A pattern of `.tar` files means compressed ones too, where the plain file is not there."""
     found = {path for pattern in braceexpand.braceexpand(names) for path in folder.glob(pattern) if path.is_file()}
+    if names.endswith(".tar"):
+        found |= {path for path in folder.glob(names + ".gz") if path.is_file() and path.with_suffix("") not in found}
     below = sorted(path.relative_to(folder) for path in found)
     return [str(path) for path in below if not any(part.startswith(".") for part in path.parts)]
 

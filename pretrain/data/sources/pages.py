@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path, PurePath
 from types import ModuleType
 
-from pretrain.data.errors import BrokenDocument, DataError
+from pretrain.data.errors import BrokenDocument
 from pretrain.data.sources.files import Shard
 from pretrain.data.sources.folders import FolderSource
 from pretrain.data.sources.interleaved import add_picture, checked
 from pretrain.data.sources.media import Folder
 from pretrain.data.sources.source import Content, Contents, Document, Loss, Numbered, SourceConfig, text_part
+from zoo.extras import extra
 from zoo.registry import register
 
 UNSEEN = {"head", "script", "style", "template", "noscript", "svg", "math", "iframe"}
@@ -92,10 +93,8 @@ def _html(page: str, kind: str) -> str:
 
 
 def _docutils() -> ModuleType:
-    try:
+    with extra("sources", "reading .rst"):
         import docutils.core
-    except ImportError:
-        raise DataError("reading .rst needs docutils; install it by pip install -e .[sources]") from None
     return docutils.core
 
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from pretrain.data.errors import BrokenDocument, DataError
+from zoo.extras import extra
 
 Record = Mapping[str, Any]
 ENDINGS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow")
@@ -220,12 +221,10 @@ class _Parquet:
 
 @contextlib.contextmanager
 def _columns(file: Path, name: str, kind: str) -> Iterator[Records]:
-    try:
+    with extra("sources", f"{name}: reading .{kind}"):
         import pyarrow
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{name}: reading .{kind} needs pyarrow; install it by pip install -e .[sources]") from None
     with contextlib.ExitStack() as stack:
         try:
             if kind == "parquet":

@@ -104,6 +104,18 @@ class SourceConfig(BlockConfig):
     several."""
     files: str = "*"
     """Pattern of the names of the files meant in a folder; `**/` looks below it, braces stand for several."""
+    weight: pydantic.PositiveFloat = 1.0
+    """Rows of this source in a mixture, relative to those of the others."""
+    validation: float | str | None = None
+    """What is held out: the pattern of the names of further files in the folder, or a share of the documents, by hash
+    of their keys; null for nothing."""
+
+    @pydantic.field_validator("validation")
+    @classmethod
+    def _is_a_share(cls, validation: float | str | None) -> float | str | None:
+        if isinstance(validation, float) and not 0 < validation < 1:
+            raise ValueError("must be a share between 0 and 1, a pattern of names, or null")
+        return validation
 
     @pydantic.field_validator("path")
     @classmethod
@@ -134,7 +146,9 @@ class Source(Configured, abc.ABC):
     @property
     def options(self) -> str:
         """What decides, beside the files, which documents they are: its type, and its keys without places."""
-        return json.dumps(self.config.model_dump(mode="json", exclude={"path", "files"}), sort_keys=True)
+        return json.dumps(
+            self.config.model_dump(mode="json", exclude={"path", "files", "weight", "validation"}), sort_keys=True
+        )
 
     @abc.abstractmethod
     def open(self, shard: Shard, cache: Path) -> AbstractContextManager[Sequence[Document]]:

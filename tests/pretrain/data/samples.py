@@ -8,6 +8,9 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from pretrain.data import Data, Documents
+from pretrain.data.index import OpenShards
+
 TEXT = {"type": "bytes"}
 IMAGE = {"type": "patches", "image_size": 8, "patch": 4, "codes": 4, "channels": 1}
 
@@ -35,3 +38,18 @@ def write_shard(path: Path, samples: list[dict]) -> Path:
         for each in samples:
             shard.write(each)
     return path
+
+
+def documents(data: Data, split: str = "train") -> Documents:
+    """Those of a split whose one source is a folder."""
+    mixture = data.train if split == "train" else data.validation
+    assert mixture is not None
+    (stream,) = mixture.streams.values()
+    return stream.documents
+
+
+def keys(data: Data) -> list[str]:
+    """The keys of the training documents."""
+    shards = documents(data).shards
+    assert isinstance(shards, OpenShards)
+    return shards.keys()

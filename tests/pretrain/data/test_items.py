@@ -135,7 +135,7 @@ def test_a_bidirectional_modality_gives_items(folder: Path) -> None:
 
 def test_a_damaged_or_missing_file_is_made_again(folder: Path) -> None:
     first = opened(folder).train.row(0).content
-    files = sorted((folder / ".index").glob("*.bin"))
+    files = sorted((folder / ".index").rglob("*.content"))
     assert len(files) == 6
     files[0].unlink()
     files[-1].write_bytes(files[-1].read_bytes()[:-2])  # whole rows are missing
@@ -151,9 +151,8 @@ def test_what_encode_gives_must_be_what_the_config_says(folder: Path, monkeypatc
         opened(folder)
 
 
-def test_items_across_shards() -> None:
-    spans = np.array([[1, 4], [6, 7], [12, 14]])
-    items = Items(spans, False, [np.arange(4)[:, None], np.zeros((0, 1)), np.arange(4, 6)[:, None]])
-    assert items.inside(0, 8).tolist() == [[1, 4], [6, 7]] and items.inside(8, 20).tolist() == [[12, 14]]
-    assert items.carried(0, 5)[:, 0].tolist() == [0, 1, 2] and items.carried(5, 8)[:, 0].tolist() == [3]
-    assert items.carried(8, 20)[:, 0].tolist() == [4, 5] and len(items.carried(14, 20)) == len(items.carried(0, 1)) == 0
+def test_items_of_a_stretch() -> None:
+    items = Items(np.array([[1, 6, 12], [4, 7, 14], [0, 3, 4]]))
+    assert items.inside(0, 8)[:2].T.tolist() == [[1, 4], [6, 7]] and items.inside(8, 20)[:2].T.tolist() == [[12, 14]]
+    assert items.positions(0, 5) == slice(0, 3) and items.positions(5, 8) == slice(3, 4)
+    assert items.positions(8, 20) == slice(4, 6) and items.positions(14, 20) == items.positions(0, 1) == slice(0, 0)

@@ -13,9 +13,9 @@ import pytest
 
 from pretrain.data import DataConfig, DataError, open_data
 from pretrain.data.cache import HIDDEN
-from tests.pretrain.data.samples import IMAGE, TEXT, png, sample, write_shard
+from tests.pretrain.data.samples import IMAGE, TEXT, documents, keys, png, sample, write_shard
 from zoo.config import ConfigError, UserError
-from zoo.modalities import parse_modalities
+from zoo.modalities import Bytes, parse_modalities
 
 MODALITIES = {"text": TEXT, "image": IMAGE}
 
@@ -29,8 +29,7 @@ def opened(config: DataConfig, modalities=MODALITIES, log=quiet, **changes):
 
 
 def document(data, number: int) -> np.ndarray:
-    documents = data.train.documents
-    return documents.read(int(documents.starts[number]), int(documents.lengths[number]))
+    return documents(data).document(number)
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -79,8 +78,8 @@ def test_tokens_of_a_document(config):
             words.eos,
         ]
         assert document(data, number).tolist() == expected
-    assert data.train.documents.keys.tolist() == [f"{n:03d}" for n in range(10)]
-    assert len(data.validation.documents) == 2
+    assert keys(data) == [f"{n:03d}" for n in range(10)]
+    assert len(documents(data, "validation")) == 2
 
 
 def test_trained_on_the_training_shards_only(config, folder):
@@ -164,8 +163,20 @@ def test_broken_documents_are_skipped_counted_and_named(config, folder):
     for skipped, (_, reason) in zip(data.skipped, BROKEN, strict=True):
         assert reason in skipped.reason
     assert [document(data, n).size for n in range(10)] == [document(whole, n).size for n in range(10)]
-    assert len(data.train.documents) == 10
+    assert len(documents(data)) == 10
     assert any(line.startswith(f"skipping {len(BROKEN)} broken documents:") for line in lines)
+
+
+def test_an_item_that_a_modality_cannot_encode_is_named_with_the_line_that_raised(config, monkeypatch):
+    def encode(self: Bytes, item: str) -> np.ndarray:
+        return np.array([{"text 3": [0], "text 5": [1]}.get(item, item == "text 7" and 1 / 0 or [2])]).reshape(-1)
+
+    monkeypatch.setattr(Bytes, "encode", encode)
+    data = opened(config, max_broken_documents=1)
+    assert [skipped.key for skipped in data.skipped] == ["007"]
+    assert data.skipped[0].reason.startswith(
+        f"modalities.text cannot encode its text (ZeroDivisionError: division by zero, in {__file__} line "
+    )
 
 
 def test_too_many_broken_documents_is_one_error_from_the_cache_too(config, folder):
@@ -212,13 +223,13 @@ def test_a_changed_shard_is_indexed_again_and_an_unchanged_copy_is_not(config, f
     assert opened(config).fingerprint == first.fingerprint  # listed again, same content
     monkeypatch.undo()
     write_shard(shard, [sample("new", "x", png(0))])
-    assert opened(config).train.documents.keys.tolist() == ["new"]
+    assert keys(opened(config)) == ["new"]
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".npy", ".listing.npz"])
-def test_damaged_cache_is_made_again(config, folder, suffix):
+@pytest.mark.parametrize("pattern", ["*.listing.npz", "record.json", "starts", "tokens", "*.items"])
+def test_damaged_cache_is_made_again(config, folder, pattern):
     tokens = opened(config).train.row(1).tokens
-    for file in (folder / HIDDEN).glob(f"*{suffix}"):
+    for file in (folder / HIDDEN).rglob(pattern):
         file.write_bytes(file.read_bytes()[:150])
     assert np.array_equal(opened(config).train.row(1).tokens, tokens)
 
@@ -231,7 +242,7 @@ def test_read_only_folder_caches_under_the_user(config, folder, tmp_path, monkey
     (folder / HIDDEN).unlink()
     assert sorted(folder.iterdir()) == before
     (place,) = (tmp_path / "user" / "pretrain-data").iterdir()
-    assert len(list(place.glob("*.npy"))) == 2
+    assert len(list(place.glob("*.tokens"))) == 2
     assert np.array_equal(data.train.row(0).tokens, opened(config).train.row(0).tokens)
 
 
@@ -249,7 +260,7 @@ def test_two_processes_at_once_build_once(digits, tmp_path):
     command = f"""
 import json
 from pretrain.data import DataConfig, open_data
-from zoo.modalities import parse_modalities
+from zoo.modalities import Bytes, parse_modalities
 lines = []
 config = DataConfig.parse(json.loads({
         json.dumps(

@@ -3,17 +3,20 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
+import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.data import DataConfig, DataError, open_data
 from pretrain.data.shards import scan_shard
 from pretrain.data.tar import list_tar
+from tests.pretrain.data.samples import documents, keys, png
 from zoo.modalities import parse_modalities
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -50,12 +53,9 @@ def opened(folder: Path, **changes):
 
 def texts(folder: Path, **changes) -> list[str]:
     """What the documents of a folder say."""
-    documents = opened(folder, **changes).train.documents
-    stream = [
-        documents.read(int(start), int(length))
-        for start, length in zip(documents.starts, documents.lengths, strict=False)
-    ]
-    first = documents.vocabulary.range("text")[0]
+    found = documents(opened(folder, **changes))
+    first = found.vocabulary.range("text")[0]
+    stream = [found.document(number) for number in range(len(found))]
     return [bytes((each[1:-1] - first).tolist()).decode() for each in stream]
 
 
@@ -95,11 +95,8 @@ def test_members_in_are_documents_and_skips_and_their_bytes(tmp_path, parts, for
         assert all("json is missing" in skipped.reason for skipped in data.skipped)
 
 
-@pytest.mark.parametrize(
-    "options", ["--format=ustar", "--format=gnu", "--format=pax", "--format=v7", "--sparse", "-b 1"]
-)
-def test_what_gnu_tar_writes(tmp_path, options):
-    source = tmp_path / "source"
+def write_tree(source: Path) -> None:
+    """Three documents, links to two of them and to nothing, a folder, and a file with a hole in it."""
     source.mkdir()
     for n in range(3):
         (source / f"{n}.v.json").write_bytes(text(f"document {n}"))
@@ -110,12 +107,68 @@ def test_what_gnu_tar_writes(tmp_path, options):
     with open(source / "6.json", "wb") as file:  # a hole before its text
         file.seek(1 << 20)
         file.write(text("sparse"))
-    subprocess.run(["tar", "cf", tmp_path / "x.tar", *options.split(), "--sort=name", "-C", source, "."], check=True)
-    data = opened(tmp_path, cache=str(tmp_path / "cache"))
-    said = texts(tmp_path, cache=str(tmp_path / "cache"))
+
+
+def check_tree(folder: Path, whole: bool = True) -> None:
+    """Everything of the tree is there in the shards of a folder, or named.
+
+    Args:
+        whole: the file with the hole may have been written out, as zeros.
+    """
+    data = opened(folder, cache=str(folder / "cache"))
+    said = texts(folder, cache=str(folder / "cache"))
     assert said == ["document 0", "document 1", "document 2", "document 0", "document 1"]
     assert [skipped.key for skipped in data.skipped] == ["./5", "./6"]
     assert "./5.json is a link that leads nowhere" in data.skipped[0].reason
+    assert whole or "sparse" in data.skipped[1].reason
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    keys=st.lists(
+        st.text(st.characters(exclude_characters="\0/.", exclude_categories=["Cs"]), min_size=1), unique=True
+    ),
+    compressed=st.booleans(),
+)
+def test_what_webdataset_writes(tmp_path, keys, compressed):
+    with webdataset.TarWriter(str(tmp_path / ("x.tar.gz" if compressed else "x.tar")), compress=compressed) as shard:
+        for n, key in enumerate(keys):
+            shard.write({"__key__": key, "json": {"parts": [{"type": "text", "text": f"document {n}"}]}, "txt": "x"})
+    if keys:
+        wanted = {f"document {n}" for n in range(len(keys))}
+        pattern = "x.tar.gz" if compressed else "x.tar"
+        assert set(texts(tmp_path, train=pattern, cache=str(tmp_path / "cache"))) == wanted
+
+
+def test_names_composed_in_another_way_are_the_same(tmp_path):
+    """As macOS writes them: the letter and its accent are two characters."""
+    picture = {"parts": [{"type": "text", "text": "a"}, {"type": "image", "file": "Caf\u00e9.png"}]}
+    files = [("x.json", json.dumps(picture).encode()), ("x.Cafe\u0301.png", png(0))]
+    files += [("Z\u00fc.json", json.dumps(picture).encode()), ("Zu\u0308.Caf\u00e9.png", png(0))]
+    assert opened(write_tar(tmp_path / "x.tar", files).parent).skipped == []
+
+
+@pytest.mark.parametrize(
+    "options", ["--format=ustar", "--format=gnu", "--format=pax", "--format=v7", "--sparse", "-b 1"]
+)
+def test_what_gnu_tar_writes(tmp_path, options):
+    source = tmp_path / "source"
+    write_tree(source)
+    subprocess.run(["tar", "cf", tmp_path / "x.tar", *options.split(), "--sort=name", "-C", source, "."], check=True)
+    check_tree(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("bsdtar"), reason="bsdtar of libarchive is not installed")
+@pytest.mark.parametrize(
+    "options", ["--format=ustar", "--format=pax", "--format=gnutar", "--format=v7", "--read-sparse"]
+)
+def test_what_bsd_tar_writes(tmp_path, options):
+    write_tree(tmp_path / "source")
+    names = sorted(f"./{path.name}" for path in (tmp_path / "source").iterdir())
+    subprocess.run(
+        ["bsdtar", "cf", tmp_path / "x.tar", *options.split(), "-C", tmp_path / "source", *names], check=True
+    )
+    check_tree(tmp_path, whole=options != "--read-sparse")
 
 
 # --------------------------------------------------------------------------------------------------- shards as found
@@ -145,7 +198,7 @@ def test_keys_with_dots(tmp_path):
         tmp_path / "x.tar", [(f"{name}.json", text(name)) for name in names] + [("._a.json", b"macOS"), (".DS", b"")]
     )
     data = opened(tmp_path)
-    assert data.train.documents.keys.tolist() == names and not data.skipped
+    assert keys(data) == names and not data.skipped
     assert texts(tmp_path) == names
 
 
@@ -157,7 +210,7 @@ def test_names_that_are_no_text_are_escaped(tmp_path, form):
     files.append(("good.json", text("good")))
     write_tar(tmp_path / "x.tar", files, FORMATS[form], encoding="utf-8" if form == "pax" else "latin-1")
     data = opened(tmp_path)
-    assert len(data.train.documents) == 1 and len(data.skipped) == 4
+    assert len(documents(data)) == 1 and len(data.skipped) == 4
     key = "Gève" if form == "pax" else r"G\udce8ve"
     assert [skipped.key for skipped in data.skipped[:2]] == [key, r"a\nb\x1b[31m"]
     assert r"smile \ud83d.jpg is missing" in data.skipped[3].reason

@@ -54,7 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "base" / "config.json").read_text())
     (folder / "another id" / "config.json").write_text(json.dumps(config | {"image_token_id": 62}))
     shutil.copytree(folder / "base", folder / "adapted", dirs_exist_ok=True)
-    (folder / "adapted" / "mod_config.json").write_text(json.dumps({"version": 1, "adapt": ADAPT}))
+    (folder / "adapted" / "mod_config.json").write_text(
+        json.dumps({"version": 2, "adapt": ADAPT, "class": "LlavaForConditionalGeneration"})
+    )
     from transformers import LlamaConfig
 
     LlamaConfig(num_hidden_layers=1).save_pretrained(folder / "text only")

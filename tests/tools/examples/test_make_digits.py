@@ -8,6 +8,7 @@ import webdataset
 from PIL import Image
 
 from pretrain.data import DataConfig, open_data
+from tests.pretrain.data.samples import documents
 from tools.examples import make_digits
 from tools.examples.make_digits import NAMES, from_grey, load_digits_split, shift, to_grey
 from zoo.modalities import parse_modalities
@@ -84,8 +85,7 @@ def test_pictures_survive_the_tokenizer(digit_shards):
     assert error < 0.12
     # The stream holds the same codes: each validation picture, in the document where it comes first.
     start, stop = data.vocabulary.range("image")
-    documents = data.validation.documents
-    tokens = documents.read(int(documents.starts[1]), int(documents.lengths[1]))
+    tokens = documents(data, "validation").document(1)
     codes = tokens[(tokens >= start) & (tokens < stop)] - start
     assert np.array_equal(codes, image.encode(pictures[0]))
     assert text.decode(tokens[-1 - len(NAMES[labels[0]]) : -1] - data.vocabulary.range("text")[0]) == NAMES[labels[0]]

@@ -27,6 +27,8 @@ class Family:
     """The layers that tests route."""
     chunks: bool = True
     """Whether the dense model can be given a prompt in parts."""
+    splits: bool = True
+    """Whether `generate` can do so too."""
     attention: tuple[str, ...] = ("sdpa", "eager")
 
 
@@ -193,6 +195,52 @@ def chameleon(**text: Any) -> nn.Module:
     return transformers.ChameleonForConditionalGeneration(config).eval()
 
 
+def gemma4(**text: Any) -> nn.Module:
+    """Layers get an input of their own besides the stream; 0 has a window."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
+    options = {
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "sliding_window": 16,
+        "layer_types": kinds,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 64,
+    }
+    vision = small_vision(head_dim=8, num_key_value_heads=2, pooling_kernel_size=2, position_embedding_size=64)
+    config = transformers.Gemma4Config(
+        text_config=small_text(**(options | text)),
+        vision_config={name: value for name, value in vision.items() if name != "image_size"},
+        audio_config=None,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=59,
+        boi_token_id=START,
+        eoi_token_id=END,
+    )
+    return transformers.Gemma4ForConditionalGeneration(config).eval()
+
+
+def phi4(**text: Any) -> nn.Module:
+    """An image is a tile and a view of it, 2 × 2 tokens each with a mark after every row and one between them."""
+    audio = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_blocks": 1,
+        "num_attention_heads": 2,
+        "ext_pw_out_channel": 16,
+        "depthwise_separable_out_channel": 16,
+        "nemo_conv_channels": 16,
+        "audio_token_id": 59,
+    }
+    config = transformers.Phi4MultimodalConfig(
+        **small_text(**text),
+        vision_config=small_vision(crop_size=8, image_token_id=IMAGE),
+        audio_config=audio,
+        sliding_window=None,
+    )
+    return transformers.Phi4MultimodalForCausalLM(config).eval()
+
+
 def qwen_types(ids: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
@@ -202,6 +250,10 @@ def qwen_frame(features: dict[str, Tensor], i: int) -> dict[str, Tensor]:
         "pixel_values_videos": features["pixel_values_videos"].view(3, -1, 96)[i],
         "video_grid_thw": torch.tensor([[1, 4, 4]]),
     }
+
+
+def gemma4_types(ids: Tensor) -> dict[str, Tensor]:
+    return {"mm_token_type_ids": (ids == IMAGE).long()}
 
 
 PLAIN = Picture((IMAGE,) * 16, drawn(pixel_values=(1, 3, 8, 8)))
@@ -222,6 +274,23 @@ VIDEO_LLAVA_CLIP = Picture(
 TILES = Picture((IMAGE,) * 14, drawn(pixel_values=(1, 3, 3, 8, 8), image_sizes=[[8, 16]]))
 ONEVISION = Picture((IMAGE,) * 52, drawn(pixel_values=(1, 3, 3, 8, 8), image_sizes=[[8, 16]]))
 ONEVISION_CLIP = Picture((VIDEO,) * 13, drawn(pixel_values_videos=(1, 3, 3, 8, 8)), frames=(4, 4, 5))
+
+GEMMA4 = Picture(
+    (START, *(IMAGE,) * 4, END),
+    drawn(pixel_values=(1, 16, 12), image_position_ids=[[[x, y] for y in range(4) for x in range(4)]]),
+)
+PHI4 = Picture(
+    (IMAGE,) * 13,
+    drawn(image_pixel_values=(1, 2, 3, 8, 8), image_sizes=[[8, 8]], image_attention_mask=[[[[1.0] * 4] * 4] * 2]),
+)
+
+QWEN3_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1],
+}
 
 FAMILIES = {
     "llava": Family(llava, Inputs((PLAIN,))),
@@ -247,16 +316,22 @@ FAMILIES = {
     "qwen3_vl": Family(
         qwen_vl(
             "Qwen3VL",
-            {
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "out_hidden_size": 32,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 1],
-            },
+            QWEN3_VISION,
             head_dim=8,
         ),
         Inputs((GRID,), qwen_types),
+    ),
+    "qwen3_vl_moe": Family(
+        qwen_vl(
+            "Qwen3VLMoe",
+            QWEN3_VISION,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        ),
+        Inputs((GRID,), qwen_types),
+        attention=("eager",),  # its experts know no float64
     ),
     "internvl": Family(internvl, Inputs((LARGE,))),
     "idefics3": Family(idefics("Idefics3"), Inputs((LARGE,), by_row=True)),
@@ -268,6 +343,9 @@ FAMILIES = {
         chunks=False,  # its prompt is seen both ways, as a whole
     ),
     "gemma3": Family(gemma3, Inputs((LARGE,), lambda ids: {"token_type_ids": (ids == IMAGE).long()})),
+    "gemma4": Family(gemma4, Inputs((GEMMA4,), gemma4_types)),
+    # under beams it gives a row's second picture to another row, and so does the dense model
+    "phi4_multimodal": Family(phi4, Inputs((PHI4,)), rows=([2, 3], [5, 4], [6]), splits=False),
     "chameleon": Family(chameleon, Inputs((Picture((START, *(IMAGE,) * 16, END), drawn(pixel_values=(1, 3, 8, 8))),))),
     "video_llava": Family(video_llava, Inputs((VIDEO_LLAVA_CLIP, PLAIN))),
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.zoo.adapt.families import FAMILIES, IMAGE
 from tests.zoo.adapt.test_conformance import METHODS, ROWS, close, generate
 from tests.zoo.helpers import assert_derivative
+from zoo import UserError
 from zoo.adapt import Trace, adapt, adaptation, auxiliary_loss, restore, routed_layers, routers
 from zoo.routing.candidates import Candidates
 from zoo.routing.scorer import Scorer
@@ -121,7 +122,7 @@ def test_the_auxiliary_loss_is_part_of_the_loss_in_training(model: nn.Module) ->
     close(auxiliary_loss(trace, adaptation(model)), expected / 2)
     close(loss - plain, expected / 2)
     assert torch.equal(model(**inputs, labels=labels).loss, loss)  # without a trace of the caller's
-    assert "loss" not in model(**inputs)
+    assert "loss" not in model.eval()(**inputs)
     hits = trace.statistics.hits["layers.1"]
     images = int((inputs["input_ids"] == IMAGE).sum())
     assert hits.total == images and hits.chosen == sum(math.ceil(16 * KEEP) for _ in range(3))
@@ -217,6 +218,100 @@ def test_a_sampled_image_id_is_text(model: nn.Module) -> None:
     step = {"input_ids": torch.tensor([[IMAGE]]), "attention_mask": ones, "past_key_values": cache}
     model(**step, use_cache=True, mod_trace=trace)
     assert not trace.decisions and cache.layers[1].slots == slots + 1
+
+
+def test_embeddings_that_hide_what_they_are(model: nn.Module) -> None:
+    """Where pictures are in them already nothing says so, and it is an error; of text alone the caller says so."""
+    dense = copy.deepcopy(model)
+    adapt(model, config(auxiliary={"type": "none"}))
+    inputs = LLAVA.inputs(model, [ROWS[0]])
+    embed, given = model.get_input_embeddings(), {}
+    hook = lambda module, args, kwargs: given.update(kwargs)  # noqa: E731
+    handle = model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    model(**inputs)
+    handle.remove()
+    merged = given["inputs_embeds"]
+    for call in (
+        lambda: model(inputs_embeds=merged),
+        lambda: model.train()(inputs_embeds=merged),
+        lambda: model.generate(inputs_embeds=merged, max_new_tokens=2),
+    ):
+        with pytest.raises(UserError, match="inputs_embeds without input_ids .* mod_pictures=False"):
+            call()
+    text = embed(torch.tensor([[3, 4, 5]]))
+    assert torch.equal(model.eval()(inputs_embeds=text, mod_pictures=False).logits, dense(inputs_embeds=text).logits)
+    embedded = {name: value for name, value in inputs.items() if name != "input_ids"}
+    whole = generate(model, embedded | {"inputs_embeds": embed(inputs["input_ids"])})
+    assert torch.equal(whole.sequences, generate(model, inputs).sequences[:, inputs["input_ids"].shape[1] :])
+
+
+def test_a_decoder_called_by_itself(model: nn.Module) -> None:
+    """It would run dense: nobody has told it which tokens may be skipped."""
+    adapt(model, config())
+    with pytest.raises(UserError, match=r"layers\.1: this LlamaDecoderLayer is called without what the adapted model"):
+        model.get_decoder()(inputs_embeds=torch.zeros(1, 3, 32, dtype=torch.float64))
+
+
+def test_a_layer_refuses_a_stream_of_another_shape(model: nn.Module) -> None:
+    adapt(model, config())
+    (layer, *_), seen = routed_layers(model), {}
+    hook = lambda module, args, kwargs: seen.update(kwargs)  # noqa: E731
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+    model(**LLAVA.inputs(model, [ROWS[0]]))
+    with pytest.raises(UserError, match="is given hidden states of shape .*; its family cannot be adapted"):
+        layer(torch.zeros(2, 1, 21, 32, dtype=torch.float64), **seen)
+
+
+@pytest.mark.parametrize("name", ["llava", "chameleon", "gemma3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_skips_every_token(name: str, method: str) -> None:
+    """What the layer returns is of its family's kind, and cached equals uncached."""
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    inference = {"rule": "threshold", "text": "threshold", "threshold": 0.999}
+    model = adapt(family.build(), config(method, layers=list(family.layers), inference=inference))
+    with torch.no_grad():
+        for _, router in routers(model):
+            router.weight.zero_()
+            if router.bias is not None:
+                router.bias.zero_()
+    trace, ids = Trace(), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), mod_trace=trace).logits
+    assert not any(decision.kept.any() for decision in trace.decisions.values())
+    copied = copy.deepcopy(restore(copy.deepcopy(model)))
+    del copied.get_decoder().layers[family.layers[0] : family.layers[-1] + 1]
+    if method != "p_mod":
+        close(whole, without(copied, ids))  # as if the layers were not there
+    inputs = family.inputs(model, family.rows[:2])
+    cached, uncached = generate(model, inputs), generate(model, inputs, use_cache=False)
+    for ours, theirs in zip(cached.logits, uncached.logits, strict=True):
+        close(ours, theirs)
+
+
+def without(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a model that has lost some of its layers."""
+    for number, layer in enumerate(model.get_decoder().layers):
+        layer.self_attn.layer_idx = number
+    model.config.get_text_config().num_hidden_layers = len(model.get_decoder().layers)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    if kinds is not None:
+        model.config.get_text_config().layer_types = [kinds[0], kinds[-1]]
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def test_experts_are_not_balanced_over_tokens_that_they_never_saw() -> None:
+    """The family takes one mask for all layers; without a mask its loss is of the tokens that each layer was given."""
+    torch.manual_seed(0)
+    family = FAMILIES["qwen3_vl_moe"]
+    model = adapt(family.build(), config("p_mod", auxiliary={"type": "none"})).train()
+    inputs = family.inputs(model, [[3, 5]])
+    options = {"labels": inputs["input_ids"], "output_router_logits": True}
+    with pytest.raises(UserError, match="output_router_logits: Qwen3VLMoe.* routed layers are given fewer"):
+        model(**inputs, **options)
+    del inputs["attention_mask"]
+    output = model(**inputs, **options)
+    tokens = [logits.shape[0] for logits in output.router_logits]
+    assert tokens == [26, 17, 17, 26] and output.aux_loss > 0
 
 
 def test_a_trace_of_embeddings_is_that_of_ids(model: nn.Module) -> None:

@@ -125,6 +125,6 @@ def test_what_cannot_be_saved_or_loaded(base: Path, tmp_path: Path) -> None:
     del weights[next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))]
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=r"out has no weights model\.language_model\.layers\.0\.mlp\.up_proj\.weight \(1 are"
+        UserError, match=r"out' has no weights model\.language_model\.layers\.0\.mlp\.up_proj\.weight \(1 are"
     ):
         load_adapted(tmp_path / "out")

@@ -29,6 +29,100 @@ def test_a_text_only_model() -> None:
         adapt(torch.nn.Linear(2, 2), config())
 
 
+def instructblip() -> Any:
+    import transformers
+
+    config = transformers.InstructBlipConfig(
+        vision_config={"num_hidden_layers": 1},
+        qformer_config={"num_hidden_layers": 1},
+        text_config={"model_type": "opt", **small_text()},
+        image_token_index=63,
+    )
+    return transformers.InstructBlipForConditionalGeneration(config)
+
+
+def of_class(name: str, config: str, **options: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, name)(getattr(transformers, config)(**options))
+
+
+def gemma4_sharing() -> Any:
+    """Layers 2 and 3 read the keys of 0 and 1."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return FAMILIES["gemma4"].build(layer_types=kinds, num_kv_shared_layers=2)
+
+
+CONVOLUTIONS = {"model_type": "lfm2", **small_text(), "layer_types": ["full_attention", "conv"] * 2}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "instructblip": (instructblip, "InstructBlipForConditionalGeneration.generate calls its OPTForCausalLM with embed"),
+    "blip2": (
+        lambda: of_class("Blip2ForConditionalGeneration", "Blip2Config", image_token_index=63),
+        "Blip2ForConditionalGeneration.generate calls its OPTForCausalLM with embeddings",
+    ),
+    "blip2 as it is": (
+        lambda: of_class("Blip2ForConditionalGeneration", "Blip2Config"),
+        "sees pictures, but no id stands for their tokens",
+    ),
+    "kosmos2": (
+        lambda: of_class("Kosmos2ForConditionalGeneration", "Kosmos2Config"),
+        "Kosmos2ForConditionalGeneration sees pictures, but no id stands for their tokens (config.image_token_id)",
+    ),
+    "mllama": (
+        lambda: of_class("MllamaForConditionalGeneration", "MllamaConfig"),
+        "meets pictures by cross-attention (config.cross_attention_layers), so that no token of its stream",
+    ),
+    "idefics": (
+        lambda: of_class("IdeficsForVisionText2Text", "IdeficsConfig"),
+        "meets pictures by cross-attention (config.cross_layer_interval)",
+    ),
+    "florence2": (
+        lambda: of_class("Florence2ForConditionalGeneration", "Florence2Config"),
+        "meets pictures by cross-attention (it has an encoder, to which pictures are given)",
+    ),
+    "t5gemma2": (
+        lambda: of_class("T5Gemma2ForConditionalGeneration", "T5Gemma2Config"),
+        "(it has an encoder, to which pictures are given)",
+    ),
+    "llama4": (
+        lambda: of_class("Llama4ForConditionalGeneration", "Llama4Config"),
+        "a Llama4TextAttention takes a token's place to be its number among those it is given",
+    ),
+    "gemma4": (gemma4_sharing, "layer 1: later layers read its keys and values (num_kv_shared_layers)"),
+    "lfm2": (
+        lambda: of_class("Lfm2VlForConditionalGeneration", "Lfm2VlConfig", text_config=CONVOLUTIONS),
+        "layers: 1 have a sliding window or no cache of their own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_families_that_cannot_be_adapted(name: str) -> None:
+    """Each with its own reason, and the model is left as it was."""
+    build, message = REFUSED[name]
+    with torch.device("meta"):
+        model = build()
+    layers = [3] if name == "llama4" else [1]
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(UserError, match=re.escape(message)):
+        adapt(model, config(layers=layers))
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_what_a_layer_must_have() -> None:
+    """The reason names the key of the config to change, and comes before anything is changed."""
+    with torch.device("meta"):
+        model = LLAVA.build()
+    layer = model.get_decoder().layers[2]
+    del layer.input_layernorm
+    with pytest.raises(UserError, match="router.input: norm: a LlamaDecoderLayer has no input_layernorm"):
+        adapt(model, config(router={"input": "norm"}))
+    del layer.mlp
+    with pytest.raises(UserError, match="set gate.branch: block"):
+        adapt(model, config())
+    assert not [name for name, _ in model.named_modules() if "mod_router" in name]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -194,3 +194,41 @@ def test_folders_that_do_not_fit(tmp_path, folder):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         HuggingFace(HuggingFace.Config(path=str(tmp_path), vocab_size=256))
+
+
+def saved(path, change):
+    """A tokenizer of the library, changed and saved; with ids for everything that the tests write."""
+    inner = BPE.Config(vocab_size=400).fit(["the quick brown fox jumps over the lazy dog"] * 3).inner
+    change(inner)
+    inner.save(str(path))
+    return BPE.Config(vocab_size=400)
+
+
+@pytest.mark.parametrize(
+    ("change", "altered"),
+    [
+        (lambda t: setattr(t, "normalizer", tokenizers.normalizers.Lowercase()), "'A Fox jumps.* becomes 'a fox jumps"),
+        (lambda t: setattr(t, "normalizer", tokenizers.normalizers.NFKC()), "'ﬁne ½ Ⅷ' becomes 'fine 1⁄2 VIII'"),
+        (lambda t: setattr(t, "normalizer", tokenizers.normalizers.StripAccents()), "Crème Bru.*becomes .Crème Brulee"),
+        (lambda t: t.add_tokens([tokenizers.AddedToken("fox", lstrip=True, rstrip=True)]), "'a fox b' becomes 'afoxb'"),
+    ],
+)
+def test_a_tokenizer_that_alters_texts_is_refused_or_accepted_by_name(tmp_path, change, altered):
+    config = saved(tmp_path / "x.json", change)
+    with pytest.raises(
+        UserError, match=f"x.json alters texts: .*{altered}.*; use another .* or accept it by lossy: true"
+    ):
+        config.load(tmp_path / "x.json")
+    assert config.model_copy(update={"lossy": True}).load(tmp_path / "x.json").encode("fox").size
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: setattr(t, "normalizer", tokenizers.normalizers.NFC()),
+        lambda t: setattr(t, "pre_tokenizer", tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        lambda t: t.add_special_tokens(["<|end|>", "<image>"]),
+    ],
+)
+def test_a_tokenizer_may_compose_letters_and_move_white_space_in_front(tmp_path, change):
+    assert saved(tmp_path / "x.json", change).load(tmp_path / "x.json").encode("fox").size

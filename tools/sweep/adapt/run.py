@@ -136,9 +136,10 @@ def _trained(folder: Path, point: AdaptPoint, device: str) -> Any:
     import transformers
 
     from zoo.adapt import load_adapted
+    from zoo.adapt.folder import open_whole
 
     dense = transformers.AutoModelForImageTextToText
-    model: Any = load_adapted(folder) if point.adapt is not None else dense.from_pretrained(folder)
+    model: Any = load_adapted(folder) if point.adapt is not None else open_whole(dense, folder)
     return model.to(device, torch.float32).eval()
 
 

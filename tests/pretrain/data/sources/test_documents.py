@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.data.errors import BrokenDocument, DataError
+from pretrain.data.shards import find_shards
 from pretrain.data.sources import Document, Source
+from pretrain.data.sources.files import find_files
 from tests.pretrain.data.samples import png, sample, write_shard
 from zoo.config import ConfigError
 from zoo.registry import parse_block
@@ -47,6 +49,15 @@ def test_a_compressed_shard_is_the_same_through_a_copy(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "copies").iterdir())) == 1
     packed.release(tmp_path / "cache")
     assert list((tmp_path / "cache" / "copies").iterdir()) == []
+
+
+def test_a_pattern_of_tar_files_means_compressed_ones_too(tmp_path: Path) -> None:
+    for name in ("a-train", "b-train"):
+        write_shard(tmp_path / f"{name}.tar", [sample(name, "x")])
+        (tmp_path / f"{name}.tar.gz").write_bytes(gzip.compress((tmp_path / f"{name}.tar").read_bytes()))
+    (tmp_path / "b-train.tar").unlink()
+    assert [path.name for path in find_shards(tmp_path, "*train*.tar", "")] == ["a-train.tar", "b-train.tar.gz"]
+    assert find_files(str(tmp_path), "*.tar") == [str(path) for path in find_shards(tmp_path, "*.tar", "")]
 
 
 def test_a_compressed_shard_that_ends_early_is_named(tmp_path: Path) -> None:

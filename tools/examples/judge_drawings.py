@@ -1,0 +1,193 @@
+"""What a model trained on captioned drawings can do: draw from captions it never saw, and find a drawing's caption.
+
+No figure can be had by copying: the distance to the nearest training drawing stands beside that of real drawings that
+were held out, and the classifier is asked about captions, not about beauty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+
+from pretrain.data import Data
+from pretrain.data.shards import find_shards
+from tools.examples.captions import decoded, draw, scores
+from zoo.config import UserError
+from zoo.model import Model
+from zoo.sampling import Sampling
+from zoo.slots import Objective
+
+CANDIDATES = 20
+"""Captions among which the right one is to be found."""
+NEAR = 8.0
+"""Drawings that differ by less, in the root mean square of their 8-bit pixels, are copies."""
+RESAMPLES = 2000
+CHUNK = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned:
+    """Drawings with a caption and a category each."""
+
+    images: np.ndarray
+    """(n, H, W, channels) uint8, as the model sees them."""
+    captions: list[str]
+    categories: np.ndarray
+    """(n,) name of the category of each."""
+
+    def pick(self, index: np.ndarray) -> Captioned:
+        """Some of them."""
+        return Captioned(self.images[index], [self.captions[i] for i in index], self.categories[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A share of n cases, with an interval that holds 95 % of what chance makes of it."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, hits: np.ndarray) -> Share:
+        """The mean of (n,) cases that are 0 or 1, under resampling of the cases."""
+        drawn = np.random.default_rng(0).integers(0, len(hits), (RESAMPLES, len(hits)))
+        low, high = np.quantile(hits[drawn].mean(1), (0.025, 0.975))
+        return cls(float(hits.mean()), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+def read_captioned(folder: str, pattern: str, data: Data) -> Captioned:
+    """The documents of shards that have one picture, one text and a `category`.
+
+    Raises:
+        UserError: there are none.
+    """
+    images, captions, categories = [], [], []
+    config: Any = data.modalities["image"].config
+    for shard in find_shards(Path(folder), pattern, "data"):
+        for item in webdataset.WebDataset(str(shard), shardshuffle=False):
+            document = json.loads(item["json"])
+            parts = {part["type"]: part for part in document["parts"]}
+            if set(parts) == {"text", "image"} and len(document["parts"]) == 2 and "category" in document:
+                images.append(config.square(Image.open(io.BytesIO(item[parts["image"]["file"]]))))
+                captions.append(parts["text"]["text"])
+                categories.append(document["category"])
+    if not images:
+        raise UserError(f"{folder}: no document of {pattern} has one picture, one text and a category")
+    return Captioned(np.stack(images), captions, np.array(categories))
+
+
+def evaluate(
+    model: Model,
+    data: Data,
+    objective: Objective,
+    training: Captioned,
+    held_out: Captioned,
+    sampling: Sampling | float,
+    seed: int,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The figures, and the drawings (n, H, W, channels) uint8 that they are about, one for each held-out caption."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = draw_all(model, data, objective, held_out.captions, sampling, generator)
+    classify = classifier(training)
+    seen, asked = classify(drawn), held_out.categories
+    hits = (seen == asked).astype(float)
+    random = np.random.default_rng(seed)
+    shuffled = np.array([(seen == random.permutation(asked)).mean() for _ in range(RESAMPLES)])
+    nearest, control = distances(drawn, training.images), distances(held_out.images, training.images)
+    summary: dict[str, Any] = {
+        "drawings": len(drawn),
+        "category_as_asked": dataclasses.asdict(Share.of(hits)),
+        "category_for_shuffled_captions": {
+            "value": float(shuffled.mean()),
+            "low": float(np.quantile(shuffled, 0.025)),
+            "high": float(np.quantile(shuffled, 0.975)),
+        },
+        "shuffled_as_good_as_asked": float((shuffled >= hits.mean()).mean()),
+        "classifier_accuracy_on_held_out": float((classify(held_out.images) == asked).mean()),
+        "nearest_training_distance": float(nearest.mean()),
+        "nearest_training_distance_of_held_out": float(control.mean()),
+        "copies": float((nearest < NEAR).mean()),
+        "copies_among_held_out": float((control < NEAR).mean()),
+    }
+    return summary | retrieval(model, data, held_out, random), drawn
+
+
+def draw_all(
+    model: Model,
+    data: Data,
+    objective: Objective,
+    captions: Sequence[str],
+    sampling: Sampling | float,
+    generator: torch.Generator,
+) -> np.ndarray:
+    """(n, H, W, channels) uint8, one for each caption."""
+    parts = [
+        draw(model, data, objective, captions[start : start + CHUNK], sampling, generator)
+        for start in range(0, len(captions), CHUNK)
+    ]
+    return decoded(data, np.concatenate(parts))
+
+
+def classifier(training: Captioned) -> Any:
+    """A function from drawings (n, H, W, channels) to the names of their categories: a support vector machine on the
+    principal components of the pixels, all categories weighing alike."""
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import SVC
+
+    fitted = make_pipeline(PCA(60, random_state=0), SVC(C=3.0, class_weight="balanced"))
+    fitted.fit(_flat(training.images) / 255, training.categories)
+    return lambda images: fitted.predict(_flat(images) / 255)
+
+
+def distances(images: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """(n,) root mean square difference of the pixels, 0 to 255, between each image and the nearest of `training`."""
+    return np.sqrt(_squared(images, training).min(1))
+
+
+def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """(n,) number of the nearest training drawing of each image."""
+    return _squared(images, training).argmin(1)
+
+
+def retrieval(model: Model, data: Data, held_out: Captioned, random: np.random.Generator) -> dict[str, Any]:
+    """How often the right caption among `CANDIDATES` is the one that a drawing makes likelier than it is by itself."""
+    found = []
+    blank = unconditional(model, data, held_out.captions)
+    for number in range(len(held_out.captions)):
+        others = random.permutation([n for n in range(len(held_out.captions)) if n != number])[: CANDIDATES - 1]
+        choice = np.append(others, number)
+        said = scores(model, data, held_out.images[[number]], [held_out.captions[n] for n in choice])[0]
+        found.append((said - blank[choice]).argmax() == len(choice) - 1)
+    return {"caption_found": dataclasses.asdict(Share.of(np.array(found, float))), "candidates": CANDIDATES}
+
+
+def unconditional(model: Model, data: Data, captions: Sequence[str]) -> np.ndarray:
+    """(n,) log-likelihood in nats of each caption, and of the end of the document, with no picture before it."""
+    return np.concatenate(
+        [scores(model, data, [None], captions[start : start + CHUNK])[0] for start in range(0, len(captions), CHUNK)]
+    )
+
+
+def _squared(images: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """(n, m) mean squared differences of pixels."""
+    a, b = _flat(images).astype(np.float64), _flat(training).astype(np.float64)
+    squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return np.maximum(squared, 0) / a.shape[1]
+
+
+def _flat(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1)
