@@ -67,7 +67,10 @@ def test_shared_experts_are_added_to_every_token(kind, norm):
     np.testing.assert_allclose(y.detach(), expected, atol=1e-13)
     assert not y[~context.valid].any()
     tied = {"untied_shared": False} if kind == "experts, untied" else {}
-    cost, plain = block.cost(64), build_block("feedforward", {**config, "shared_experts": 0, **tied}, norm=norm).cost(64)
+    cost, plain = (
+        block.cost(64),
+        build_block("feedforward", {**config, "shared_experts": 0, **tied}, norm=norm).cost(64),
+    )
     assert [a - b for a, b in zip(cost.flops, plain.flops, strict=True)] == [2 * 2 * 3 * D_MODEL * D_FF] * 2
     assert [a - b for a, b in zip(cost.active, plain.active, strict=True)] == [2 * 3 * D_MODEL * D_FF] * 2
 
