@@ -28,7 +28,7 @@ from zoo.config import UserError
 from zoo.files import atomic_write, remove_leftovers, sync
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine, Written
+    from pretrain.engine import Engine, Writing, Written
 
 STATE = "trainer.json"
 _NAME = r"step-(?:0|[1-9]\d*)"
@@ -43,6 +43,15 @@ class CheckpointError(UserError):
     """A checkpoint could not be written, or none that is there can be read."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """What is to be committed, once its files of tensors are written."""
+
+    step: int
+    state: Mapping[str, Any]
+    validation_loss: float | None
+
+
 class CheckpointStore:
     """The checkpoints of one run.
 
@@ -55,6 +64,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print) -> None:
         assert keep >= 1, f"keep={keep}: a run needs at least one checkpoint"
         self.folder, self.keep, self.log = Path(folder).absolute(), keep, log
+        self._begun: tuple[_Checkpoint, Writing] | None = None
         if set(str(self.folder)) & set("*?["):  # DeepSpeed looks for its files with a glob of the whole path
             raise UserError(
                 f"the checkpoint folder {str(self.folder)!r} must not contain *, ? or [; choose another run_dir"
@@ -94,24 +104,62 @@ class CheckpointStore:
         Raises:
             CheckpointError: on all ranks, where any rank could not write; earlier checkpoints are untouched.
         """
-        target = self._of(step)
-        temporary = target.with_name(target.name + ".tmp")
-        failure = f"the checkpoint of step {step} could not be written"
+        temporary = self._prepare(engine, step)
+        return self._finish(engine, _Checkpoint(step, dict(state), validation_loss), engine.save(temporary))
 
-        def prepare() -> None:
+    def begin(self, engine: Engine, step: int, state: Mapping[str, Any], validation_loss: float | None = None) -> None:
+        """As `save`, but training may go on while the files are written; `finish` commits the checkpoint.
+
+        None may be unfinished. Until it is committed it is not there, whatever happens.
+        """
+        assert self._begun is None, "the checkpoint before this one is not finished"
+        temporary = self._prepare(engine, step)
+        self._begun = (_Checkpoint(step, dict(state), validation_loss), engine.save_later(temporary))
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing a checkpoint that has begun."""
+        return self._begun is not None and not self._begun[1].done
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a checkpoint has begun that is not committed; the same on every rank."""
+        return self._begun is not None
+
+    def finish(self, engine: Engine) -> None:
+        """Wait for the checkpoint that has begun, if one has, and commit it; all ranks call it, between two steps.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        if self._begun is not None:
+            (checkpoint, writing), self._begun = self._begun, None
+            self._finish(engine, checkpoint, writing.wait())
+
+    def _prepare(self, engine: Engine, step: int) -> Path:
+        """The folder into which the ranks write a checkpoint before it is committed; made on rank 0, empty."""
+        temporary = self._of(step).with_name(f"step-{step}.tmp")
+
+        def work() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
-        _on_rank_zero(engine, prepare, failure)
-        reports = engine.ranks.gather(engine.save(temporary))
+        _on_rank_zero(engine, work, f"the checkpoint of step {step} could not be written")
+        return temporary
+
+    def _finish(self, engine: Engine, checkpoint: _Checkpoint, written: Written) -> Path:
+        """Commit what all ranks have written."""
+        step, reports = checkpoint.step, engine.ranks.gather(written)
+        target = self._of(step)
+        temporary = target.with_name(target.name + ".tmp")
 
         def commit() -> None:
-            loss = self._loss_of(target) if validation_loss is None else validation_loss
+            loss = self._loss_of(target) if checkpoint.validation_loss is None else checkpoint.validation_loss
             record = CheckpointRecord(step, engine.ranks.world, loss, Identity.of(engine), versions())
-            self._commit(temporary, record, state, reports)
+            self._commit(temporary, record, checkpoint.state, reports)
 
         try:
-            _on_rank_zero(engine, commit, failure)
+            _on_rank_zero(engine, commit, f"the checkpoint of step {step} could not be written")
         except CheckpointError:
             if engine.ranks.first:
                 shutil.rmtree(temporary, ignore_errors=True)

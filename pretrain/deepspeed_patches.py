@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from zoo.config import UserError
 from zoo.files import checksum
@@ -81,19 +82,31 @@ def record_saves(module: Any) -> Any:
     """Replace the writer of `module`'s checkpoints by one that syncs, takes checksums and never raises.
 
     DeepSpeed's own leaves files in memory, and a rank that raised while writing would leave the others waiting in
-    DeepSpeed's barrier. The returned writer has `begin(folder)`, `checksums` and `problems`.
+    DeepSpeed's barrier. The returned writer has `begin(folder, later)`, `write()`, `checksums` and `problems`. Where
+    `later`, saving copies what is to be saved into the host's memory, and `write()` writes it, from any thread.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     class RecordingCheckpointEngine(TorchCheckpointEngine):
-        def begin(self, folder: Path) -> None:
+        def begin(self, folder: Path, later: bool) -> None:
             self.folder, self.checksums, self.problems = folder, {}, []
+            self.later, self.waiting = later, []
 
         def makedirs(self, path: str, exist_ok: bool = False) -> None:
             with self._noted(path):
                 os.makedirs(path, exist_ok=exist_ok)
 
         def save(self, state_dict: Any, path: str) -> None:
+            if self.later:
+                self.waiting.append((_copied(state_dict), path))
+            else:
+                self._write(state_dict, path)
+
+        def write(self) -> None:
+            while self.waiting:
+                self._write(*self.waiting.pop(0))
+
+        def _write(self, state_dict: Any, path: str) -> None:
             with self._noted(path):
                 with open(path, "wb") as file:
                     torch.save(state_dict, file)
@@ -112,6 +125,18 @@ def record_saves(module: Any) -> Any:
     # DeepSpeed also copies two conversion scripts, on rank 0 alone and unguarded; export is safetensors here.
     module._copy_recovery_script = lambda path: None
     return module.checkpoint_engine
+
+
+def _copied(state: Any) -> Any:
+    """The same containers with copies of the tensors in the host's memory; a tensor that stands twice stays one."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return copies[id(tensor)]
+
+    return tree_map_only(torch.Tensor, copied, state)
 
 
 @contextlib.contextmanager

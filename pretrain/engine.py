@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import io
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,33 @@ class Written:
     """CRC-32 of each of its files, by the path below the folder."""
     problems: list[str]
     """What went wrong, in words; empty where nothing did."""
+
+
+class Writing:
+    """A rank's share of a checkpoint that is being written by a thread, while training goes on.
+
+    Args:
+        write: writes it, and says what became of it.
+    """
+
+    def __init__(self, write: Callable[[], Written]) -> None:
+        self._write = write
+        self._written: Written | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> Written:
+        """Wait until all is written."""
+        self._thread.join()
+        assert self._written is not None, "the thread that writes the checkpoint has failed; see its error above"
+        return self._written
+
+    def _run(self) -> None:
+        self._written = self._write()
 
 
 class Engine:
@@ -208,13 +236,31 @@ class Engine:
         Frozen weights are left out: `initialise_model` gives them, at every start. It does not raise on a full disk:
         this rank must stay with the others through DeepSpeed's barriers, and the caller then agrees over the ranks.
         """
+        return self._save(folder, later=False)
+
+    def save_later(self, folder: Path) -> Writing:
+        """As `save`, but what is saved is copied into the host's memory and written by a thread.
+
+        The copy is as large as this rank's files. Wait for it before the next checkpoint.
+        """
+        self._save(folder, later=True)
+        return Writing(self._write_copies)
+
+    def _write_copies(self) -> Written:
+        self._recorder.write()
+        return self._written()
+
+    def _written(self) -> Written:
+        return Written(dict(self._recorder.checksums), list(self._recorder.problems))
+
+    def _save(self, folder: Path, later: bool) -> Written:
         assert not self._accumulating, "a checkpoint holds no gradients: save between two steps"
-        self._recorder.begin(folder)
+        self._recorder.begin(folder, later)
         state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         self.module.save_checkpoint(
             str(folder), tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=self._frozen
         )
-        return Written(dict(self._recorder.checksums), list(self._recorder.problems))
+        return self._written()
 
     def load(self, folder: Path, universal: bool = False) -> None:
         """Load what `save` wrote, or (`universal`) its conversion for another number of ranks; collective.

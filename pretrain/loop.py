@@ -143,8 +143,9 @@ class Loop:
             if last or _due(state.step, train.evaluate_every):
                 values = self._evaluate()
             if last or _due(state.step, train.checkpoint_every):
-                self._save(values)
+                self._save(values, later=train.checkpoint_in_background and not last)
                 saved_at = state.step
+        self.store.finish(self.engine)
         if saved_at != state.step:
             self._save(values)
         weights = self.engine.full_state_dict()
@@ -177,12 +178,14 @@ class Loop:
         except UserError as error:
             problem = str(error)
         counts = self.task.count(batches)
-        local = [*counts.numbers(), int(self.watch.told_to_stop), int(bool(problem))]
-        *numbers, stop, problems = self.ranks.sum(
+        local = [*counts.numbers(), int(self.watch.told_to_stop), int(self.store.busy), int(bool(problem))]
+        *numbers, stop, busy, problems = self.ranks.sum(
             torch.tensor(local, dtype=torch.int64, device=self.engine.device)
         ).tolist()
         if problems:
             raise UserError(next(filter(None, self.ranks.gather(problem))))
+        if not busy:
+            self.store.finish(self.engine)
         return None if stop else Step(self.state.step, batches, counts.of(numbers))
 
     def _take(self, step: Step[Any, Any]) -> dict[str, float] | None:
@@ -221,6 +224,7 @@ class Loop:
                 f"step {state.step}: the loss or gradient is not finite; step skipped ({state.bad_in_a_row} in a row)"
             )
         if state.bad_in_a_row >= limit:
+            self.store.finish(self.engine)
             steps = self.ranks.broadcast(self.store.steps() if self.ranks.first else None)
             there = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             raise UserError(
@@ -257,9 +261,12 @@ class Loop:
         self.say(f"evaluation after step {self.state.step}: {text}  ({time.monotonic() - began:.1f} s)")
         return values
 
-    def _save(self, values: dict[str, float] | None) -> None:
+    def _save(self, values: dict[str, float] | None, later: bool = False) -> None:
+        """Save a checkpoint, or (`later`) begin one that is written while training goes on."""
         loss = self.task.judge(values) if values else None
-        self.store.save(self.engine, self.state.step, dataclasses.asdict(self.state), loss)
+        self.store.finish(self.engine)
+        save = self.store.begin if later else self.store.save
+        save(self.engine, self.state.step, dataclasses.asdict(self.state), loss)
 
     def say(self, text: str) -> None:
         """Print a line, on rank 0 alone."""

@@ -35,7 +35,7 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 """Keys of old, and where they stand now."""
 
 RESUMABLE = re.compile(
-    r"train\.(steps|(log|evaluate|checkpoint)_every|keep_checkpoints|max_bad_steps|calibrate_rows)"
+    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows)"
     r"|(evaluate|kernels)(\..*)?|optimizer\.(muon_)?lr|train\.clip|deepspeed\.gradient_clipping"
     r"|data\.(path|train|validation|cache|workers|max_broken_samples|max_broken_documents)"
     r"|data\.sources\.[^.]+\.(path|files|validation)"
@@ -68,6 +68,9 @@ class LoopConfig(Config):
     """Steps from one evaluation to the next; 0: only at the end."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps from one checkpoint to the next; 0: only at the end, and when the run is told to stop."""
+    checkpoint_in_background: bool = False
+    """Copy what a checkpoint holds into the host's memory and write it from there, while training goes on; it counts
+    once it is whole. The copy is as large as the files of a rank. The last checkpoint of a run is always waited for."""
     keep_checkpoints: int = Field(2, gt=0)
     """Newest checkpoints kept; the best by validation loss is kept besides."""
     max_bad_steps: int = Field(10, gt=0)

@@ -71,14 +71,16 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._go_deeper(self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _go_deeper(self, mark: yaml.Mark) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             problem = f"nested too deeply to be a recipe; values may lie {MAX_DEPTH} deep in one another"
-            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
+            raise yaml.composer.ComposerError(None, None, problem, mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -97,8 +99,10 @@ class _Loader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 maps = [each for each in merged if isinstance(each, yaml.MappingNode)]
+                self._go_deeper(key.start_mark)
                 for each in maps:
                     self.flatten_mapping(each)
+                self.depth -= 1
                 if sum(len(each.value) for each in maps) > MAX_VALUES:
                     problem = f"too many values; at most {MAX_VALUES:,}, aliases written out"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)

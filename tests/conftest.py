@@ -20,3 +20,30 @@ def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = recipes.resolve(tiny_recipe(folder, folder))
     open_data(recipe.data, recipe.modalities, seed=0, log=lambda line: None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files named as spoken digits are, 8 takes of each digit: tones in noise, one pitch a digit."""
+    import numpy as np
+
+    from tests.zoo.modalities.speech.waves import file, tone
+
+    folder = tmp_path_factory.mktemp("recordings")
+    for digit in range(10):
+        for take in range(8):
+            random = np.random.RandomState(10 * digit + take)
+            sound = tone(random.uniform(0.3, 0.5), hertz=150 * 1.3**digit)
+            sound += random.normal(0, 0.01, len(sound)).astype(np.float32)
+            (folder / f"{digit}_nobody_{take}.wav").write_bytes(file(sound, subtype="PCM_16"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spoken_shards(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of the recordings, each to be read and to be spoken."""
+    from tools.examples.make_spoken_digits import write
+
+    folder = tmp_path_factory.mktemp("spoken_shards")
+    write(recordings, folder)
+    return folder

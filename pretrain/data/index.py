@@ -151,6 +151,8 @@ class TokenRecord:
     """Documents that cannot be used."""
     digest: str
     """Hash of their keys."""
+    lost: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    """What was left out of documents that are used: reason → how often, and an example."""
 
     @classmethod
     def find(
@@ -284,6 +286,7 @@ class Writer:
         self.files = {name: open(folder / name, "wb") for name in names}
         self.keys: list[str] = []
         self.skipped: list[str] = []
+        self.lost: dict[str, tuple[int, str]] = {}
         self.lengths: list[int] = []
         self.text_bytes: list[int] = []
         self.counts = np.zeros(len(self.words.modalities), np.int64)
@@ -295,6 +298,9 @@ class Writer:
             self.skipped += [shown(key), shown(result, REASON)]
             return
         first = int(self.counts.sum())
+        for loss in result.losses:
+            count, example = self.lost.get(loss.kind, (0, shown(f"{key}: {loss.example}", REASON)))
+            self.lost[loss.kind] = count + 1, example
         self.keys.append(key)
         self.lengths.append(len(result.tokens))
         self.text_bytes.append(result.text_bytes)
@@ -326,6 +332,7 @@ class Writer:
             "counts": dict(zip(self.words.modalities, self.counts.tolist(), strict=True)),
             "items": {name: len(starts) for name, (starts, _) in self.items.items()},
             "skipped": len(self.skipped) // 2,
+            "lost": self.lost,
             "digest": hashlib.sha256(json.dumps(self.skipped[::2]).encode()).hexdigest(),
         }
         content = json.dumps(about).encode()

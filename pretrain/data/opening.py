@@ -279,4 +279,12 @@ def _check_broken(
         )
     if count:
         log(f"skipping {count:,} broken documents:\n  " + "\n  ".join(lines))
+    lost: dict[str, tuple[int, str]] = {}
+    for record in records:
+        for kind, (times, example) in record.lost.items():
+            before, first = lost.get(kind, (0, f"{record.shard}: {example}"))
+            lost[kind] = before + times, first
+    if lost:
+        told = [f"{times:,} × {kind}, such as {example}" for kind, (times, example) in sorted(lost.items())]
+        log("left out of documents that are used:\n  " + "\n  ".join(told))
     return skipped

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pretrain.data.errors import BrokenDocument, DataError, shown
 from pretrain.data.items import stored
-from pretrain.data.sources import Document
+from pretrain.data.sources import Document, Loss
 from zoo.config import UserError
 from zoo.modalities import PARTS, Grammar, Modality, Vocabulary
 
@@ -90,6 +90,8 @@ class Tokens(NamedTuple):
     """The content of each part whose positions carry no ids, in order."""
     text_bytes: int = 0
     """UTF-8 bytes of its texts."""
+    losses: Sequence[Loss] = ()
+    """What was left out of it, although the rest is used."""
 
 
 def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: Mapping[str, Grammar]) -> Tokens:
@@ -101,10 +103,12 @@ def tokenize(document: Document, modalities: Mapping[str, Modality], grammars: M
         BrokenDocument: see `read_parts`; also a part that no modality reads, an item that its modality cannot encode,
             one of more positions than that allows, or one whose numbers are not finite.
     """
-    made = Tokens(np.zeros(0), [], [])
+    contents = document.contents()
+    made = Tokens(np.zeros(0), [], [], losses=contents.losses)
     runs: list[np.ndarray] = [np.array([Vocabulary.bos])]
     length, text_bytes = 1, 0
     names = {modality.config.part: name for name, modality in modalities.items()}
+    document = Document(document.key, lambda: contents)  # it is read once
     for part in read_parts(document, {kind: modalities[name].config.read for kind, name in names.items()}):
         if part.type not in names:
             raise BrokenDocument(f"it has {part.type}, for which the recipe has no modality")

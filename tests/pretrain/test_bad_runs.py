@@ -42,10 +42,10 @@ def accidents(folder: Path, data: Path) -> dict[str, list[tuple[int, str]]]:
         results.setdefault(name, []).append((code, error.getvalue()))
 
     def full_from(step: int) -> Any:
-        def save(self: Any, values: Any) -> None:
+        def save(self: Any, values: Any, later: bool = False) -> None:
             if self.state.step == step:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
-            plain_save(self, values)
+            plain_save(self, values, later)
 
         return save
 

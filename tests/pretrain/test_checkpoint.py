@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, CheckpointStore
-from pretrain.engine import Written
+from pretrain.engine import Writing, Written
 from pretrain.manifest import MANIFEST
 from pretrain.process_group import Ranks
 from tests.pretrain import tiny
@@ -35,6 +37,10 @@ CASES = [
     (0, "muon"),
     (1, "muon"),
 ]
+CLIPPED = [(2, "fp32"), (1, "bf16")]
+"""Resumed with another `train.clip` than they were written with, too."""
+IN_BACKGROUND = CASES[1::2]
+"""Saved while training goes on; the others are waited for."""
 RESIZED = [(0, "fp32"), (1, "fp32"), (3, "fp32")]
 RESIZED_SLOWLY = [(2, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]  # the same code paths, or looser
 
@@ -69,8 +75,11 @@ def write_all(folder: Path) -> dict[Any, Any]:
         store.clean(engine)
         assert store.load_newest(engine) is None
         advance(engine, 0, 3)
-        store.save(engine, 3, {"step": 3, "best": math.inf, "data": {"position": 12}}, validation_loss=2.5)
+        state = {"step": 3, "best": math.inf, "data": {"position": 12}}
+        save = store.begin if case in IN_BACKGROUND else store.save
+        save(engine, 3, state, validation_loss=2.5)
         results[case] = (advance(engine, 3, 7), tiny.weights(engine))
+        store.finish(engine)
         if case == (2, "fp32"):
             results["full"] = full_disks(engine, store_of(folder, "full"))
         engine.destroy()
@@ -189,6 +198,11 @@ def read_all(folder: Path) -> dict[Any, Any]:
         results[case] = (state, advance(engine, 3, 7), tiny.weights(engine))
         engine.destroy()
     results |= grow(folder, RESIZED)
+    for case in CLIPPED:
+        engine = engine_of(case, clip=0.25)
+        store_of(folder, case).load_newest(engine)
+        results["clip", *case] = engine.module.optimizer.clip_grad
+        engine.destroy()
     for name in sorted(p.name for p in folder.iterdir() if p.name.startswith(("fault-", "killed"))):
         said: list[str] = []
         engine, store = (
@@ -320,6 +334,11 @@ def test_resumes_bit_for_bit(story: dict[str, Any], case: Any) -> None:
         assert all(torch.equal(weights[k], resumed_weights[k]) for k in weights)
 
 
+@pytest.mark.parametrize("case", CLIPPED)
+def test_gradients_are_clipped_as_the_run_says_and_not_the_checkpoint(story: dict[str, Any], case: Any) -> None:
+    assert [results["clip", *case] for results in story["read"]] == [0.25, 0.25]
+
+
 @pytest.mark.parametrize("case", RESIZED)
 def test_another_number_of_ranks(story: dict[str, Any], case: Any) -> None:
     compare_resized(case, story["written"][0], story["shrunk"][0], story["read"][0])
@@ -419,6 +438,9 @@ class OneRank:
         (folder / "engine" / "states.pt").write_bytes(self.content)
         return Written({"engine/states.pt": zlib.crc32(self.content)}, [])
 
+    def save_later(self, folder: Path) -> Writing:
+        return Writing(lambda: self.save(folder))
+
     def load(self, folder: Path, universal: bool = False) -> None:
         self.loaded = (folder / "engine" / "states.pt").read_bytes()
 
@@ -434,6 +456,53 @@ def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert store.steps() == [2, 5, 6]
     assert (tmp_path / "best").read_text() == "step-2\n"
     assert (tmp_path / "latest").read_text() == "step-6\n"
+
+
+def test_other_versions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, said = OneRank(), list[str]()
+    store = two_checkpoints(tmp_path, engine, said)
+    assert store.load_newest(engine) == {"n": 2} and not said
+    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "9.9"})
+    store.load_newest(engine)
+    assert len(said) == 1 and said[0].startswith("step-2 was written with ")
+    assert f"torch {torch.__version__}, now 9.9" in said[0] and said[0].endswith("may not go on bit for bit")
+
+
+def test_what_is_written_in_the_background_counts_when_it_is_finished(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store, late = CheckpointStore(tmp_path, keep=2), {"n": 1}
+    store.save(engine, 1, {"n": 0})
+    store.begin(engine, 2, late, validation_loss=2.0)
+    late["n"] = 5
+    assert store.steps() == [1] and store.unfinished
+    store.finish(engine)
+    assert store.steps() == [1, 2] and not store.unfinished and not store.busy
+    assert (tmp_path / "best").read_text() == (tmp_path / "latest").read_text() == "step-2\n"
+    assert CheckpointStore(tmp_path, keep=2).load_newest(engine) == {"n": 1}
+    store.finish(engine)  # nothing has begun
+
+
+def test_a_run_that_dies_before_the_background_is_finished(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(engine, 1, {"n": 1})
+    store.begin(engine, 2, {"n": 2})
+    while store.busy:
+        time.sleep(0.01)
+    again = CheckpointStore(tmp_path, keep=2)
+    again.clean(engine)
+    assert again.load_newest(engine) == {"n": 1} and not (tmp_path / "step-2.tmp").exists()
+
+
+def test_a_disk_that_fills_up_in_the_background(tmp_path: Path) -> None:
+    engine: Any = OneRank()
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(engine, 1, {"n": 1})
+    engine.save = lambda folder: Written({}, ["states.pt: No space left on device"])
+    store.begin(engine, 2, {"n": 2})
+    with pytest.raises(CheckpointError, match="the checkpoint of step 2 could not be written: rank 0: states.pt: No"):
+        store.finish(engine)
+    assert store.steps() == [1] and not store.unfinished and not (tmp_path / "step-2.tmp").exists()
 
 
 def test_saving_a_step_again_replaces_it_whole(tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ import yaml
 
 from pretrain import recipe as recipes
 from pretrain import recipe_file, run_folder
+from pretrain.checkpoint import CheckpointStore
 from pretrain.manifest import MANIFEST, read_manifest, write_manifest
+from pretrain.second_stage import second_stage
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import tiny_recipe, write_recipe
+from tests.pretrain.test_checkpoint import OneRank
 from zoo.config import ConfigError, UserError
 from zoo.files import checksum
 
@@ -141,6 +144,14 @@ def test_what_the_user_names_runs(run: Path) -> None:
     recipe = recipes.load(run / "recipe.yaml", ["imports=[made_by_hand]"])
     assert marker.exists() and recipe.imports == ["made_by_hand"]
     assert recipes.load(run / "recipe.yaml") == recipe, "what has been imported may be named by anyone"
+
+
+def test_routers_of_a_run_whose_modules_are_named(run: Path) -> None:
+    engine: Any = OneRank()
+    CheckpointStore(run / "checkpoints", keep=1).save(engine, 1, {})
+    with pytest.raises(ConfigError, match="runs no code of itself"):
+        second_stage(run)
+    assert second_stage(run, ["imports=[made_by_hand]"]).imports == ["made_by_hand"]
 
 
 def test_extending_is_no_way_around(run: Path) -> None:

@@ -189,6 +189,7 @@ BEYOND = {
     "codes": ("modalities.image.codes=16000000000", "modalities.image.codes: 16000000000: is too large"),
     "a type that is a list": ("model.layers.0.mixer.type=[1]", r"model.layers\[0\].mixer.type: \[1\] is not known"),
     "a kind that is a list": ("modalities.image.type=[1]", r"modalities.image.type: \[1\] is not known"),
+    "a name of a thousand letters": ("name=" + "x" * 1000, "must be letters, .*, 200 at most"),
     "open brackets": ("name=[[[", r"name: '\[\[\[' is not valid YAML; quote it"),
     "many open brackets": ("name=" + "[" * 5000, "nested too deeply"),
     "brackets": ("name=" + "[" * 60 + "]" * 60, "nested too deeply to be a recipe; values may lie 50 deep"),
@@ -218,10 +219,16 @@ def test_aliases_that_multiply(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    merged = ["a0: &a0 {" + ", ".join(f"k{i}: 1" for i in range(10)) + "}"]
+    merged += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12)]
+    (tmp_path / "merged.yaml").write_text("\n".join(merged))
+    (tmp_path / "merged circle.yaml").write_text("a: &a {<<: *a}")
     (tmp_path / "circle.yaml").write_text("a: &a [*a]")
     (tmp_path / "large.yaml").write_text("name: " + "x" * (1 << 20))
     for name, message in (
         ("bomb", "too many values; at most 100,000"),
+        ("merged", "too many values; at most 100,000"),
+        ("merged circle", "too deeply"),
         ("circle", "too deeply"),
         ("large", "larger than"),
     ):
@@ -229,7 +236,23 @@ def test_aliases_that_multiply(tmp_path: Path) -> None:
             recipes.read(tmp_path / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"steps_per_print": 1' + "0" * 400 + "}", "9" * 5000, "null"])
+def test_nothing_steers_the_terminal(file: Path) -> None:
+    """Keys, values, names and paths may hold any character; what is said of them holds none that acts."""
+    file.write_text(file.read_text() + '"\\e[2J\\u202e\\a": 1\n')
+    for overrides, said in (
+        ([], r"\x1b[2J\u202e\x07: unknown key"),
+        (["train.device='\x1b]0;title\x07'"], r"train.device: "),
+        (["train.device.\x1b[2J=1"], r"train.device.\x1b[2J"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            recipes.load(file, overrides)
+        lines = str(refused.value).splitlines()
+        assert any(said in line for line in lines) and all(line.isprintable() for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "text", [" " * (1 << 20) + "{}", "[" * 100_000, '{"steps_per_print": 1' + "0" * 400 + "}", "9" * 5000, "null"]
+)
 def test_json_beyond_all_bounds(file: Path, text: str) -> None:
     (file.parent / "deepspeed.json").write_text(text)
     with pytest.raises(ConfigError, match=r"deepspeed: '.*deepspeed\.json'") as refused:

@@ -157,6 +157,9 @@ def stop_and_go(folder: Path, data: Path) -> dict[str, Any]:
         run("stopped", (5, 1, signal.SIGUSR1), train=EVERY)
         run("stopped", (9, 0, signal.SIGTERM), train=EVERY)
         run("stopped", train=EVERY)
+        background = {**EVERY, "checkpoint_in_background": True}
+        run("background", (9, 0, signal.SIGTERM), train=background)
+        run("background", train=background)
         run("longer", train={**EVERY, "steps": 8})
         run("longer", train=EVERY)
         run("bf16 whole", train=BF16)
@@ -182,7 +185,7 @@ def test_every_rank_ends_with_zero(stories: tuple[Path, list[dict[str, Any]]]) -
     assert not [text for text in said if "Warning" in text], "\n".join(said)
 
 
-@pytest.mark.parametrize("name", ["stopped", "longer"])
+@pytest.mark.parametrize("name", ["stopped", "background", "longer"])
 def test_resumed_is_uninterrupted(stories: tuple[Path, list[dict[str, Any]]], name: str) -> None:
     """Stopped by a signal to one rank, twice; and finished at 8 steps, then asked for 12. Bit for bit."""
     folder, _ = stories

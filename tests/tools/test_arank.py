@@ -112,7 +112,7 @@ def test_bad_input(model: Path, data: Path, out: Path, tmp_path: Path, capsys: p
     out.parent.mkdir()
     out.write_text("{}")
     for arguments, message in [
-        ((text, data), f"'{text}' (LlamaConfig) has no image token (config.image_token_id): it is a text-only model"),
+        ((text, data), f"'{text}' (LlamaConfig) has no image token (config.image_token_id): a text-only model"),
         ((bare, data), f"'{bare}' holds no config.json; give a folder that `save_pretrained` wrote"),
         ((model, bare), "holds neither .jsonl files nor .tar shards"),
         ((model, no_images), f'{no_images}/train.jsonl: none of its 1 lines has an image; some must: {{"image"'),

@@ -57,15 +57,25 @@ def test_a_step_is_gone_with_its_references(layers, activation_checkpointing, no
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_resident_memory_of_a_sparse_model_stays_flat(activation_checkpointing):
+    assert_flat(activation_checkpointing, 70)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_resident_memory_stays_flat_over_two_thousand_steps():
+    assert_flat(False, 2000)
+
+
+def assert_flat(activation_checkpointing: bool, steps: int) -> None:
     """In a process of its own, without the collector."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-m", "tests.zoo.test_memory", str(int(activation_checkpointing))]
+    command = [sys.executable, "-m", "tests.zoo.test_memory", str(int(activation_checkpointing)), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     early, late = map(int, done.stdout.split())
     assert late <= 1.01 * early, f"{early} KiB at first, {late} KiB at the end"
 
 
-def main(activation_checkpointing: bool, warm: int = 20, steps: int = 70) -> None:
+def main(activation_checkpointing: bool, steps: int, warm: int = 20) -> None:
     """Print the largest resident size, in KiB, after `warm` steps and after all."""
     gc.disable()
     torch.set_num_threads(1)
@@ -84,4 +94,4 @@ def main(activation_checkpointing: bool, warm: int = 20, steps: int = 70) -> Non
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] == "1")
+    main(sys.argv[1] == "1", int(sys.argv[2]))

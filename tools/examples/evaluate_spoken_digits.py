@@ -4,7 +4,8 @@
 
 TAKES is what `make_spoken_digits` read. Asks the run's model to name every held-out take, by the likeliest of all
 words, and to speak each word; a classifier fitted on real takes judges what it speaks. Writes `summary.json`,
-`spoken.png` (the spectrograms) and `spoken-WORD-N.wav` into the run's `report/`.
+`round_trip.png` (spectrograms of takes, and out of their positions), `spoken.png` and `spoken-WORD-N.wav` into the
+run's `report/`.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, recipe = run_folder.load_model(recipe.folder)
         data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
         check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
-        summary, spoken = evaluate(model, data, list(takes(options.takes)), recipe.seed)
+        found = evaluate(model, data, list(takes(options.takes)), recipe.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run = recipe.folder
-    summary |= {"loss": causal_losses(run)}
+    run, summary = recipe.folder, found.summary | {"loss": causal_losses(recipe.folder)}
     report.write_summary(run, summary)
     report.draw_losses(run)
-    write_sounds(run, spoken, data.modalities)
+    write_sounds(run, found.spoken, data.modalities)
+    report.draw_images(found.round_trip, report.folder_of(run) / "round_trip.png", f"{run.name}: out of positions")
     report.print_table(f"{run.name}: {sum(p.numel() for p in model.parameters()):,} parameters", table(summary))
     print(f"pictures, sounds and summary.json are in {report.folder_of(run)}")
     return 0
@@ -64,7 +65,10 @@ def write_sounds(run: Path, spoken: Sequence[Spoken], modalities: Any) -> None:
     rows: dict[str, list[Any]] = {}
     for each in spoken:
         rows.setdefault(each.word, []).append(each.picture)
-    report.draw_images(rows, report.folder_of(run) / "spoken.png", f"{run.name}: spoken from words, T = {TEMPERATURE}")
+    if rows:
+        report.draw_images(
+            rows, report.folder_of(run) / "spoken.png", f"{run.name}: spoken from words, T = {TEMPERATURE}"
+        )
 
 
 def table(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -76,11 +80,16 @@ def table(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{summary['word_accuracy']:.1%} right (95 %: {low:.1%} to {high:.1%})",
         )
     ]
+    rows += [
+        ("the classifier on real held-out takes", f"{summary['classifier_accuracy_on_held_out']:.1%}"),
+        (
+            "the same out of their positions",
+            f"{summary['classifier_accuracy_on_held_out_as_positions']:.1%}; "
+            f"{summary['positions_that_survive_a_round_trip']:.1%} of what they carry comes again",
+        ),
+    ]
     if "spoken_agreement" in summary:
-        rows += [
-            (f"word → sound, T = {TEMPERATURE}", f"{summary['spoken_agreement']:.1%} recognised as asked"),
-            ("the classifier on real held-out takes", f"{summary['classifier_accuracy_on_held_out']:.1%}"),
-        ]
+        rows.append((f"word → sound, T = {TEMPERATURE}", f"{summary['spoken_agreement']:.1%} recognised as asked"))
     return rows + [(f"validation loss, {name}", f"{value:.3f} causal") for name, value in summary["loss"].items()]
 
 

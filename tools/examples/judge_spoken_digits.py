@@ -39,29 +39,51 @@ class Spoken:
     """(mels, frames) uint8 spectrogram, low frequencies at the bottom."""
 
 
-def evaluate(model: Model, data: Data, takes: Sequence[Take], seed: int) -> tuple[dict[str, Any], list[Spoken]]:
-    """The summary's figures about reading and speaking, and what was spoken; nothing where positions carry ids."""
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was found."""
+
+    summary: dict[str, Any]
+    """Figures by name."""
+    spoken: list[Spoken]
+    """What the model spoke; nothing where positions carry ids."""
+    round_trip: dict[str, list[np.ndarray]]
+    """Spectrograms of one held-out take of each word, as recorded and out of its positions."""
+
+
+def evaluate(model: Model, data: Data, takes: Sequence[Take], seed: int) -> Evaluation:
+    """How well a model reads and speaks, and what positions tell of a sound."""
     name = next(name for name, modality in data.modalities.items() if modality.config.part == "audio")
     speech = data.modalities[name]
     words = sorted({take.word for take in takes})
     held_out = [take for take in takes if take.held_out]
+    judge = Judge(speech.config, takes)
     right = read(model, data, name, held_out, words)
     interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    recorded = [(take.word, speech.config.read(take.sound)) for take in held_out]
+    again = [(word, speech.config.read(speech.write(speech.decode(speech.encode(sound))))) for word, sound in recorded]
     summary: dict[str, Any] = {
         "held_out_takes": len(right),
         "word_accuracy": float(np.mean(right)),
         "word_accuracy_interval": [interval.low, interval.high],
-    }
-    if isinstance(speech.config.carries, Ids):
-        return summary, []
-    judge = Judge(speech.config, takes)
-    spoken = speak(model, data, name, words, judge.spectrum, seed)
-    return summary | {
-        "classifier_accuracy_on_held_out": judge.accuracy(
-            [(take.word, speech.config.read(take.sound)) for take in held_out]
+        "classifier_accuracy_on_held_out": judge.accuracy(recorded),
+        "classifier_accuracy_on_held_out_as_positions": judge.accuracy(again),
+        "positions_that_survive_a_round_trip": float(
+            np.mean(
+                [(speech.encode(a) == speech.encode(b)).mean() for (_, a), (_, b) in zip(recorded, again, strict=True)]
+            )
         ),
-        "spoken_agreement": judge.accuracy([(each.word, each.sound) for each in spoken]),
-    }, spoken
+    }
+    spoken: list[Spoken] = []
+    if not isinstance(speech.config.carries, Ids):
+        spoken = speak(model, data, name, words, judge.spectrum, seed)
+        summary["spoken_agreement"] = judge.accuracy([(each.word, each.sound) for each in spoken])
+    first = [next(i for i, (word, _) in enumerate(recorded) if word == each) for each in words]
+    rows = {
+        label: [spectrogram(judge.spectrum, sounds[i][1]) for i in first]
+        for label, sounds in (("recorded", recorded), ("positions", again))
+    }
+    return Evaluation(summary, spoken, rows)
 
 
 def read(model: Model, data: Data, name: str, takes: Sequence[Take], words: Sequence[str]) -> list[bool]:

@@ -9,9 +9,10 @@ from zoo.adapt.cache import CacheReport, cache_report
 from zoo.adapt.config import AdaptConfig
 from zoo.adapt.context import AdaptContext
 from zoo.adapt.flops import Flops, decoder_flops, traced_flops
+from zoo.adapt.hooks import auxiliary_loss
 from zoo.adapt.layer import Decision
 from zoo.adapt.save import load_adapted, save_adapted
-from zoo.adapt.wrap import adapt, adaptation, auxiliary_loss, restore, routed_layers, routers
+from zoo.adapt.wrap import adapt, adaptation, restore, routed_layers, routers
 from zoo.trace import Trace
 
 __all__ = [

@@ -137,8 +137,8 @@ def picture_ids(config: Any, name: str) -> dict[int, int]:
     ids = {token: kind for token, kind in ((image, IMAGE), (video, VIDEO)) if token is not None}
     if not ids and vision is None:
         raise UserError(
-            f"{name} has no image token (config.image_token_id): it is a text-only model, and there is nothing to skip;"
-            " give a multimodal one, such as LLaVA"
+            f"{name} has no image token (config.image_token_id): a text-only model, or one of sound, has nothing to "
+            "skip; give a multimodal one, such as LLaVA"
         )
     if not ids:
         raise UserError(

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -133,6 +134,27 @@ def test_every_byte_of_a_record_may_be_damaged(config, folder, pattern):
     for place in range(0, len(content), 97):
         record.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
         assert opened(config).fingerprint == fingerprint
+
+
+def test_shards_take_no_open_files(config, folder):
+    """A data set may have more shards than `ulimit -n` allows files."""
+    for number in range(30):
+        write_shard(folder / f"c-train-{number}.tar", [sample(str(number), png(number), "x")])
+    before = os.listdir("/proc/self/fd")
+    data = opened(config)
+    assert len(data.train.documents.shards) >= 30 and os.listdir("/proc/self/fd") == before
+    with pytest.raises(ValueError, match="read-only"):
+        data.train.documents.shards[0][0] = 0
+
+
+def test_too_few_files_may_be_open(config, folder, monkeypatch):
+    def refused(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    opened(config)
+    monkeypatch.setattr(np, "load", refused)
+    with pytest.raises(DataError, match=r"listing.npz: cannot be opened .Too many open files.; raise .* ulimit -n"):
+        opened(config)
 
 
 def test_what_a_killed_writer_left_goes(config, folder):

@@ -108,7 +108,7 @@ WRONG = {
     "base=adapters": ("base: 'adapters' holds only adapters, not the model they belong to",),
     "base=text only": (
         "base: 'text only' (LlamaConfig) has no image token",
-        "it is a text-only model",
+        "a text-only model",
         "give a multimodal one",
     ),
     "base=no processor": ("base: 'no processor' ",),
@@ -183,7 +183,8 @@ def test_batches_that_do_not_divide_over_the_ranks(
     assert "train.global_batch: 4 is not a multiple of train.micro_batch × ranks = 2 × 3 = 6" in refused()
 
 
-SHIPPED = sorted((ROOT / "recipes" / "examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "recipes" / "examples").glob("*.yaml"))
+SHIPPED = [path for path in EXAMPLES if "pretrain.finetune" in path.read_text() or "\nbase:" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

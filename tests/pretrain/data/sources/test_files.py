@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 
 from pretrain.data.errors import DataError
 from pretrain.data.sources.files import Shard, find_files
+from tests.pretrain.data.sources.serving import serve
 
 
 @pytest.fixture
@@ -61,30 +59,11 @@ def test_a_pipe_that_fails_is_named(tmp_path: Path, command: str) -> None:
     assert list((tmp_path / "copies").iterdir()) == []
 
 
-class Counting(http.server.SimpleHTTPRequestHandler):
-    """A server that notes what it is asked for."""
-
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        """A test has nothing to say about it."""
-
-
 @pytest.fixture
 def server(tree: Path) -> Iterator[tuple[str, list[str]]]:
     """The address of the tree, and the paths that it was asked for."""
-    asked: list[str] = []
-    handler = functools.partial(type("Handler", (Counting,), {"asked": asked}), directory=str(tree))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
-        thread = threading.Thread(target=serving.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{serving.server_port}", asked
-        serving.shutdown()
-        thread.join()
+    with serve(tree) as served:
+        yield served
 
 
 def test_a_url_is_read_once(server: tuple[str, list[str]], tree: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from tests.pretrain.data.samples import png
 from tests.pretrain.data.sources.reading import everything, source
+from zoo import registry
 from zoo.config import ConfigError
 
 PAIRS = [(f"a picture of {n},\n“{n}”", png(n)) for n in range(6)]
@@ -345,3 +348,14 @@ def test_a_changed_picture_changes_the_stamp_and_the_identity(tmp_path: Path) ->
     assert all(
         one != other for one, other in zip(before, (after.stamp(shard), after.identity(shard, tmp_path)), strict=True)
     )
+
+
+def test_the_entries_that_the_page_shows_are_valid() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "data.md").read_text()
+    entries = re.findall(r"^\| `(\w+)` \|.*\| `(\w+: \{type: .*\})` \|$", page, re.MULTILINE)
+    assert {name for name, _ in entries} == {name for name in registry.known("source") if name.islower()}
+    for name, entry in entries:
+        ((_, keys),) = yaml.safe_load(entry.replace("\\|", "|")).items()
+        assert keys["type"] == name and registry.parse_block("source", keys, "source")
+    (table,) = re.findall(r"`(\{type: captions, path: metadata.csv.*?\})`", page, re.DOTALL)
+    assert registry.parse_block("source", yaml.safe_load(table), "source")
