@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 import zoo
 from pretrain import run_folder
 from pretrain.data import Data, open_data
@@ -14,6 +17,7 @@ from pretrain.evaluate import evaluate
 from pretrain.recipe import Recipe
 from pretrain.run_folder import DataPosition, Initial
 from zoo.config import UserError
+from zoo.modalities import vocabulary
 from zoo.upcycle import upcycle
 
 
@@ -44,7 +48,7 @@ def begin(old_run: Path, recipe: Recipe) -> Begun:
     """
     old, old_recipe = run_folder.load_model(old_run)
     new = zoo.build("model", recipe.model, kernels=recipe.kernels, seed=recipe.seed)
-    made = upcycle(old.state_dict(), new)
+    made = upcycle(old.state_dict(), new, _ids(old_recipe, recipe))
     start = run_folder.position(old_run)
     data = open_data(recipe.data, recipe.modalities, recipe.seed, log=_silent)
     check_ids(old_run, old_recipe, start, data)
@@ -54,6 +58,16 @@ def begin(old_run: Path, recipe: Recipe) -> Begun:
     total = sum(value.numel() for value in made.weights.values())
     row = start.row if start.data == data.fingerprint else 0
     return Begun(old, new.eval(), data, row, copied, total - copied)
+
+
+def _ids(old: Recipe, new: Recipe) -> Tensor | None:
+    """(V,) for each id of the new model's that of the old one, −1 where it is new; None where all are the same."""
+    before, after = vocabulary(old.modalities), vocabulary(new.modalities)
+    if before == after:
+        return None
+    ids = torch.full((new.model.vocab_size or after.size,), -1)
+    ids[: after.size] = torch.from_numpy(after.ids_in(before))
+    return ids
 
 
 def check_ids(old_run: Path, old_recipe: Recipe, start: DataPosition, data: Data) -> None:
@@ -73,7 +87,8 @@ def check_ids(old_run: Path, old_recipe: Recipe, start: DataPosition, data: Data
         ) from None
     if old.fingerprint != start.data:
         raise UserError(f"{old_run}: its data have changed since, and with them perhaps what ids mean; restore them")
-    if fingerprint(old.modalities) != fingerprint(data.modalities):
+    there = {name: data.modalities[name] for name in old.modalities if name in data.modalities}
+    if fingerprint(old.modalities) != fingerprint(there):
         raise UserError(
             f"modalities: ids mean something else than in {old_run}, though there may be as many; {way_out}"
         )

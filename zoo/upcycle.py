@@ -4,6 +4,8 @@
     1t1i → NtNi                 every expert of a group a copy of the group's one (MoMa, arXiv 2407.21770 §2.4)
     tied → untied               every modality a copy of the shared weight
     block → MoD round it        the block inside is the old one
+    text → text and images      ids keep their vectors under their new numbers; new ids, and the stems and heads of what
+                                carries none, keep their first values (LMFusion, arXiv 2412.15188, starts so too)
 
 What has no counterpart (routers of another number of experts, auxiliary routers) keeps its first values; copies of one
 expert part ways through the router's noise (`router: {noise: gumbel}`) or its random start. The optimiser starts anew:
@@ -19,8 +21,10 @@ from torch import Tensor, nn
 
 from zoo.config import UserError
 from zoo.experts import RoutedExperts
+from zoo.heads import IdHead
 from zoo.roles import Role, parameter_roles
-from zoo.slots import Depth
+from zoo.slots import Depth, Head, Stem
+from zoo.stems import IdStem
 
 FRESH = {Role.ROUTER, Role.AUXILIARY}
 """What may keep its first values; so may buffers, which no gradient trains."""
@@ -35,20 +39,30 @@ class Upcycled:
     """Name in the new model → name in the old one; absent for what keeps its first value."""
 
 
-def upcycle(old: Mapping[str, Tensor], new: nn.Module) -> Upcycled:
+def upcycle(old: Mapping[str, Tensor], new: nn.Module, ids: Tensor | None = None) -> Upcycled:
     """Fill a new model's weights from an old one's; the new model itself is left as it is.
 
     Args:
         old: whole weights of the trained model by name.
         new: the model with its first weights; gives names, roles, shapes, and what stays fresh.
+        ids: (V,) int64, which id of the old model each of the new one's is, −1 for none (`Vocabulary.ids_in`); default:
+            they are the same.
     Raises:
         UserError: a weight of the new model has no counterpart of a shape it can be copied from.
     """
     roles, sources = parameter_roles(new), _Sources(new)
-    weights, origin = {}, {}
+    weights, origin, ends = {}, {}, _own_ends(new)
     for name, value in new.state_dict().items():
         found = next((source for source in sources.of(name) if source.name in old), None)
         role = roles.get(name)
+        if found is None and name in ends:
+            weights[name] = value
+            continue
+        if ids is not None and role in (Role.EMBEDDING, Role.HEAD) and found is not None:
+            known = (ids >= 0).to(value.device)
+            weights[name], origin[name] = value.clone(), found.name
+            weights[name][known] = old[found.name][ids[ids >= 0]].to(value.dtype)
+            continue
         if (role is None or role in FRESH) and (found is None or old[found.name].shape != value.shape):
             # also a router of one expert: N copies of its column would choose the same tokens for all N experts
             weights[name] = value
@@ -58,6 +72,17 @@ def upcycle(old: Mapping[str, Tensor], new: nn.Module) -> Upcycled:
             raise UserError(_problem(name, value, found, old))
         weights[name], origin[name] = copied.to(value.dtype).clone(), found.name
     return Upcycled(weights, origin)
+
+
+def _own_ends(new: nn.Module) -> set[str]:
+    """Names of the weights of stems and heads of modalities whose positions carry no ids."""
+    parts = [(name, part) for name, part in new.named_modules() if isinstance(part, Stem | Head)]
+    return {
+        f"{name}.{weight}"
+        for name, part in parts
+        if not isinstance(part, IdStem | IdHead)
+        for weight, _ in part.named_parameters()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

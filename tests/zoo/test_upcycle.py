@@ -5,6 +5,7 @@ import torch
 
 import zoo
 from zoo import TokenContext, UserError
+from zoo.modalities import Vocabulary
 from zoo.routing.linear import LinearScorer
 from zoo.upcycle import upcycle
 
@@ -123,3 +124,40 @@ def test_what_cannot_be_copied_is_named():
         upcycle(model(DENSE).state_dict(), model({**DENSE, "d_ff": 32}))
     with pytest.raises(UserError, match="has no counterpart"):
         upcycle(model(DENSE, {"type": "attention", "heads": 2}).state_dict(), model(DENSE))
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_a_text_model_becomes_one_that_denoises_images(untied):
+    """Its ids have other numbers there; what it says of text is what it was, and image weights begin as text's."""
+    old_words, new_words = Vocabulary({"text": 9}), Vocabulary({"text": 9, "image": 1})
+    layers = [{"mixer": ATTENTION, "feedforward": DENSE}] * 2
+    config = {"modalities": ["text"], "d_model": 16, "vocab_size": old_words.size, "layers": layers}
+    old = zoo.build("model", config, seed=1).double().eval()
+    if untied:
+        feedforward = {**DENSE, "untied": True}
+        layers = [{"mixer": UNTIED, "feedforward": feedforward, "untied_norms": True}] * 2
+    ends = {
+        "stem": {"image": {"type": "noisy_vectors", "width": 3}},
+        "head": {"image": {"type": "vectors", "width": 3}},
+    }
+    config = {"modalities": MODALITIES, "d_model": 16, "vocab_size": new_words.size, "layers": layers} | ends
+    new = zoo.build("model", config, seed=2).double().eval()
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    ids = torch.from_numpy(new_words.ids_in(old_words))
+    assert ids.tolist() == [0, 1, -1, -1, *range(2, 11), -1]
+    result = upcycle(old.state_dict(), new, ids)
+    new.load_state_dict(result.weights)
+    fresh = {name for name in result.weights if name not in result.origin}
+    assert fresh == {"stems.image.weight", "stems.image.time", "heads.image.weight"}
+    assert all(torch.equal(result.weights[name], before[name]) for name in fresh)
+    assert torch.equal(result.weights["embedding.weight"][ids < 0], before["embedding.weight"][ids < 0])
+    if untied:
+        text, image = new.layers[0].mixer.q_proj.weight
+        assert torch.equal(text, image) and torch.equal(text, old.layers[0].mixer.q_proj.weight)
+
+    known = (ids >= 0).nonzero()[:, 0]
+    tokens = known[torch.randint(len(known), (2, 12), generator=torch.Generator().manual_seed(0))]
+    text = torch.zeros_like(tokens)
+    said = new(tokens, TokenContext.from_modality(text))[..., known]
+    expected = old(ids[tokens], TokenContext.from_modality(text, modalities=("text",)))[..., ids[known]]
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-12)

@@ -148,8 +148,9 @@ def classifier(training: Captioned) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import SVC
 
-    fitted = make_pipeline(PCA(60, random_state=0), SVC(C=3.0, class_weight="balanced"))
-    fitted.fit(_flat(training.images) / 255, training.categories)
+    pixels = _flat(training.images) / 255
+    components = PCA(min(60, *pixels.shape), random_state=0)
+    fitted = make_pipeline(components, SVC(C=3.0, class_weight="balanced")).fit(pixels, training.categories)
     return lambda images: fitted.predict(_flat(images) / 255)
 
 

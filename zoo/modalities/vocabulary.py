@@ -76,6 +76,19 @@ class Vocabulary:
             )
         return self._modality[tokens]
 
+    def ids_in(self, other: Vocabulary) -> np.ndarray:
+        """(size,) int64, the id in `other` that means what each id means here, −1 where none does: special tokens by
+        their names, the others by their places in their modality's range."""
+        result = np.full(self.size, -1, np.int64)
+        for special, number in self.specials.items():
+            result[number] = other.specials.get(special, -1)
+        for modality, (start, stop) in self._ranges.items():
+            if modality in other._ranges:
+                first, end = other._ranges[modality]
+                count = min(stop - start, end - first)
+                result[start : start + count] = np.arange(first, first + count)
+        return result
+
     def name(self, token: int) -> str:
         """`<eos>`, `text 17`, `image 3`: what the id `token` stands for."""
         for special, number in self.specials.items():
