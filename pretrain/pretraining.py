@@ -28,6 +28,7 @@ from zoo.auxiliary import AuxiliaryRouter
 from zoo.batch import Batch
 from zoo.config import UserError
 from zoo.flops import TRAINING_FACTOR
+from zoo.kept import keep_modalities
 from zoo.model import load_weights
 from zoo.slots import Mixer
 from zoo.trace import Trace
@@ -122,6 +123,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type)
         ]
         if self.engine.ranks.first:
+            keep_modalities(self.recipe.folder, self.data.modalities)
             print(*notes, *one_way_mixers(self.recipe), sep="\n", flush=True)
 
     def training_mode(self) -> None:

@@ -6,7 +6,7 @@ from pretrain.data.documents import Documents
 from pretrain.data.errors import DataError
 from pretrain.data.index import Skipped
 from pretrain.data.mixture import Mixture
-from pretrain.data.opening import Data, open_data
+from pretrain.data.opening import Data, open_data, tokenize_part
 from pretrain.data.packing import Row, TokenStream
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "check_length",
     "micro_batches",
     "open_data",
+    "tokenize_part",
     "tokens_by_rank",
 ]

@@ -2,7 +2,7 @@
 
 Rows come in blocks of 65,536, in each of which a source has the same number of rows, its weight's share. Row i of the k
 that a source has in a block lies at random in the i-th of the block's k equal stretches; so any stretch of the stream,
-such as the rows of one rank in one step, has each source's share to within a row or two. What a source gives are the
+such as the rows of one rank in one step, has each source's share to within a few rows. What a source gives are the
 rows of its own stream, in order. Hence the row at a position is a function of (seed, position) and of the sources, the
 number of ranks does not matter, and a counter is all that resuming needs.
 """

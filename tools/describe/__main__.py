@@ -1,6 +1,7 @@
 """Print the architecture a recipe assembles: parameters, FLOPs a token, memory a rank; nothing is allocated.
 
 python -m tools.describe RECIPE [key.sub=value ...] [--ranks N] [--json]
+python -m tools.describe RECIPE [key.sub=value ...] --data      the mixture of its data
 python -m tools.describe FOLDER [--papers FILE]    a table of all recipes in it, as Markdown
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from pretrain import recipe as recipes
 from pretrain.describe import blueprint, describe
 from pretrain.recipe import Recipe
+from tools.describe.data import data_facts, show_data
 from tools.describe.papers import Papers, table
 from tools.describe.tree import show
 from zoo.config import UserError
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="or a folder of recipes, for a table")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     parser.add_argument("--ranks", type=int, default=1, help="for the memory a rank (default 1)")
+    parser.add_argument("--data", action="store_true", help="print the mixture of the data; they are tokenised first")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--papers", metavar="FILE", help="YAML of what papers print, for a folder's table")
     options = parser.parse_intermixed_args(arguments)
@@ -40,6 +43,10 @@ def _recipe(options: argparse.Namespace) -> None:
     if options.papers:
         raise UserError(f"--papers: {options.recipe!r} is not a folder; papers stand beside the recipes of a folder")
     recipe = recipes.load(options.recipe, options.overrides)
+    if options.data:
+        found = data_facts(recipe)
+        print(json.dumps(found, indent=1)) if options.json else show_data(found)
+        return
     model = blueprint(recipe)
     facts = describe(recipe, model, options.ranks)
     if options.json:
