@@ -133,7 +133,7 @@ def load(folder: str | Path, *, imports: Iterable[str] = (), device: str = "cpu"
         )
         length = int(recipe["data"]["sequence_length"])
     except ConfigError as error:
-        raise UserError(f"{folder / RECIPE}: {error}") from None
+        raise UserError(f"{folder / RECIPE}: {'; '.join(str(error).splitlines())}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / RECIPE}: is no resolved recipe of a pretraining ({error!r})") from None
     _load_weights(model, folder / WEIGHTS)
