@@ -228,7 +228,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         return values | {f"eval/constant/{name}": self.objective.constant_loss(name, mse) for name, mse in errors}
 
     def shown(self, key: str) -> bool:
-        return "flops" not in key and (key.count("/") < 3 or "auxiliary" not in key)
+        return "flops" not in key and "/router/" not in key and (key.count("/") < 3 or "auxiliary" not in key)
 
     def judge(self, values: Mapping[str, float]) -> float:
         return validation_loss(values)

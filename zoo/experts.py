@@ -33,6 +33,7 @@ from zoo.routing.linear import LinearScorer
 from zoo.routing.pool import Pool, Scope
 from zoo.routing.scorer import Router
 from zoo.routing.selection import ExpertSelection, decide
+from zoo.routing.statistics import Usage
 from zoo.slots import FeedForward
 from zoo.states import State
 
@@ -170,12 +171,22 @@ class ExpertGroup(nn.Module, RoutedBlock):
             context.trace.add_load(self.name, sum(selection.counts), x.shape[0] * self.count)
             if not self.looks_ahead:
                 context.trace.add_expert_load(self.name, everywhere.counts)
+            context.trace.add_usage(self.name, lambda: self._usage(selection, candidates, context))
         if not causal and logits is not None:
             train_auxiliary(context, self.name, logits, selection.mask(x.shape[0]))
         if isinstance(router, Router):
             router.observe(x, scores, everywhere, candidates)
         weight = self.chooser.weigh(router.gates(scores), everywhere)
         return Routed(selection, weight[: selection.token.shape[0]])
+
+    def _usage(self, selection: ExpertSelection, candidates: Candidates, context: TokenContext) -> Usage:
+        """Rows of each expert by modality."""
+        width = len(context.totals)
+        modality = context.modality.reshape(-1).index_select(0, candidates.index.index_select(0, selection.token))
+        rows = torch.bincount(selection.expert * width + modality, minlength=self.count * width)
+        own = self.pool.modality
+        offered = tuple(n if own in (None, m) else 0 for m, n in enumerate(context.totals))
+        return Usage(tuple(rows.tolist()), offered)
 
     def init_state(self, rows: int, like: Tensor) -> State | None:
         """What the router must remember while decoding."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def evaluations(trained: Sequence[Path]) -> list[Evaluation]:
     """
     found, before = [], dict.fromkeys(("steps", *AXES), 0.0)
     for folder in trained:
-        lines = list(_placed(_lines(folder)))
+        lines = [{**line, "steps": line["step"]} for line in _lines(folder) if all(axis in line for axis in AXES)]
         for line in lines:
             values = {key: value for key, value in line.items() if key.startswith("eval/")}
             if values:
@@ -44,16 +44,6 @@ def evaluations(trained: Sequence[Path]) -> list[Evaluation]:
         if lines:
             before = {axis: before[axis] + lines[-1][axis] for axis in before}
     return found
-
-
-def _placed(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Lines that say what the run had used; an evaluation that does not takes it from the log line of its step."""
-    at: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        if all(axis in line for axis in AXES):
-            at[line["step"]] = {axis: line[axis] for axis in AXES}
-        if line["step"] in at:
-            yield {**line, **at[line["step"]], "steps": line["step"]}
 
 
 def losses(evaluation: Evaluation, start: str = CAUSAL) -> dict[str, float]:

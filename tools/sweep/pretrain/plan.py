@@ -174,12 +174,6 @@ def _resolved(config: SweepConfig, arm: str, size: str, steps: int | None) -> Re
             f"arms.{arm} at size {size}: train.evaluate_every: 0; savings are read off curves of validation loss, so "
             "give the steps from one evaluation to the next"
         )
-    if recipe.train.evaluate_every % recipe.train.log_every or recipe.train.steps % recipe.train.log_every:
-        raise ConfigError(
-            f"arms.{arm} at size {size}: train.log_every: {recipe.train.log_every} does not divide "
-            f"train.evaluate_every {recipe.train.evaluate_every} and train.steps {recipe.train.steps}; what a run had "
-            "used at an evaluation stands in the log line of its step, so choose a divisor of both, such as 1"
-        )
     return recipe
 
 

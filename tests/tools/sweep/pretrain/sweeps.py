@@ -60,6 +60,6 @@ def write_run(
             for layer in range(2):
                 block = f"eval/causal/router/layers.{layer}.feedforward.groups.all"
                 values |= {f"{block}/entropy": 0.8, f"{block}/specialisation": 0.25, f"{block}/load/text": 1.5}
-        lines.append({"step": step, **values})
+        lines.append({"step": step, **used, **values})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
