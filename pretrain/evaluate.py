@@ -84,7 +84,8 @@ def evaluate(
         of all text tokens, special ones too, over the UTF-8 bytes of the texts, which compares tokenizers; for sparse
         models, from the top-k pass, `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers
         and `eval/auxiliary/<block>/…` of each, and from the causal pass `eval/causal/flops_per_token` really used,
-        beside `eval/nominal_flops_per_token`.
+        beside `eval/nominal_flops_per_token`; of each routed block `eval/<routing>/router/<block>/{load/<modality>,
+        entropy,specialisation}`, see `zoo.routing.statistics.Usage`.
     """
     rows = min(rows, stream.rows_per_epoch)
     chunk = micro_batch * ranks.world
@@ -99,6 +100,9 @@ def evaluate(
     for routing in routings(model):
         totals = _pass(forward, objective, batches, routing).over(ranks, device)
         result |= _losses(totals, counts, routing, objective)
+        for block, usage in totals.routing.usage.items():
+            found = usage.summary(model.modalities)
+            result |= {f"eval/{routing}/router/{block}/{key}": value for key, value in found.items()}
         if text in totals.parts and text_bytes:
             result[f"eval/{routing}/bits_per_byte"] = totals.parts[text] / math.log(2) / text_bytes
         if routing == TOPK:
@@ -120,7 +124,7 @@ def _pass(forward: nn.Module, objective: Objective, batches: Sequence[Batch], ro
     """What this rank's batches give under one routing, summed in fp64 on the host."""
     sums = Sums()
     for batch in batches:
-        trace = Trace()
+        trace = Trace(detailed=True)
         parts = objective(forward, batch.under(routing=routing, trace=trace))
         sums += Sums(parts={name: total.double().cpu() for name, total in parts.items()}, routing=trace.statistics)
     return sums

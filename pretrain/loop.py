@@ -16,7 +16,7 @@ from pretrain.checkpoint import CheckpointStore
 from pretrain.metrics import Metrics
 from pretrain.optim import learning_rate_factor
 from pretrain.process_group import rank_and_world, stop_processes
-from pretrain.progress import Progress, peak_flops
+from pretrain.progress import Progress, peak_flops, peak_memory
 from pretrain.recipe import RunRecipe
 from pretrain.sums import Sums
 from pretrain.task import AnyTask, RunState, Step
@@ -237,6 +237,7 @@ class Loop:
         if self.metrics is None:
             return
         report["tokens_per_second"] = progress.rate()
+        report["memory"] = peak_memory(self.engine.device)
         peak = peak_flops(self.engine.device, self.ranks.world)
         if peak:
             per_token = self.state.flops / max(self.state.tokens, 1)
@@ -252,7 +253,9 @@ class Loop:
         if values is None:
             return None
         if self.metrics is not None:
-            self.metrics.log(self.state.step, values)
+            state = self.state
+            where = {"tokens": state.tokens, "flops": state.flops, "seconds": state.seconds}
+            self.metrics.log(state.step, values, where)
         shown = {key.removeprefix("eval/"): value for key, value in values.items() if self.task.shown(key)}
         text = "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
         self.say(f"evaluation after step {self.state.step}: {text}  ({time.monotonic() - began:.1f} s)")

@@ -48,9 +48,14 @@ class Metrics:
         # readers drop events from this step on, whatever a killed run has left there
         self.writer = _event_writer(folder / "tensorboard", 0 if resumed_at is None else resumed_at + 1)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the object of `step`."""
-        finite = {name: value if math.isfinite(value) else json.dumps(value) for name, value in values.items()}
+    def log(self, step: int, values: Mapping[str, float], where: Mapping[str, float] | None = None) -> None:
+        """Append the object of `step`.
+
+        Args:
+            where: how far the run was besides `step`, such as its tokens; stands in the line, not in TensorBoard.
+        """
+        every = {**(where or {}), **values}
+        finite = {name: value if math.isfinite(value) else json.dumps(value) for name, value in every.items()}
         self.file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self.file.flush()
         for name, value in values.items():

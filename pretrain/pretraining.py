@@ -28,6 +28,7 @@ from zoo.auxiliary import AuxiliaryRouter
 from zoo.batch import Batch
 from zoo.config import UserError
 from zoo.flops import TRAINING_FACTOR
+from zoo.kept import keep_modalities
 from zoo.model import load_weights
 from zoo.slots import Mixer
 from zoo.trace import Trace
@@ -122,6 +123,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type)
         ]
         if self.engine.ranks.first:
+            keep_modalities(self.recipe.folder, self.data.modalities)
             print(*notes, *one_way_mixers(self.recipe), sep="\n", flush=True)
 
     def training_mode(self) -> None:
@@ -226,7 +228,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         return values | {f"eval/constant/{name}": self.objective.constant_loss(name, mse) for name, mse in errors}
 
     def shown(self, key: str) -> bool:
-        return "flops" not in key and (key.count("/") < 3 or "auxiliary" not in key)
+        return "flops" not in key and "/router/" not in key and (key.count("/") < 3 or "auxiliary" not in key)
 
     def judge(self, values: Mapping[str, float]) -> float:
         return validation_loss(values)

@@ -26,7 +26,7 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     Raises:
         ConfigError: a file that cannot be read or is not YAML, or an override that does not fit.
     """
-    return overridden(_merge(_read(Path(path), ()), over or {}), overrides)
+    return overridden(merge(_read(Path(path), ()), over or {}), overrides)
 
 
 def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -215,20 +215,20 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         )
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = _merge(merged, _read(path.parent / parent, (*chain, path.resolve())))
-    return _merge(merged, data)
+        merged = merge(merged, _read(path.parent / parent, (*chain, path.resolve())))
+    return merge(merged, data)
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`. A mapping with another `type` replaces the whole block; one over a list of mappings is
-    laid over each of them."""
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, neither of which changes. A mapping with another `type` replaces the whole block; one
+    over a list of mappings is laid over each of them."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
         if isinstance(value, Mapping) and isinstance(below, list) and below and all(map(_is_mapping, below)):
-            merged[key] = [_merge(entry, value) for entry in below]
+            merged[key] = [merge(entry, value) for entry in below]
         elif isinstance(value, Mapping) and isinstance(below, Mapping) and _same_type(value, below):
-            merged[key] = _merge(below, value)
+            merged[key] = merge(below, value)
         else:
             merged[key] = value
     return merged

@@ -21,7 +21,6 @@ def draw_losses(run: Path) -> Path:
     """`report/loss.png`: training loss of each modality over tokens, with the causal validation loss as points."""
     figure, axes = _figure((7, 4))
     objects = metrics.read(run / "metrics.jsonl")
-    tokens = {item["step"]: item["tokens"] for item in objects if "tokens" in item}
     modalities = recipe_file.read(run / run_folder.RECIPE)["modalities"]
     names = [key for key in (f"loss/{name}" for name in sorted(modalities)) if any(key in item for item in objects)]
     for color, name in enumerate(names):
@@ -29,7 +28,7 @@ def draw_losses(run: Path) -> Path:
         points = [(item["tokens"], item[name]) for item in objects if name in item]
         axes.plot(*zip(*points, strict=True), color=f"C{color}", linewidth=1, label=f"{label}, training")
         key = f"eval/causal/{name}"
-        evaluated = [(tokens[item["step"]], item[key]) for item in objects if key in item and item["step"] in tokens]
+        evaluated = [(item["tokens"], item[key]) for item in objects if key in item and "tokens" in item]
         if evaluated:
             axes.plot(*zip(*evaluated, strict=True), "o", color=f"C{color}", label=f"{label}, validation (causal)")
     axes.set(xlabel="tokens", ylabel="nats per token", title=run.name)
@@ -80,7 +79,7 @@ def last_evaluation(run: Path) -> dict[str, float]:
 
 def last_step(run: Path) -> dict[str, float]:
     """The newest training step that was logged; empty where there is none."""
-    found = [item for item in metrics.read(run / "metrics.jsonl") if "tokens" in item]
+    found = [item for item in metrics.read(run / "metrics.jsonl") if "tokens_per_second" in item]
     return found[-1] if found else {}
 
 

@@ -20,14 +20,18 @@ from pretrain import recipe as recipes
 from pretrain import recipe_file
 from pretrain.checkpoint import STATE, CheckpointStore
 from pretrain.engine import read_weights
+from pretrain.environment import environment
 from pretrain.optim import learning_rate_factor
 from pretrain.recipe import Recipe, RunRecipe
 from pretrain.watch import LOST
 from zoo.config import UserError
 from zoo.files import atomic_path, atomic_write, open_here, remove_leftovers
+from zoo.kept import different, kept_files
+from zoo.modality import Modality
 from zoo.model import Model
 
 RECIPE, WEIGHTS, CHECKPOINTS = recipe_file.RUN_RECIPE, "model.safetensors", "checkpoints"
+ENVIRONMENT = "environment.json"
 INITIAL, INITIAL_POSITION = "initial.safetensors", "initial.json"
 
 
@@ -112,7 +116,8 @@ def changes(folder: Path, recipe: RunRecipe, step: int) -> list[str]:
 
 
 def write_recipe(folder: Path, recipe: RunRecipe, effective: Mapping[str, Any]) -> None:
-    """The resolved recipe, and beside it the dictionary DeepSpeed got; atomic."""
+    """The resolved recipe, and beside it the dictionary DeepSpeed got and what the run is made with; atomic."""
+    atomic_write(folder / ENVIRONMENT, json.dumps(environment(), indent=1) + "\n")
     atomic_write(folder / "deepspeed.json", json.dumps(effective, indent=1) + "\n")
     atomic_write(folder / RECIPE, yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
 
@@ -168,6 +173,18 @@ def position(folder: Path) -> DataPosition:
     recipe = recipes.load(folder / RECIPE)
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return DataPosition(state["first_row"] + state["step"] * recipe.train.global_batch, state["data"])
+
+
+def check_ids(run: Path, modalities: Mapping[str, Modality]) -> None:
+    """Raise UserError where ids or vectors of `modalities` mean something else than in `run`."""
+    if changed := different(run, modalities):
+        files = kept_files(run)
+        named = " ".join(f"modalities.{name}.path={files[name]}" for name in changed if name in files)
+        way_out = f"use the run's own: {named}" if named else "the recipe must say of them what the run's says"
+        raise UserError(
+            f"modalities: {', '.join(changed)}: ids mean something else than in {run}, though there may be as many; "
+            f"{way_out}"
+        )
 
 
 def save_initial(folder: Path, initial: Initial) -> None:

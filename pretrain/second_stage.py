@@ -16,8 +16,8 @@ from pretrain.data import open_data
 from pretrain.process_group import rank_and_world
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
-from pretrain.upcycle import check_ids
 from zoo.config import UserError
+from zoo.kept import kept_files
 
 STEPS, WARMUP_SHARE = 10_000, 5
 KEPT = re.compile(r"(model|imports|modalities)(\..*)?")
@@ -38,6 +38,7 @@ def second_stage(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     over = {
         "name": f"{old.name}_routers",
         "run_dir": str(run.with_name(f"{run.name}_routers")),
+        "modalities": {name: {"path": str(file)} for name, file in kept_files(run).items()},
         "model": with_auxiliary(old.model.model_dump(mode="json")),
         "optimizer": {"type": "adamw", "lr": 1e-4, "betas": list(old.optimizer.betas), "eps": old.optimizer.eps},
         "schedule": {"type": "linear", "warmup_steps": 0, "final_fraction": 0.01},
@@ -76,7 +77,7 @@ def begin(run: Path, recipe: Recipe, fresh: bool) -> Initial:
     used = {name: value for name, value in trained.items() if not (fresh and ".auxiliary." in name)}
     initial = Initial({**model.state_dict(), **used}, run_folder.position(run))
     data = open_data(recipe.data, recipe.modalities, recipe.seed, log=_silent)
-    check_ids(run, recipes.load(run / run_folder.RECIPE), initial.position, data)
+    run_folder.check_ids(run, data.modalities)
     if rank_and_world()[0] == 0:
         run_folder.save_initial(recipe.folder, initial)
     return initial

@@ -11,12 +11,10 @@ from torch import Tensor
 import zoo
 from pretrain import run_folder
 from pretrain.data import Data, open_data
-from pretrain.data.fitting import fingerprint
 from pretrain.describe import objective_of
 from pretrain.evaluate import evaluate
 from pretrain.recipe import Recipe
-from pretrain.run_folder import DataPosition, Initial
-from zoo.config import UserError
+from pretrain.run_folder import Initial
 from zoo.modalities import vocabulary
 from zoo.upcycle import upcycle
 
@@ -51,7 +49,8 @@ def begin(old_run: Path, recipe: Recipe) -> Begun:
     made = upcycle(old.state_dict(), new, _ids(old_recipe, recipe))
     start = run_folder.position(old_run)
     data = open_data(recipe.data, recipe.modalities, recipe.seed, log=_silent)
-    check_ids(old_run, old_recipe, start, data)
+    shared = {name: each for name, each in data.modalities.items() if name in old_recipe.modalities}
+    run_folder.check_ids(old_run, shared)
     run_folder.save_initial(recipe.folder, Initial(made.weights, start))
     new.load_state_dict(made.weights)
     copied = sum(made.weights[name].numel() for name in made.origin)
@@ -68,30 +67,6 @@ def _ids(old: Recipe, new: Recipe) -> Tensor | None:
     ids = torch.full((new.model.vocab_size or after.size,), -1)
     ids[: after.size] = torch.from_numpy(after.ids_in(before))
     return ids
-
-
-def check_ids(old_run: Path, old_recipe: Recipe, start: DataPosition, data: Data) -> None:
-    """Raise UserError where an id of `data` does not mean what it meant in `old_run`, or where that cannot be told."""
-    if start.data == data.fingerprint:
-        return
-    way_out = (
-        f"let the old modalities be saved by python -m tools.train_tokenizer {old_run / run_folder.RECIPE} --out "
-        "FOLDER, and name their files in modalities.text.path and modalities.image.path"
-    )
-    try:
-        old = open_data(old_recipe.data, old_recipe.modalities, old_recipe.seed, log=_silent)
-    except UserError as error:
-        raise UserError(
-            f"{old_run}: was trained on other data than the recipe's, and whether ids mean the same cannot be told, "
-            f"since its data do not open: {error}"
-        ) from None
-    if old.fingerprint != start.data:
-        raise UserError(f"{old_run}: its data have changed since, and with them perhaps what ids mean; restore them")
-    there = {name: data.modalities[name] for name in old.modalities if name in data.modalities}
-    if fingerprint(old.modalities) != fingerprint(there):
-        raise UserError(
-            f"modalities: ids mean something else than in {old_run}, though there may be as many; {way_out}"
-        )
 
 
 def losses(model: zoo.Model, recipe: Recipe, data: Data, rows: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from pretrain.image_tokenizer import ImageTokenizerRecipe
 from pretrain.recipe import Recipe
 from tools.examples.make_llava import LlavaFolderConfig
 from tools.sweep.adapt.settings import SweepConfig
+from tools.sweep.pretrain.settings import SweepConfig as PretrainSweepConfig
 from zoo import registry
 from zoo.config import Config
 
@@ -33,6 +34,7 @@ ROOTS: Sequence[tuple[str, type[Config]]] = (
     ("Keys of a pretraining", Recipe),
     ("Keys of a fine-tuning", FinetuneRecipe),
     ("Keys of a sweep of adaptations", SweepConfig),
+    ("Keys of a sweep of pretrainings", PretrainSweepConfig),
     ("Keys of a small LLaVA", LlavaFolderConfig),
     ("Keys of an image tokenizer", ImageTokenizerRecipe),
 )

@@ -18,11 +18,13 @@ from zoo.calibrate import calibrate
 from zoo.config import Config, ConfigError, UserError
 from zoo.context import TokenContext
 from zoo.flops import Cost
+from zoo.generate import Part
 from zoo.modality import Modality
 from zoo.model import Model, ModelConfig, initialise
 from zoo.objectives import autoregressive, denoising  # noqa: F401
 from zoo.registry import BlockConfig, Place, known, register
 from zoo.routing.scorer import Router, Scorer
+from zoo.run import Run, load
 from zoo.slots import Depth, FeedForward, Head, Mixer, Objective, Stem
 from zoo.trace import Trace
 
@@ -40,8 +42,10 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Objective",
+    "Part",
     "Place",
     "Router",
+    "Run",
     "Scorer",
     "Stem",
     "TokenContext",
@@ -53,5 +57,6 @@ __all__ = [
     "calibrate",
     "initialise",
     "known",
+    "load",
     "register",
 ]

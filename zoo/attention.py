@@ -96,11 +96,11 @@ class Attention(Mixer, counter_noise=True):
         kernel = kernels.choose("attention", self.backend, x.device.type).module
         tables = rotary_tables(context, self.head_dim, self.theta, x.dtype)
         query, key = rotate(query, tables), rotate(key, tables)
-        if state is None:
+        seen = None if state is None else state.append(key, value, context)
+        if seen is None:
             mixed = kernel.packed_attention(query, key, value, context)
         else:
-            key, value, mask = state.append(key, value, context)
-            mixed = kernel.masked_attention(query, key, value, mask)
+            mixed = kernel.masked_attention(query, *seen)
         mixed = self.grouping.split(mixed.flatten(2), context)
         return self.grouping.merge(self.o_proj(mixed, sizes), context)
 

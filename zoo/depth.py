@@ -37,6 +37,7 @@ from zoo.routing.linear import LinearScorer
 from zoo.routing.pool import Pool, Scope
 from zoo.routing.scorer import Router
 from zoo.routing.selection import TokenSelection, decide
+from zoo.routing.statistics import Usage
 from zoo.schedules import OverLayers, WarmDown
 from zoo.slots import Component, Depth
 from zoo.states import State
@@ -252,6 +253,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         if context.trace is None:
             return
         context.trace.add_load(self.name, sum(inner.row_counts), sum(context.row_counts))
+        context.trace.add_usage(self.name, lambda: Usage(inner.totals, context.totals))
         for pool in self.pools:
             if pool.modality is not None:
                 context.trace.add_load(pool.name, inner.totals[pool.modality], context.totals[pool.modality])

@@ -33,6 +33,7 @@ from zoo.routing.linear import LinearScorer
 from zoo.routing.pool import Pool, Scope
 from zoo.routing.scorer import Router
 from zoo.routing.selection import ExpertSelection, decide
+from zoo.routing.statistics import Usage
 from zoo.slots import FeedForward
 from zoo.states import State
 
@@ -66,6 +67,11 @@ class ExpertConfig(BlockConfig):
         """How the experts of a group of `experts` choose, unless the router has its own way."""
         capacity = Fraction(1, experts + self.noop_experts) if self.capacity is None else number(self.capacity)
         return ExpertChoice(capacity)
+
+    @property
+    def shared_by_modality(self) -> bool:
+        """Whether the shared experts are one network a modality."""
+        return False
 
     def group_sizes(self) -> dict[str, int]:
         """Experts of each group by name."""
@@ -165,12 +171,22 @@ class ExpertGroup(nn.Module, RoutedBlock):
             context.trace.add_load(self.name, sum(selection.counts), x.shape[0] * self.count)
             if not self.looks_ahead:
                 context.trace.add_expert_load(self.name, everywhere.counts)
+            context.trace.add_usage(self.name, lambda: self._usage(selection, candidates, context))
         if not causal and logits is not None:
             train_auxiliary(context, self.name, logits, selection.mask(x.shape[0]))
         if isinstance(router, Router):
             router.observe(x, scores, everywhere, candidates)
         weight = self.chooser.weigh(router.gates(scores), everywhere)
         return Routed(selection, weight[: selection.token.shape[0]])
+
+    def _usage(self, selection: ExpertSelection, candidates: Candidates, context: TokenContext) -> Usage:
+        """Rows of each expert by modality."""
+        width = len(context.totals)
+        modality = context.modality.reshape(-1).index_select(0, candidates.index.index_select(0, selection.token))
+        rows = torch.bincount(selection.expert * width + modality, minlength=self.count * width)
+        own = self.pool.modality
+        offered = tuple(n if own in (None, m) else 0 for m, n in enumerate(context.totals))
+        return Usage(tuple(rows.tolist()), offered)
 
     def init_state(self, rows: int, like: Tensor) -> State | None:
         """What the router must remember while decoding."""
@@ -180,9 +196,6 @@ class ExpertGroup(nn.Module, RoutedBlock):
 class RoutedExperts(FeedForward):
     """Groups of experts over parts of the tokens: gather once, compute, weigh, add once."""
 
-    untied_shared = False
-    """Whether the shared experts are one network a modality."""
-
     def __init__(self, modalities: Mapping[str, int | None], config: ExpertConfig, place: Place) -> None:
         """`modalities`: for each group by name the modality whose tokens are its pool; None: all tokens are."""
         super().__init__()
@@ -191,7 +204,7 @@ class RoutedExperts(FeedForward):
             inner, experts = place.child(f"groups.{name}"), config.group_sizes()[name]
             self.groups[name] = ExpertGroup(Pool(inner.name, modality, config.scope), experts, config, inner)
         self.modalities = len(place.modalities)
-        shared = Dense.Config(d_ff=max(1, config.shared_experts) * config.d_ff, untied=self.untied_shared)
+        shared = Dense.Config(d_ff=max(1, config.shared_experts) * config.d_ff, untied=config.shared_by_modality)
         self.shared = Dense(shared, place.child("shared")) if config.shared_experts else None
         self.owns_norm = place.norm == "post" and config.gate == "outside"
         self.norm_grouping = place.norm_grouping
@@ -258,6 +271,17 @@ class Experts(RoutedExperts, counter_noise=True):
     class Config(ExpertConfig):
         experts: int = Field(gt=0)
         """Number of experts E."""
+        untied_shared: bool = False
+        """Whether `shared_experts` are one network a modality, which its tokens alone meet, in place of one for all."""
+
+        @property
+        def shared_by_modality(self) -> bool:
+            return self.untied_shared
+
+        def check(self, place: Place, path: str) -> None:
+            if self.untied_shared and not self.shared_experts:
+                raise ConfigError(f"{path}.untied_shared: there is nothing to untie; set shared_experts, or remove it")
+            super().check(place, path)
 
         def group_sizes(self) -> dict[str, int]:
             return {"all": self.experts}

@@ -1,154 +1,282 @@
-"""Generation: token by token with states, each step restricted to the ids that may come next."""
+"""Generation: parts in, parts out, for a trained run; and how likely parts are.
+
+    run = zoo.load("runs/quickstart")
+    [picture] = run.generate(["seven"], then="image", temperature=0.8)
+    [word] = run.generate([Part("image", picture.item)], then="text")
+
+A part is text, as a string, or an item of another modality. Without `then` the model decides itself what follows what,
+and when the document ends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+import tqdm
 
-from zoo.context import CAUSAL, TokenContext
+from zoo.auxiliary import RoutedBlock
+from zoo.choosing import Choosing
+from zoo.config import UserError, suggestion
+from zoo.modalities.grammar import Grammar, Piece
+from zoo.modalities.vocabulary import Vocabulary
+from zoo.modality import Modality
 from zoo.model import Model
+from zoo.objectives.denoising import Denoising
+from zoo.prefix import together
+from zoo.sampling import Sampling
+from zoo.slots import Objective
+from zoo.writing import MARKERS, Rules, write
+
+STOP_TAIL = 64
+"""So many of the last ids of a text are looked at for a text that ends it."""
 
 
-def prompt_context(tokens: Tensor, modality: Tensor, modalities: tuple[str, ...], first: int = 0) -> TokenContext:
-    """Causal context of one document a row; `first` is the position of the first column.
+class Part(NamedTuple):
+    """A part of a document."""
 
-    Args:
-        tokens, modality: (B, T); modality −1 for padding.
-    """
-    position = (first + torch.arange(tokens.shape[1], device=tokens.device)).expand(tokens.shape)
-    return TokenContext.from_modality(modality, position=position, modalities=modalities, routing=CAUSAL)
-
-
-class Choice(NamedTuple):
-    """What one new token is chosen from: the ids [start, stop), all of one modality (its number in the model)."""
-
-    start: int
-    stop: int
-    modality: int
+    modality: str
+    """Name of its modality in the run."""
+    item: Any
+    """As the modality encodes it and its `decode` gives it: text is a string, a picture an array or a Pillow image."""
 
 
-class Item(NamedTuple):
-    """An item whose positions carry no ids, as the stream holds it."""
+class Trained(Protocol):
+    """What generation needs to know of a run."""
 
-    place: int
-    """The id that holds its places."""
-    end: int
-    """Its end marker."""
-    modality: int
-    """Number of its modality in the model."""
-    least: int
-    most: int
-    """How many positions it has."""
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def modalities(self) -> Any: ...
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    @property
+    def grammars(self) -> dict[str, Grammar]: ...
 
 
-@torch.no_grad()
 def generate(
-    model: Model,
-    prompt: Tensor,
-    prompt_modality: Tensor,
-    choices: Sequence[Choice],
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue prompts, in causal routing, with a cache that holds only the tokens each layer kept.
-
-    Args:
-        prompt: (B, T) token ids; shorter rows are padded on the left.
-        prompt_modality: (B, T) index into the model's modalities, −1 for padding.
-        choices: one for each new token, such as `Grammar.choices` of an image, whose length is never left to chance
-            (Chameleon §2.2 masks the same way).
-        temperature: 0 takes the likeliest.
-        generator: on the prompt's device; makes the draw reproducible.
-    Returns:
-        (B, len(choices)) new token ids.
-    """
-    if bool((prompt_modality[:, -1] < 0).any()):
-        raise ValueError("prompt: a row ends in padding, there is nothing to continue; pad on the left")
-    rows, length = prompt.shape
-    states = model.init_state(rows, length + len(choices))
-    step, context = prompt, prompt_context(prompt, prompt_modality, model.modalities)
-    drawn = []
-    for offset, (start, stop, modality) in enumerate(choices):
-        choice = _draw(model(step, context, states)[:, -1, start:stop].float(), temperature, generator)
-        step = (start + choice)[:, None]
-        drawn.append(step)
-        context = prompt_context(step, torch.full_like(step, modality), model.modalities, first=length + offset)
-    return torch.cat(drawn, dim=1)
-
-
-@torch.no_grad()
-def generate_channels(
-    model: Model,
-    prompt: Tensor,
-    prompt_modality: Tensor,
-    item: Item,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> list[Tensor]:
-    """An item of channels after each prompt, position by position, in causal routing; the model says where it ends.
-
-    All channels of a position are drawn at once, each by itself, as their head predicts them.
-
-    Args:
-        prompt: (B, T) token ids, none of the item's modality; each row ends with the item's begin marker.
-        prompt_modality: (B, T) index into the model's modalities.
-        temperature: 0 takes the likeliest.
-        generator: on the prompt's device; makes the draw reproducible.
-    Returns:
-        Of each row (n, count) ids of the channels, `item.least` ≤ n ≤ `item.most`.
-    """
-    rows, length = prompt.shape
-    name = model.modalities[item.modality]
-    states, last = model.init_state(rows, length + item.most), torch.arange(rows, device=prompt.device)
-    context = prompt_context(prompt, prompt_modality, model.modalities)
-    logits, heads = model(prompt, context, states, read={name: last * length + length - 1})
-    drawn: list[Tensor] = []
-    lengths = torch.full((rows,), item.most, device=prompt.device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=prompt.device)
-    while len(drawn) < item.most:
-        if len(drawn) >= item.least:
-            choice = logits[:, -1, [item.place, item.end]]
-            stop = _draw(choice, temperature, generator) == 1
-            lengths = torch.where(stop & ~ended, len(drawn), lengths)
-            ended |= stop
-            if bool(ended.all()):
-                break
-        drawn.append(_draw(heads[name], temperature, generator))
-        step = torch.full((rows, 1), item.place, device=prompt.device)
-        first = length + len(drawn) - 1
-        context = prompt_context(step, torch.full_like(step, item.modality), model.modalities, first=first)
-        logits, heads = model(step, context, states, content={name: drawn[-1]}, read={name: last})
-    content = torch.stack(drawn, dim=1)
-    return [row[:count] for row, count in zip(content, lengths.tolist(), strict=True)]
-
-
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """(…,) numbers drawn from logits (…, n)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    share = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(share.flatten(0, -2), 1, generator=generator).view(share.shape[:-1])
+    run: Trained,
+    prompts: Sequence[Sequence[Part | str]],
+    then: str | Sequence[str] | None,
+    choosing: Choosing,
+    sampling: Sampling,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    batch: int = 32,
+    progress: bool = False,
+) -> list[list[Part]]:
+    """What follows each prompt; arguments as `Run.generate_all`."""
+    check_causal(run)
+    rules = _rules(run, then, stop)
+    pieces = [document(run, parts) for parts in prompts]
+    needed = sum(map(rules.least, rules.plan or ()))
+    rooms = [_room(run, len(piece), needed, rules.plan, max_tokens) for piece in pieces]
+    order = sorted(range(len(pieces)), key=lambda number: len(pieces[number]))  # alike in a batch: little padding
+    written: dict[int, list[Part]] = {}
+    process = run.objective.process if isinstance(run.objective, Denoising) else None
+    with tqdm.tqdm(
+        total=sum(rooms), desc="generating", unit="token", disable=None if progress else True, leave=False
+    ) as bar:
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            rows = write(
+                run.model,
+                rules,
+                [pieces[number] for number in chosen],
+                chosen,
+                [rooms[number] for number in chosen],
+                choosing,
+                sampling,
+                process,
+                bar.update,
+            )
+            written |= {number: _parts(run, row, stop) for number, row in zip(chosen, rows, strict=True)}
+    return [written[number] for number in range(len(prompts))]
 
 
 @torch.no_grad()
-def log_likelihood(
-    model: Model,
-    tokens: Tensor,
-    context: TokenContext,
-    scored: Tensor,
-    content: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """Σ log p of the scored tokens of each row: (B,) in nats.
+def log_likelihoods(
+    run: Trained, documents: Sequence[tuple[Sequence[Part | str], str]], end: bool = True, batch: int = 64
+) -> np.ndarray:
+    """(n,) log-likelihood in nats of each text after its prompt.
 
     Args:
-        tokens: (B, T).
-        context: of the tokens; its `routing` is what is used.
-        scored: (B, T) bool, the tokens whose probability counts; column 0 has no predecessor and never does.
-        content: what positions carry that carry no ids, as for the model.
+        documents: (prompt, text) each.
+        end: whether the end of the document counts as well.
     """
-    logits = model(tokens, context, content=content)[:, :-1].float()
-    picked = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return picked.masked_fill(~scored[:, 1:], 0.0).sum(1)
+    check_causal(run)
+    eos = Piece.of([run.vocabulary.eos] if end else [], run.grammars[run.vocabulary.text].text)
+    prompts = {id(prompt): prompt for prompt, _ in documents}
+    read = {number: document(run, prompt) for number, prompt in prompts.items()}  # each once, however often it stands
+    pieces = [(read[id(prompt)], Piece.join([_text(run, text), eos])) for prompt, text in documents]
+    result = np.zeros(len(pieces))
+    for start in range(0, len(pieces), batch):
+        chunk = pieces[start : start + batch]
+        wholes = [Piece.join(pair) for pair in chunk]
+        rows = together(wholes, run.model, [0] * len(chunk), [0] * len(chunk))
+        width = rows.tokens.shape[1]
+        places = [
+            (row, column)
+            for row, (prompt, text) in enumerate(chunk)
+            for column in range(len(prompt), len(prompt) + len(text))
+        ]
+        before = torch.tensor([row * width + column - 1 for row, column in places], device=rows.tokens.device)
+        logits = run.model(rows.tokens, rows.context, content=rows.content, logits_at=before).double()
+        target = rows.tokens.flatten()[before + 1]
+        said = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0].cpu().numpy()
+        np.add.at(result[start : start + batch], [row for row, _ in places], said)
+    return result
+
+
+def document(run: Trained, parts: Iterable[Part | str]) -> Piece:
+    """The beginning of a document that holds these parts.
+
+    Raises:
+        UserError: a part's modality is not the run's, or its item is no such thing.
+    """
+    pieces = [Piece.of([run.vocabulary.bos], run.grammars[run.vocabulary.text].text)]
+    for number, part in enumerate(parts):
+        name, item = (run.vocabulary.text, part) if isinstance(part, str) else part
+        check_modality(run, name, f"part {number + 1}")
+        modality: Modality = run.modalities[name]
+        try:
+            content = (
+                _text(run, item) if name == run.vocabulary.text else run.grammars[name].piece(modality.encode(item))
+            )
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"part {number + 1}: is no item of {name} ({error})") from None
+        positions = modality.config.positions
+        if positions is not None and not positions.least <= len(content) - MARKERS <= positions.most:
+            raise UserError(
+                f"part {number + 1}: takes {len(content) - MARKERS} positions of {name}, which has "
+                f"{positions.least} to {positions.most}; give a shorter one"
+            )
+        pieces.append(content)
+    return Piece.join(pieces)
+
+
+def read_part(run: Trained, part: str, path: str | Path) -> Part:
+    """The item in a file, for the run's modality that reads such parts.
+
+    Args:
+        part: "image", "audio": the type of part of a document.
+    Raises:
+        UserError: the run has no such modality, or the file cannot be read as one.
+    """
+    name = modality_of_part(run, part)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        return Part(name, run.modalities[name].config.read(content))
+    except UserError:
+        raise
+    except Exception as error:  # kinds raise anything for bytes that are no such item
+        raise UserError(f"{path}: is no {part} that {name} reads ({error})") from None
+
+
+def modality_of_part(run: Trained, part: str) -> str:
+    """Name of the run's modality that reads parts of a type.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = [name for name, modality in run.modalities.items() if modality.config.part == part]
+    if not found:
+        raise UserError(f"{part}: {run.folder} has no modality that reads it; it has {', '.join(run.modalities)}")
+    return found[0]
+
+
+def check_modality(run: Trained, name: str, what: str) -> None:
+    """Raise UserError where the run has no modality of that name; `what` begins the message."""
+    if name not in run.modalities:
+        raise UserError(
+            f"{what}: {name!r} is no modality of {run.folder}; it has {', '.join(run.modalities)}"
+            f"{suggestion(name, run.modalities)}"
+        )
+
+
+def check_causal(run: Trained) -> None:
+    """Raise UserError where a block looks ahead and has no auxiliary router, so that nothing goes token by token."""
+    blind = [
+        name
+        for name, block in run.model.named_modules()
+        if isinstance(block, RoutedBlock) and block.looks_ahead and block.auxiliary is None
+    ]
+    if blind:
+        raise UserError(
+            f"{run.folder}: {blind[0]} and {len(blind) - 1} other blocks choose among tokens that are still to come, "
+            f"and have no auxiliary router; train them: python -m tools.train_routers {run.folder}"
+        )
+
+
+def _rules(run: Trained, then: str | Sequence[str] | None, stop: Sequence[str]) -> Rules:
+    plan = None if then is None else [then] if isinstance(then, str) else list(then)
+    for name in plan or ():
+        check_modality(run, name, "then")
+    text = run.vocabulary.text
+    if plan is not None:  # a text after a text is one text
+        plan = [name for i, name in enumerate(plan) if name != text or i == 0 or plan[i - 1] != text]
+    drawn: Iterable[str] = ()
+    if isinstance(run.objective, Denoising):
+        drawn = (name for name, modality in run.modalities.items() if modality.config.bidirectional)
+    return Rules(
+        run.grammars, run.vocabulary, None if plan is None else tuple(plan), frozenset(drawn), _stopper(run, stop)
+    )
+
+
+def _stopper(run: Trained, stop: Sequence[str]) -> Callable[[list[int]], bool]:
+    if any(not each for each in stop):
+        raise UserError("stop: an empty text stands everywhere; give the texts that end one")
+
+    def stopped(ids: list[int]) -> bool:
+        tail = run.modalities[run.vocabulary.text].decode(np.array(ids[-STOP_TAIL:])) if stop else ""
+        return any(each in tail for each in stop)
+
+    return stopped
+
+
+def _room(run: Trained, prompt: int, needed: int, plan: Sequence[str] | None, max_tokens: int | None) -> int:
+    """Most tokens to write after a prompt of so many tokens."""
+    room = run.length - prompt
+    if room < max(1, needed):
+        what = f"{', '.join(plan)} take at least {needed} more" if plan else "there is no room to go on"
+        raise UserError(
+            f"prompt: takes {prompt} tokens, and {what}; {run.folder} was trained on {run.length} tokens and knows no "
+            "longer document: shorten the prompt"
+        )
+    if max_tokens is None:
+        return room
+    if max_tokens < max(1, needed):
+        raise UserError(
+            f"max_tokens: {max_tokens}: {', '.join(plan or ['what follows'])} take at least {max(1, needed)}"
+        )
+    return min(room, max_tokens)
+
+
+def _text(run: Trained, text: str) -> Piece:
+    name = run.vocabulary.text
+    if not isinstance(text, str):
+        raise TypeError(f"a {type(text).__name__}")
+    return run.grammars[name].piece(run.modalities[name].encode(text))
+
+
+def _parts(run: Trained, row: Sequence[tuple[str, np.ndarray]], stop: Sequence[str]) -> list[Part]:
+    parts = []
+    for name, content in row:
+        item = run.modalities[name].decode(content)
+        if name == run.vocabulary.text:
+            found = [item.index(each) for each in stop if each in item]
+            item = item[: min(found)] if found else item
+        parts.append(Part(name, item))
+    return parts

@@ -18,13 +18,13 @@ import abc
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from zoo.carries import Carries
+from zoo.carries import Carries, Ids
 from zoo.place import BlockConfig, Configured
 
 PARTS = ("text", "image", "audio", "video")
@@ -44,6 +44,16 @@ class Positions:
         return self.least == self.most
 
 
+@dataclasses.dataclass(frozen=True)
+class Following:
+    """What may follow in an item."""
+
+    ids: tuple[int, int] | None
+    """[start, stop) of the ids of another position, counted from 0; None: no position may follow."""
+    end: bool
+    """The item may end here."""
+
+
 class ModalityConfig(BlockConfig):
     """What is known of a modality without data. A kind sets the class variables and says `carries` and `positions`."""
 
@@ -53,6 +63,21 @@ class ModalityConfig(BlockConfig):
     """Ending of a file that a person can open, such as ".png"; what `Modality.write` makes."""
     shorten: ClassVar[str] = ""
     """How to make an item take fewer positions, for messages: "make patch larger"."""
+    file: ClassVar[str | None] = None
+    """Ending of the file that `path` names and the modality needs beside its config; "" where that is a folder; None
+    where it needs neither."""
+
+    def beside(self, place: Path) -> Self:
+        """The same config for what `Modality.save` has written at `place` and the ending `file`."""
+        return self if self.file is None else self.model_copy(update={"path": f"{place}{self.file}"})
+
+    def open(self) -> Modality:
+        """The modality ready for use, with what stands at `path`, if it needs that.
+
+        Raises:
+            UserError: that is missing, is of another kind, or does not fit the config.
+        """
+        return self.block(self)
 
     @property
     @abc.abstractmethod
@@ -77,6 +102,17 @@ class ModalityConfig(BlockConfig):
             Exception: of any kind, where the bytes are no such item. The document is then skipped, counted and named.
         """
 
+    def following(self, before: Sequence[Any]) -> Following:
+        """What may follow in an item that is being written; by default any id, and its end, as `positions` has it.
+
+        Args:
+            before: what its positions carry so far.
+        """
+        positions, carries = self.positions, self.carries
+        assert positions is not None, "what may be cut anywhere has no end of its own"
+        ids = (0, carries.size if isinstance(carries, Ids) else 1) if len(before) < positions.most else None
+        return Following(ids, len(before) >= positions.least)
+
     @property
     def bidirectional(self) -> bool:
         """Whether a position sees all of its own item; by default it sees what stands before it, as everywhere else."""
@@ -92,6 +128,11 @@ class LearnedConfig(ModalityConfig):
     """How much it learns from at most, in the units of `extent`."""
     path: str | None = None
     """The file; null learns it from the training shards."""
+
+    def open(self) -> LearnedModality:
+        if self.path is None:
+            raise ValueError("it has not learned anything yet: fit it, or name its file in `path`")
+        return self.load(self.path)
 
     def extent(self, item: Any) -> int:
         """How much of `fit_limit` an item takes."""
@@ -129,8 +170,9 @@ class Modality(Configured, abc.ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides what `encode` returns."""
-        return hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Hash of everything that decides what `encode` returns, wherever its file lies."""
+        said = self.config.model_dump(mode="json", exclude={"path"})
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @abc.abstractmethod
     def encode(self, item: Any) -> np.ndarray:
@@ -143,6 +185,10 @@ class Modality(Configured, abc.ABC):
     @abc.abstractmethod
     def write(self, item: Any) -> bytes:
         """The item as the content of a file that ends in `Config.suffix`."""
+
+    def save(self, path: str | Path) -> None:
+        """Write what the modality needs beside its config to a file, or into a new folder, for `Config.open`."""
+        raise NotImplementedError(f"{type(self).__qualname__} has a `file` in its config, but no save(path)")
 
 
 class LearnedModality(Modality):

@@ -149,6 +149,7 @@ class Model(nn.Module):
         content: Mapping[str, Tensor] | None = None,
         *,
         time: Mapping[str, Tensor] | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -161,6 +162,7 @@ class Model(nn.Module):
         *,
         time: Mapping[str, Tensor] | None = None,
         read: Mapping[str, Tensor],
+        logits_at: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def forward(
@@ -172,6 +174,7 @@ class Model(nn.Module):
         *,
         time: Mapping[str, Tensor] | None = None,
         read: Mapping[str, Tensor] | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
 
@@ -182,8 +185,9 @@ class Model(nn.Module):
             time: for modalities whose stem is a `TimedStem` how far what each position carries is from data (0) to
                 noise (1), (n,); default: data.
             read: for each modality with a head of its own the flat positions (r,) at which that head is wanted.
+            logits_at: the flat positions (n,) at which logits are wanted; default: all.
         Returns:
-            The logits; with `read` also what each head predicts there, {modality: (r, …)}.
+            The logits, (n, V) at `logits_at`; with `read` also what each head predicts there, {modality: (r, …)}.
         Raises:
             ValueError: content that does not fit the context.
         """
@@ -196,10 +200,11 @@ class Model(nn.Module):
             for i, layer in enumerate(self.layers):
                 x = layer(x, context, None if states is None else states[i])
         x = self.norm(x)
-        if read is None:
-            return self.head(x)
         flat = x.reshape(-1, x.shape[-1])
-        return self.head(x), {name: head(F.embedding(read[name], flat)) for name, head in self.heads.items()}
+        logits = self.head(x if logits_at is None else F.embedding(logits_at, flat))
+        if read is None:
+            return logits
+        return logits, {name: head(F.embedding(read[name], flat)) for name, head in self.heads.items()}
 
     def _enter(
         self, tokens: Tensor, context: TokenContext, content: Mapping[str, Tensor], time: Mapping[str, Tensor]

@@ -16,8 +16,6 @@ from zoo.registry import Place, register
 
 @register("feedforward", "moma")
 class MoMa(RoutedExperts, counter_noise=True):
-    untied_shared = True
-
     class Config(ExpertConfig):
         experts: dict[str, int] = Field(min_length=1)
         """Experts of each modality."""
@@ -39,6 +37,10 @@ class MoMa(RoutedExperts, counter_noise=True):
                         f"{path}.experts: no entry for {modality!r}; give every modality its number of experts"
                     )
             super().check(place, path)
+
+        @property
+        def shared_by_modality(self) -> bool:
+            return True
 
         def group_sizes(self) -> dict[str, int]:
             return self.experts

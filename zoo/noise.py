@@ -69,7 +69,8 @@ def uniform(key: Tensor, salt: int, width: int) -> Tensor:
     """
     column = torch.arange(width, device=key.device, dtype=torch.int32) * _signed(_GOLDEN)
     value = _mix((key ^ salt).unsqueeze(-1) + column)
-    return ((value >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    # the largest of them, and half, would round to 1
+    return ((value >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24).clamp_max_(1 - 2.0**-24)
 
 
 def normal(key: Tensor, salt: int, width: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.context import TokenContext, same_item
+from zoo.context import TokenContext
 
 
 class State(Protocol):
@@ -23,9 +23,9 @@ class State(Protocol):
 
 @dataclasses.dataclass
 class AttentionState:
-    """Keys and values seen so far; S slots a row, filled from the left.
+    """Keys and values seen so far, each row's in slots of its own from the left: under MoD of what it let pass alone.
 
-    Under MoD rows advance unevenly: a column then holds a token in some rows and padding (document −1) in others.
+    Slots are made as they are needed, half as many again each time, so that growing costs a token no more than writing.
 
     An item with bidirectional attention is fed whole, in one call: tokens fed earlier are not computed again, so they
     cannot see what comes later. To compute an item several times after the same prefix (as diffusion sampling does),
@@ -37,47 +37,77 @@ class AttentionState:
     value: Tensor
     """(B, S, Hkv, K)."""
     document: Tensor
-    """(B, S), −1 where there is no token."""
-    used: int = 0
+    """(B, S) int64, −1 where there is no token."""
+    length: int
+    """Most tokens of a row."""
+    counts: tuple[int, ...]
+    """Tokens that each row has, known on the host."""
 
     @classmethod
-    def empty(cls, rows: int, slots: int, heads: int, head_dim: int, like: Tensor) -> AttentionState:
-        shape = (rows, slots, heads, head_dim)
-        document = torch.full((rows, slots), -1, dtype=torch.int64, device=like.device)
-        return cls(like.new_zeros(shape), like.new_zeros(shape), document)
+    def empty(cls, rows: int, length: int, heads: int, head_dim: int, like: Tensor) -> AttentionState:
+        shape = (rows, 0, heads, head_dim)
+        document = torch.full((rows, 0), -1, dtype=torch.int64, device=like.device)
+        return cls(like.new_zeros(shape), like.new_zeros(shape), document, length, (0,) * rows)
 
-    def append(self, key: Tensor, value: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+    def append(self, key: Tensor, value: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor] | None:
         """Add the T tokens a row of `context` and give everything seen so far.
 
         Args:
             key, value: (B, T, Hkv, K).
         Returns:
-            keys and values (B, S, Hkv, K) of the S tokens seen so far, and which of them each new token may see,
-            (B, 1, T, S) bool: those of its document that came before or belong to its item.
+            keys and values (B, S, Hkv, K) of the S slots in use, and which of them each new token may see,
+            (B, 1, T, S) bool: those of its document that came before or belong to its item. Padding sees the first.
+            None where nothing had been seen: the tokens then see each other alone, as without a state.
         Raises:
             ValueError: the state was made for fewer tokens.
         """
-        before, end = self.used, self.used + key.shape[1]
-        if end > self.key.shape[1]:
-            raise ValueError(
-                f"state: {end} tokens do not fit into {self.key.shape[1]} slots; make it with a larger length"
-            )
-        self.key[:, before:end] = key
-        self.value[:, before:end] = value
-        self.document[:, before:end] = context.document
-        self.used = end
-        slot = torch.arange(end, device=key.device)
-        seen = slot[None, :] <= slot[before:, None]
+        before, even = self.counts, not context.padded and len(set(self.counts)) == 1
+        self.counts = tuple(map(sum, zip(before, context.row_counts, strict=True)))
+        end = max(self.counts)
+        self._make_room(end)
+        first = torch.tensor(before, device=key.device)
+        slot = first[:, None] + context.valid.cumsum(1) - 1  # (B, T)
+        if even:
+            place = slice(before[0], end)
+            self.key[:, place], self.value[:, place], self.document[:, place] = key, value, context.document
+        else:
+            row = torch.arange(len(before), device=key.device)[:, None] * self.key.shape[1]
+            new, place = context.tokens, (row + slot).reshape(-1).index_select(0, context.tokens)
+            for kept, values in ((self.key, key), (self.value, value), (self.document, context.document)):
+                kept.flatten(0, 1).index_copy_(0, place, values.flatten(0, 1).index_select(0, new))
+        if not any(before):
+            return None
+        return self.key[:, :end], self.value[:, :end], self._mask(slot, context, end)
+
+    def _mask(self, slot: Tensor, context: TokenContext, end: int) -> Tensor:
+        """(B, 1, T, S) bool as `append` gives it; slot (B, T) of the new tokens."""
+        every = torch.arange(end, device=slot.device)
+        seen = every <= slot[..., None]  # (B, T, S)
         if context.item is not None:
-            seen = seen | F.pad(same_item(context.item), (before, 0))
-        mask = seen & (context.document[:, None, :, None] == self.document[:, None, None, :end])
-        return self.key[:, :end], self.value[:, :end], mask
+            of_slot = torch.full((slot.shape[0], end), -1, device=slot.device)
+            item = torch.where(context.valid, context.item, -1)
+            of_slot = of_slot.scatter_reduce(1, slot.clamp_min(0), item, "amax")
+            seen = seen | ((of_slot[:, None] == context.item[..., None]) & (context.item[..., None] >= 0))
+        mask = seen & (self.document[:, None, :end] == context.document[..., None])
+        if context.padded:
+            mask = mask | (~context.valid[..., None] & (every == 0))
+        return mask[:, None]
+
+    def _make_room(self, slots: int) -> None:
+        if slots > self.length:
+            raise ValueError(f"state: {slots} tokens do not fit into {self.length} slots; make it with a larger length")
+        there = self.key.shape[1]
+        if slots > there:
+            more = min(self.length, max(slots, there + there // 2, 16)) - there
+            self.key, self.value = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.key, self.value))
+            self.document = F.pad(self.document, (0, more), value=-1)
 
     def clone(self) -> AttentionState:
-        return AttentionState(self.key.clone(), self.value.clone(), self.document.clone(), self.used)
+        return dataclasses.replace(self, key=self.key.clone(), value=self.value.clone(), document=self.document.clone())
 
     def reorder(self, index: Tensor) -> None:
         self.key, self.value, self.document = self.key[index], self.value[index], self.document[index]
+        self.counts = tuple(self.counts[row] for row in index.tolist())
 
 
 @dataclasses.dataclass

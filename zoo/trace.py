@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
+from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics, Usage
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,6 +32,8 @@ class Trace:
     updates: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """name → sums, to be added over micro-batches and ranks: what the `update` of the module of that name is given once
     an optimizer step. Tensors of any shape; the same names and shapes on every rank."""
+    detailed: bool = False
+    """Also count which modality's tokens go to which expert; it costs time, so only evaluations ask for it."""
     replaying: bool = False
     """A replay: decisions are repeated, and what is added is dropped."""
 
@@ -56,6 +58,10 @@ class Trace:
     def add_expert_load(self, name: str, rows: tuple[int, ...]) -> None:
         if not self.replaying:
             self.statistics.expert_loads[name] = ExpertLoad(rows)
+
+    def add_usage(self, name: str, usage: Callable[[], Usage]) -> None:
+        if self.detailed and not self.replaying:
+            self.statistics.usage[name] = usage()
 
     def add_penalty(self, name: str, value: Tensor) -> None:
         if not self.replaying:

@@ -55,7 +55,7 @@ def load_modalities(
             with atomic_path(files[name]) as temporary:
                 modality.save(temporary)
     return {
-        name: config.load(files[name]) if isinstance(config, LearnedConfig) else config.block(config)
+        name: config.load(files[name]) if isinstance(config, LearnedConfig) else config.open()
         for name, config in modalities.items()
     }
 

@@ -110,16 +110,18 @@ WRONG = {
     ),
     "data.text.type=bpe": ("data.text: is modalities.text now",),
     "modalities.image.type=patch": ("modalities.image.type: 'patch' is not known; known: ", "did you mean 'patches'?"),
-    "modalities={image: {type: patches}}": ("modalities: has image, but no text",),
+    "modalities={image: {type: patches}}": (
+        "modalities: has image, but no kind of text, which the markers between parts are of",
+    ),
     "modalities.image={type: continuous_patches, image_size: 8, mask: bidirectional}": (
         (
             "objective.type: 'autoregressive' predicts every position from those before it, but a position of "
             "modalities.image"
         ),
-        "make its mask causal, or choose another objective",
+        "make its mask causal, or choose an objective that",
     ),
     "model.stem={image: {type: vectors, width: 3}}": ("model.stem.image: is for Vectors(width=3), but a position of",),
-    "modalities={}": ("modalities: has none, but no text",),
+    "modalities={}": ("modalities: has none, but no kind of text",),
     "modalities={1: {type: bytes}}": ("must be a text; quote it",),
     "modalities=bpe": ("modalities: 'bpe': must be a mapping",),
     "model.vocab_size=10": ("model.vocab_size: 10 is less than the 276 ids of the modalities; remove the key",),

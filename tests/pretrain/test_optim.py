@@ -128,11 +128,15 @@ NO_DECAY = {
     "feedforward_norm",
     "q_norm",
     "k_norm",
+    "first_gain",
+    "second_gain",
+    "bias",
 }
 """What weight decay spares in our own models, by the last word of a name that is not `weight`."""
 MATRICES = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "x_proj", "dt_proj", "out_proj"),
     *("w_in", "w_out"),  # of a feed-forward; those of experts are stacked
+    "time",  # the projection of the time features of a denoised item
 }
 """What Muon may have, where it is one matrix and not one a modality."""
 OURS = sorted(file for folder in ("tiny", "models") for file in (ROOT / "recipes" / folder).glob("*.yaml"))

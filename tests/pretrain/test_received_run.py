@@ -25,6 +25,8 @@ from tests.pretrain.runs import tiny_recipe, write_recipe
 from tests.pretrain.test_checkpoint import OneRank
 from zoo.config import ConfigError, UserError
 from zoo.files import checksum
+from zoo.kept import keep_modalities
+from zoo.modalities import parse_modalities
 
 MODULE = "import pathlib; pathlib.Path({marker!r}).touch()"
 
@@ -149,6 +151,7 @@ def test_what_the_user_names_runs(run: Path) -> None:
 def test_routers_of_a_run_whose_modules_are_named(run: Path) -> None:
     engine: Any = OneRank()
     CheckpointStore(run / "checkpoints", keep=1).save(engine, 1, {})
+    keep_modalities(run, {"text": parse_modalities({"text": {"type": "bytes"}})["text"].open()})
     with pytest.raises(ConfigError, match="runs no code of itself"):
         second_stage(run)
     assert second_stage(run, ["imports=[made_by_hand]"]).imports == ["made_by_hand"]

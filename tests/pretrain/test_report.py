@@ -27,7 +27,7 @@ def test_the_losses_of_the_recipes_modalities_are_drawn_and_no_others(
         }
         for step in (1, 2)
     ]
-    lines.append({"step": 2, "eval/causal/loss/text": 2.5, "eval/causal/loss/z": 8.0})
+    lines.append({"step": 2, "tokens": 20, "eval/causal/loss/text": 2.5, "eval/causal/loss/z": 8.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(report, "_save", lambda figure, path: figure)
     figure: Any = report.draw_losses(tmp_path)

@@ -55,7 +55,7 @@ def test_recipe_and_model_go_in_and_come_out(tmp_path: Path) -> None:
     loaded, same = run_folder.load_model(tmp_path / "run")
     assert same == recipe and not loaded.training
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
-    names = {"recipe.yaml", "deepspeed.json", "model.safetensors"}
+    names = {"recipe.yaml", "deepspeed.json", "environment.json", "model.safetensors"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == names, "no temporary file stays"
 
 

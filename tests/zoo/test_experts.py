@@ -41,12 +41,13 @@ def test_uneven_groups(experts, norm):
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("kind", ["moma", "experts"])
+@pytest.mark.parametrize("kind", ["moma", "experts", "experts, untied"])
 def test_shared_experts_are_added_to_every_token(kind, norm):
     if kind == "moma":
         config, groups = moma({"text": 2, "image": 3}, shared_experts=2)
     else:
-        config = {"type": "experts", "experts": 3, "d_ff": D_FF, "shared_experts": 2}
+        untied = {"untied_shared": True} if "untied" in kind else {}
+        config = {"type": "experts", "experts": 3, "d_ff": D_FF, "shared_experts": 2} | untied
         groups = {"all": ((0, 1), 3)}
     context = stream("ttiti.", "iitttt")
     block, x = build_block("feedforward", config, norm=norm), values(context)
@@ -55,7 +56,7 @@ def test_shared_experts_are_added_to_every_token(kind, norm):
     expected = by_hand(block, x, context, groups)
     for b, t in context.valid.nonzero().tolist():
         w_in, w_out = block.shared.w_in.weight.detach().numpy(), block.shared.w_out.weight.detach().numpy()
-        if kind == "moma":
+        if kind != "experts":
             w_in, w_out = (w[context.modality[b, t]] for w in (w_in, w_out))
         assert w_out.shape == (D_MODEL, 2 * D_FF)
         out = swiglu(x[b, t].detach().numpy(), w_in.T, w_out.T)
@@ -65,9 +66,18 @@ def test_shared_experts_are_added_to_every_token(kind, norm):
     y = block(x, context)
     np.testing.assert_allclose(y.detach(), expected, atol=1e-13)
     assert not y[~context.valid].any()
-    cost, plain = block.cost(64), build_block("feedforward", config | {"shared_experts": 0}, norm=norm).cost(64)
+    tied = {"untied_shared": False} if kind == "experts, untied" else {}
+    cost, plain = (
+        block.cost(64),
+        build_block("feedforward", {**config, "shared_experts": 0, **tied}, norm=norm).cost(64),
+    )
     assert [a - b for a, b in zip(cost.flops, plain.flops, strict=True)] == [2 * 2 * 3 * D_MODEL * D_FF] * 2
     assert [a - b for a, b in zip(cost.active, plain.active, strict=True)] == [2 * 3 * D_MODEL * D_FF] * 2
+
+
+def test_nothing_to_untie():
+    with pytest.raises(ConfigError, match=r"ffn\.untied_shared: there is nothing to untie; set shared_experts"):
+        build_block("feedforward", {"type": "experts", "experts": 3, "d_ff": D_FF, "untied_shared": True}, name="ffn")
 
 
 def test_noop_experts_under_expert_choice():

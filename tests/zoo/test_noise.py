@@ -31,6 +31,11 @@ def test_uniform_is_uniform_in_the_open_interval():
     assert float(correlation.abs().max()) < 0.08  # 4096 tokens: 1/64 a standard deviation
 
 
+def test_the_largest_number_is_below_one():
+    """Its logarithm is asked for."""
+    assert float(noise.uniform(torch.tensor([15340575], dtype=torch.int32), 0, 1)) == 1 - 2**-24
+
+
 def test_neighbours_in_every_coordinate_are_independent():
     base = noise.uniform(keys(0, np.arange(32), 32), noise.salt("a", 0), 8).reshape(-1)
     others = {

@@ -1,7 +1,7 @@
 """The data path: what a start, a rank and a change of epoch cost by the number of documents, rows a second, tokenising.
 
-Documents at scale are synthetic: lengths of interleaved pages (log-normal, median 250 tokens, four at most in ten
-longer than a row), whose tokens are a file with a hole. Everything else is what a run does.
+Documents at scale are synthetic: lengths of interleaved pages (log-normal, median 250 tokens), whose tokens are a file
+with a hole. Everything else is what a run does.
 """
 
 from __future__ import annotations

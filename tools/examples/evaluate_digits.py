@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import zoo
 from pretrain import recipe as recipes
-from pretrain import report, run_folder
-from pretrain.data import open_data
-from pretrain.describe import objective_of
-from pretrain.upcycle import check_ids
+from pretrain import report
 from tools.examples.captions import add_sampling, sampling_of
 from tools.examples.judge_digits import TEMPERATURE, evaluate
 from tools.examples.make_digits import NAMES
@@ -34,10 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
-        model, recipe = run_folder.load_model(recipe.folder)
-        data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
-        check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
-        summary, drawings = evaluate(model, data, objective_of(recipe), recipe.seed, sampling_of(options))
+        trained = zoo.load(recipe.folder, imports=recipe.imports)
+        summary, drawings = evaluate(trained, recipe.seed, sampling_of(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.draw_losses(run)
     rows = {name: list(drawings.images[drawings.digits == digit]) for digit, name in enumerate(NAMES)}
     report.draw_images(rows, report.folder_of(run) / "samples.png", f"{run.name}: drawn from captions")
-    report.print_table(f"{run.name}: {sum(p.numel() for p in model.parameters()):,} parameters", table(summary))
+    report.print_table(f"{run.name}: {sum(p.numel() for p in trained.model.parameters()):,} parameters", table(summary))
     print(f"pictures and summary.json are in {report.folder_of(run)}")
     return 0
 

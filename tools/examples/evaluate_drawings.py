@@ -16,17 +16,14 @@ from typing import Any
 
 import numpy as np
 
+import zoo
 from pretrain import recipe as recipes
-from pretrain import report, run_folder
-from pretrain.data import DataConfig, open_data
-from pretrain.describe import objective_of
-from pretrain.upcycle import check_ids
+from pretrain import report
+from pretrain.data import DataConfig
 from tools.examples.captions import add_sampling, sampling_of
-from tools.examples.judge_drawings import Captioned, Share, evaluate, nearest, read_captioned
-from zoo.carries import Ids
+from tools.examples.judge_drawings import TEMPERATURE, Captioned, Share, evaluate, nearest, read_captioned
 from zoo.config import UserError
 
-TEMPERATURE = 0.9
 SHOWN = 12
 """Captions in the picture."""
 
@@ -36,24 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = recipes.load(options.recipe, options.overrides)
         path = _folder(recipe.data)
-        model, recipe = run_folder.load_model(recipe.folder)
-        data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
-        check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
-        training, held_out = (read_captioned(path, pattern, data) for pattern in _patterns(recipe.data))
+        trained = zoo.load(recipe.folder, imports=recipe.imports)
+        training, held_out = (read_captioned(path, pattern, trained) for pattern in _patterns(recipe.data))
         chosen = np.random.default_rng(recipe.seed).permutation(len(held_out.captions))[: options.captions]
         held_out = held_out.pick(chosen)
-        ids = isinstance(data.grammars["image"].carries, Ids)
-        sampling = TEMPERATURE if ids else sampling_of(options)
-        summary, drawn = evaluate(model, data, objective_of(recipe), training, held_out, sampling, recipe.seed)
+        sampling = sampling_of(options)
+        summary, drawn = evaluate(trained, training, held_out, sampling, recipe.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     run = recipe.folder
-    report.write_summary(run, summary | {"sampling": str(sampling)})
+    report.write_summary(run, summary | {"sampling": f"{sampling}, temperature {TEMPERATURE} where ids are chosen"})
     report.draw_losses(run)
     title = "held-out caption: a real drawing, the model's, and the training drawing nearest to the model's"
     report.draw_images(sheet(held_out, drawn, training), report.folder_of(run) / "drawings.png", title)
-    report.print_table(f"{run.name}: {sum(p.numel() for p in model.parameters()):,} parameters", table(summary))
+    report.print_table(f"{run.name}: {sum(p.numel() for p in trained.model.parameters()):,} parameters", table(summary))
     print(f"pictures and summary.json are in {report.folder_of(run)}")
     return 0
 

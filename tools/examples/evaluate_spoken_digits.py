@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import zoo
 from pretrain import recipe as recipes
-from pretrain import report, run_folder
-from pretrain.data import open_data
-from pretrain.upcycle import check_ids
+from pretrain import report
 from tools.examples.judge_spoken_digits import TEMPERATURE, Spoken, evaluate
 from tools.examples.make_spoken_digits import takes
 from zoo.config import UserError
@@ -33,19 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
-        model, recipe = run_folder.load_model(recipe.folder)
-        data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
-        check_ids(recipe.folder, recipe, run_folder.position(recipe.folder), data)
-        found = evaluate(model, data, list(takes(options.takes)), recipe.seed)
+        trained = zoo.load(recipe.folder, imports=recipe.imports)
+        found = evaluate(trained, list(takes(options.takes)), recipe.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     run, summary = recipe.folder, found.summary | {"loss": causal_losses(recipe.folder)}
     report.write_summary(run, summary)
     report.draw_losses(run)
-    write_sounds(run, found.spoken, data.modalities)
+    write_sounds(run, found.spoken, trained.modalities)
     report.draw_images(found.round_trip, report.folder_of(run) / "round_trip.png", f"{run.name}: out of positions")
-    report.print_table(f"{run.name}: {sum(p.numel() for p in model.parameters()):,} parameters", table(summary))
+    report.print_table(f"{run.name}: {sum(p.numel() for p in trained.model.parameters()):,} parameters", table(summary))
     print(f"pictures, sounds and summary.json are in {report.folder_of(run)}")
     return 0
 

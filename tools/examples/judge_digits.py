@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.svm import SVC
 
-from pretrain.data import Data
-from tools.examples.captions import decoded, draw, scores
+from tools.examples.captions import draw, scores
 from tools.examples.make_digits import NAMES, SHIFTS, load_digits_split, shift
 from zoo.carries import Ids
-from zoo.model import Model
+from zoo.run import Run
 from zoo.sampling import Sampling
-from zoo.slots import Objective
 
 SAMPLES = 20
 """Drawings of each digit."""
@@ -30,15 +28,11 @@ class Drawings:
 
     digits: np.ndarray
     """(n,) the digit that was asked for."""
-    content: np.ndarray
-    """(n, positions, …) what the positions of each carry."""
     images: np.ndarray
     """(n, 8, 8) uint8."""
 
 
-def evaluate(
-    model: Model, data: Data, objective: Objective, seed: int, sampling: Sampling
-) -> tuple[dict[str, Any], Drawings]:
+def evaluate(run: Run, seed: int, sampling: Sampling) -> tuple[dict[str, Any], Drawings]:
     """The summary's figures about reading and drawing, and the drawings they are about.
 
     Args:
@@ -47,40 +41,45 @@ def evaluate(
     train_images, train_labels, images, labels = load_digits_split()
     judge = SVC().fit(train_images.reshape(len(train_images), -1) / 255.0, train_labels)
     shifted = np.concatenate([train_images] + [np.stack([shift(i, *by) for i in train_images]) for by in SHIFTS])
-    encode, ids = data.modalities["image"].encode, isinstance(data.grammars["image"].carries, Ids)
-    known = {tuple(encode(image)) for image in shifted} if ids else None
-    reconstructed = decoded(data, np.stack([encode(image) for image in images]))[..., 0]
-    drawings = draw_digits(model, data, objective, TEMPERATURE if ids else sampling, seed)
+    image, ids = run.modalities["image"], isinstance(run.grammars["image"].carries, Ids)
+    encode = image.encode
+    known = {tuple(encode(each)) for each in shifted} if ids else None
+    reconstructed = np.stack([image.decode(encode(each)) for each in images])[..., 0]
+    drawings = draw_digits(run, TEMPERATURE, sampling, seed)
     summary = {
-        "image_to_caption_accuracy": float((scores(model, data, images, NAMES).argmax(1) == labels).mean()),
+        "image_to_caption_accuracy": float((scores(run, images, NAMES).argmax(1) == labels).mean()),
         "caption_to_image_agreement": _agreement(judge, drawings),
         "classifier_accuracy_on_held_out": float((judge.predict(_flat(images)) == labels).mean()),
         "classifier_accuracy_on_held_out_as_tokens": float((judge.predict(_flat(reconstructed)) == labels).mean()),
         "distinct_share": len({each.tobytes() for each in drawings.images}) / len(drawings.images),
-        "training_copies": _copies(drawings.content, drawings.images, known, shifted),
-        "held_out_copies": _copies(np.stack([encode(image) for image in images]), images, known, shifted),
+        "training_copies": _copies(encode, drawings.images, known, shifted),
+        "held_out_copies": _copies(encode, images, known, shifted),
         "nearest_training_distance": _nearest(drawings.images, train_images),
         "nearest_training_distance_of_held_out": _nearest(reconstructed, train_images),
     }
     if ids:
-        warmer = draw_digits(model, data, objective, 1.0, seed)
+        warmer = draw_digits(run, 1.0, sampling, seed)
         summary["caption_to_image_agreement_at_temperature_1"] = _agreement(judge, warmer)
     return summary, drawings
 
 
-def draw_digits(model: Model, data: Data, objective: Objective, sampling: Sampling | float, seed: int) -> Drawings:
+def draw_digits(run: Run, temperature: float, sampling: Sampling, seed: int) -> Drawings:
     """`SAMPLES` images for each caption."""
-    generator = torch.Generator().manual_seed(seed)
-    content = [draw(model, data, objective, [name] * SAMPLES, sampling, generator) for name in NAMES]
-    digits, together = np.repeat(np.arange(len(NAMES)), SAMPLES), np.concatenate(content)
-    return Drawings(digits, together, decoded(data, together)[..., 0])
+    captions = [name for name in NAMES for _ in range(SAMPLES)]
+    images = draw(run, captions, sampling, temperature, seed)[..., 0]
+    return Drawings(np.repeat(np.arange(len(NAMES)), SAMPLES), images)
 
 
-def _copies(content: np.ndarray, images: np.ndarray, known: set[tuple[int, ...]] | None, training: np.ndarray) -> float:
+def _copies(
+    encode: Callable[[np.ndarray], np.ndarray],
+    images: np.ndarray,
+    known: set[tuple[int, ...]] | None,
+    training: np.ndarray,
+) -> float:
     """Share of pictures that are copies of a training picture: of the same ids, or, where pictures are no ids, nowhere
     further from it than `NEAR` of the grey levels of the data, in the root mean square of its pixels."""
     if known is not None:
-        return float(np.mean([tuple(ids) in known for ids in content]))
+        return float(np.mean([tuple(encode(image)) in known for image in images]))
     pixels = images[0].size
     return float((_distances(images, training) < NEAR * pixels**0.5).mean())
 

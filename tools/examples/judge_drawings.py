@@ -14,24 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import webdataset
 from PIL import Image
 
-from pretrain.data import Data
 from pretrain.data.shards import find_shards
-from tools.examples.captions import decoded, draw, scores
+from tools.examples.captions import draw, scores
 from zoo.config import UserError
-from zoo.model import Model
+from zoo.run import Run
 from zoo.sampling import Sampling
-from zoo.slots import Objective
 
 CANDIDATES = 20
 """Captions among which the right one is to be found."""
 NEAR = 8.0
 """Drawings that differ by less, in the root mean square of their 8-bit pixels, are copies."""
 RESAMPLES = 2000
-CHUNK = 64
+TEMPERATURE = 0.9
+"""At which pictures of ids are chosen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +66,14 @@ class Share:
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
-def read_captioned(folder: str, pattern: str, data: Data) -> Captioned:
+def read_captioned(folder: str, pattern: str, run: Run) -> Captioned:
     """The documents of shards that have one picture, one text and a `category`.
 
     Raises:
         UserError: there are none.
     """
     images, captions, categories = [], [], []
-    config: Any = data.modalities["image"].config
+    config: Any = run.modalities["image"].config
     for shard in find_shards(Path(folder), pattern, "data"):
         for item in webdataset.WebDataset(str(shard), shardshuffle=False):
             document = json.loads(item["json"])
@@ -90,17 +88,14 @@ def read_captioned(folder: str, pattern: str, data: Data) -> Captioned:
 
 
 def evaluate(
-    model: Model,
-    data: Data,
-    objective: Objective,
+    run: Run,
     training: Captioned,
     held_out: Captioned,
-    sampling: Sampling | float,
+    sampling: Sampling,
     seed: int,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The figures, and the drawings (n, H, W, channels) uint8 that they are about, one for each held-out caption."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = draw_all(model, data, objective, held_out.captions, sampling, generator)
+    drawn = draw(run, held_out.captions, sampling, TEMPERATURE, seed)
     classify = classifier(training)
     seen, asked = classify(drawn), held_out.categories
     hits = (seen == asked).astype(float)
@@ -122,23 +117,7 @@ def evaluate(
         "copies": float((nearest < NEAR).mean()),
         "copies_among_held_out": float((control < NEAR).mean()),
     }
-    return summary | retrieval(model, data, held_out, random), drawn
-
-
-def draw_all(
-    model: Model,
-    data: Data,
-    objective: Objective,
-    captions: Sequence[str],
-    sampling: Sampling | float,
-    generator: torch.Generator,
-) -> np.ndarray:
-    """(n, H, W, channels) uint8, one for each caption."""
-    parts = [
-        draw(model, data, objective, captions[start : start + CHUNK], sampling, generator)
-        for start in range(0, len(captions), CHUNK)
-    ]
-    return decoded(data, np.concatenate(parts))
+    return summary | retrieval(run, held_out, random), drawn
 
 
 def classifier(training: Captioned) -> Any:
@@ -164,23 +143,21 @@ def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
     return _squared(images, training).argmin(1)
 
 
-def retrieval(model: Model, data: Data, held_out: Captioned, random: np.random.Generator) -> dict[str, Any]:
+def retrieval(run: Run, held_out: Captioned, random: np.random.Generator) -> dict[str, Any]:
     """How often the right caption among `CANDIDATES` is the one that a drawing makes likelier than it is by itself."""
     found = []
-    blank = unconditional(model, data, held_out.captions)
+    blank = unconditional(run, held_out.captions)
     for number in range(len(held_out.captions)):
         others = random.permutation([n for n in range(len(held_out.captions)) if n != number])[: CANDIDATES - 1]
         choice = np.append(others, number)
-        said = scores(model, data, held_out.images[[number]], [held_out.captions[n] for n in choice])[0]
+        said = scores(run, held_out.images[[number]], [held_out.captions[n] for n in choice])[0]
         found.append((said - blank[choice]).argmax() == len(choice) - 1)
     return {"caption_found": dataclasses.asdict(Share.of(np.array(found, float))), "candidates": CANDIDATES}
 
 
-def unconditional(model: Model, data: Data, captions: Sequence[str]) -> np.ndarray:
+def unconditional(run: Run, captions: Sequence[str]) -> np.ndarray:
     """(n,) log-likelihood in nats of each caption, and of the end of the document, with no picture before it."""
-    return np.concatenate(
-        [scores(model, data, [None], captions[start : start + CHUNK])[0] for start in range(0, len(captions), CHUNK)]
-    )
+    return scores(run, [None], captions)[0]
 
 
 def _squared(images: np.ndarray, training: np.ndarray) -> np.ndarray:

@@ -7,18 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import tqdm
 from scipy.stats import binomtest
 from sklearn.svm import SVC
 
-from pretrain.data import Data
 from tools.examples.make_spoken_digits import Take
 from zoo.carries import Ids
-from zoo.context import CAUSAL, TokenContext
-from zoo.generate import generate_channels, log_likelihood
+from zoo.generate import Part
 from zoo.modalities.speech import DMel, Spectrum
-from zoo.model import Model
+from zoo.run import Run
 
 SAMPLES = 10
 """Takes of each word that the model speaks."""
@@ -51,14 +47,14 @@ class Evaluation:
     """Spectrograms of one held-out take of each word, as recorded and out of its positions."""
 
 
-def evaluate(model: Model, data: Data, takes: Sequence[Take], seed: int) -> Evaluation:
+def evaluate(run: Run, takes: Sequence[Take], seed: int) -> Evaluation:
     """How well a model reads and speaks, and what positions tell of a sound."""
-    name = next(name for name, modality in data.modalities.items() if modality.config.part == "audio")
-    speech = data.modalities[name]
+    name = next(name for name, modality in run.modalities.items() if modality.config.part == "audio")
+    speech = run.modalities[name]
     words = sorted({take.word for take in takes})
     held_out = [take for take in takes if take.held_out]
     judge = Judge(speech.config, takes)
-    right = read(model, data, name, held_out, words)
+    right = read(run, name, held_out, words)
     interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
     recorded = [(take.word, speech.config.read(take.sound)) for take in held_out]
     again = [(word, speech.config.read(speech.write(speech.decode(speech.encode(sound))))) for word, sound in recorded]
@@ -76,7 +72,7 @@ def evaluate(model: Model, data: Data, takes: Sequence[Take], seed: int) -> Eval
     }
     spoken: list[Spoken] = []
     if not isinstance(speech.config.carries, Ids):
-        spoken = speak(model, data, name, words, judge.spectrum, seed)
+        spoken = speak(run, name, words, judge.spectrum, seed)
         summary["spoken_agreement"] = judge.accuracy([(each.word, each.sound) for each in spoken])
     first = [next(i for i, (word, _) in enumerate(recorded) if word == each) for each in words]
     rows = {
@@ -86,45 +82,21 @@ def evaluate(model: Model, data: Data, takes: Sequence[Take], seed: int) -> Eval
     return Evaluation(summary, spoken, rows)
 
 
-def read(model: Model, data: Data, name: str, takes: Sequence[Take], words: Sequence[str]) -> list[bool]:
+def read(run: Run, name: str, takes: Sequence[Take], words: Sequence[str]) -> list[bool]:
     """Whether the likeliest of `words` after each take is its own."""
-    speech, vocabulary = data.modalities[name], data.vocabulary
-    text = [
-        [*data.grammars[vocabulary.text].tokens(data.modalities[vocabulary.text].encode(word)), vocabulary.eos]
-        for word in words
-    ]
-    longest = max(map(len, text))
-    right = []
-    for take in tqdm.tqdm(takes, desc="reading", disable=None, leave=False):
-        content = speech.encode(speech.config.read(take.sound))
-        prompt = [vocabulary.bos, *data.grammars[name].tokens(content)]
-        rows = np.array([[*prompt, *word] + [-1] * (longest - len(word)) for word in text])
-        scored = torch.from_numpy((np.arange(rows.shape[1]) >= len(prompt)) & (rows >= 0))
-        modality = torch.from_numpy(np.where(rows < 0, -1, vocabulary.modality_of(np.maximum(rows, 0))))
-        context = TokenContext.from_modality(modality, modalities=vocabulary.modalities, routing=CAUSAL)
-        carried = None if isinstance(speech.config.carries, Ids) else {name: _rows(content, len(words))}
-        scores = log_likelihood(model, torch.from_numpy(np.maximum(rows, 0)), context, scored, carried)
-        right.append(words[int(scores.argmax())] == take.word)
-    return right
+    heard = [[Part(name, run.modalities[name].config.read(take.sound))] for take in takes]
+    said = run.log_likelihoods([(sound, word) for sound in heard for word in words]).reshape(len(takes), len(words))
+    return [words[best] == take.word for best, take in zip(said.argmax(1), takes, strict=True)]
 
 
-def _rows(content: np.ndarray, count: int) -> torch.Tensor:
-    return torch.from_numpy(content.astype(np.int64)).repeat(count, 1)
-
-
-def speak(model: Model, data: Data, name: str, words: Sequence[str], spectrum: Spectrum, seed: int) -> list[Spoken]:
+def speak(run: Run, name: str, words: Sequence[str], spectrum: Spectrum, seed: int) -> list[Spoken]:
     """`SAMPLES` sounds of each word."""
-    generator = torch.Generator().manual_seed(seed)
-    grammar, text = data.grammars[name], data.modalities[data.vocabulary.text]
-    spoken = []
-    for word in tqdm.tqdm(words, desc="speaking", disable=None, leave=False):
-        tokens = [data.vocabulary.bos, *data.grammars[data.vocabulary.text].tokens(text.encode(word)), grammar.begin]
-        prompt = torch.tensor([tokens]).expand(SAMPLES, -1).contiguous()
-        items = generate_channels(model, prompt, torch.zeros_like(prompt), grammar.item(), TEMPERATURE, generator)
-        for item in items:
-            sound = data.modalities[name].decode(item.numpy())
-            spoken.append(Spoken(word, name, sound, spectrogram(spectrum, sound)))
-    return spoken
+    asked = [word for word in words for _ in range(SAMPLES)]
+    sounds = run.generate_all([[word] for word in asked], name, temperature=TEMPERATURE, seed=seed, progress=True)
+    return [
+        Spoken(word, name, sound.item, spectrogram(spectrum, sound.item))
+        for word, (sound,) in zip(asked, sounds, strict=True)
+    ]
 
 
 def spectrogram(spectrum: Spectrum, sound: np.ndarray) -> np.ndarray:

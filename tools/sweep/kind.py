@@ -56,6 +56,10 @@ class Sweep(Protocol[SomePoint]):
     def jobs(self) -> int:
         """How many runs go on side by side."""
 
+    @property
+    def accelerators(self) -> int:
+        """How many devices, or ranks, one run takes."""
+
     @classmethod
     def load(cls, data: Mapping[str, Any], folder: Path) -> Self:
         """Read a sweep.
@@ -81,6 +85,9 @@ class Sweep(Protocol[SomePoint]):
         Raises:
             UserError: a mistake of the user's; nothing has been launched yet.
         """
+
+    def preview(self, points: Sequence[SomePoint]) -> str:
+        """What is to be known before anything is launched, such as a table of costs; "" where there is nothing."""
 
     @staticmethod
     def read_point(data: Mapping[str, Any]) -> SomePoint:

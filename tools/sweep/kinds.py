@@ -9,9 +9,10 @@ from typing import Any
 from pretrain import recipe as recipes
 from tools.sweep.adapt.sweep import AdaptSweep
 from tools.sweep.kind import Sweep
+from tools.sweep.pretrain.sweep import PretrainSweep
 from zoo.config import ConfigError
 
-KINDS: dict[str, type[Sweep[Any]]] = {kind.type: kind for kind in (AdaptSweep,)}
+KINDS: dict[str, type[Sweep[Any]]] = {kind.type: kind for kind in (AdaptSweep, PretrainSweep)}
 """By the key `type` of a sweep's file."""
 
 

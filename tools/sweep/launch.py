@@ -24,23 +24,25 @@ TAIL = 12
 """Lines of a failed run's log that are shown."""
 TRIES = 2
 """How often a run is begun, or gone on with, before it counts as failed."""
+PATIENCE = 60.0
+"""Seconds that a training has to leave a checkpoint."""
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells its processes; each run of a sweep is a launch of its own."""
 
 
-def launch(sweep: Sweep[Any], folders: Sequence[Path]) -> list[Path]:
-    """Do runs, `sweep.jobs` at a time, showing progress and time left; returns those that failed TRIES times.
+def launch(sweep: Sweep[Any], folders: Sequence[Path], jobs: int) -> list[Path]:
+    """Do runs, `jobs` at a time, showing progress and time left; returns those that failed TRIES times.
 
     Args:
         folders: of the runs, as `folder.prepare` left them.
     """
-    environment = _environment(sweep.jobs)
+    environment = _environment(jobs)
     waiting, running, failed = list(folders), {}, []
     tries: Counter[Path] = Counter()
     with tqdm.tqdm(total=len(folders), desc="runs", unit="run", smoothing=0, disable=not folders or None) as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < sweep.jobs:
+                while waiting and len(running) < jobs:
                     folder = waiting.pop(0)
                     tries[folder] += 1
                     running[_start(command(sweep, folder), folder / LOG, environment)] = folder
@@ -74,13 +76,14 @@ def command(sweep: Sweep[Any], folder: Path) -> list[str]:
 
 
 def attended(words: Sequence[str]) -> int:
-    """Run a command to its end; returns its exit code. It gets TERM where this process, or the sweep, is told to end.
+    """Run a command to its end; returns its exit code. It and all that it has started get TERM where this process, or
+    the sweep, is told to end, and are waited for: a launcher may end before its ranks do.
 
     Raises:
         UserError: the sweep was killed; its next call goes on from a checkpoint.
     """
     sweep = os.getppid()
-    process = subprocess.Popen(words)
+    process = subprocess.Popen(words, process_group=0)
     try:
         while process.poll() is None:
             if os.getppid() != sweep:
@@ -88,9 +91,20 @@ def attended(words: Sequence[str]) -> int:
             time.sleep(0.2)
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+            _end(process)
     return process.returncode
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Tell a process group to end, and wait for it; KILL those that have not after PATIENCE seconds."""
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+    for number in [0] * int(PATIENCE / 0.2) + [signal.SIGKILL]:
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
 
 
 def _environment(jobs: int) -> dict[str, str]:

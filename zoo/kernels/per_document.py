@@ -76,6 +76,6 @@ def _by_length(context: TokenContext) -> list[SameLength]:
         index = send(first, device)[:, None] + time
         mask = None
         if has_items and context.item is not None:
-            mask = same_item(F.embedding(index, context.item.view(-1, 1))[..., 0]) | (time[:, None] >= time)
+            mask = same_item(F.embedding(index, context.item.reshape(-1, 1))[..., 0]) | (time[:, None] >= time)
         result.append(SameLength(index, mask))
     return result

@@ -16,7 +16,14 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenCo
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """As `reference.masked_attention`."""
+    """As `reference.masked_attention`. Heads that share keys stand as further queries, so that no key is copied."""
+    heads = key.shape[2]
+    groups = query.shape[2] // heads
+    if groups > 1:
+        queries = query.shape[1]
+        stacked = query.unflatten(2, (heads, groups)).permute(0, 3, 1, 2, 4).flatten(1, 2)  # (B, G·T, Hkv, K)
+        out = _attention(stacked, key, value, mask.repeat(1, 1, groups, 1))
+        return out.unflatten(1, (groups, queries)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     return _attention(query, key, value, mask)
 
 

@@ -2,7 +2,7 @@
 
 from zoo.carries import Carries, Channels, Ids, Vectors
 from zoo.modalities.continuous_patches import ContinuousPatches
-from zoo.modalities.grammar import Grammar, grammars
+from zoo.modalities.grammar import Choice, Grammar, Piece, grammars
 from zoo.modalities.latents import Latents
 from zoo.modalities.patches import Patches
 from zoo.modalities.section import (
@@ -35,6 +35,7 @@ __all__ = [
     "Bytes",
     "Carries",
     "Channels",
+    "Choice",
     "Codec",
     "ContinuousPatches",
     "DMel",
@@ -49,6 +50,7 @@ __all__ = [
     "Modality",
     "ModalityConfig",
     "Patches",
+    "Piece",
     "Positions",
     "Units",
     "Vectors",

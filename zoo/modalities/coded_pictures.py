@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from zoo.carries import Ids
 from zoo.modalities.pictures import MAX_MEGAPIXELS, MEGAPIXEL, PILLOW_LIMIT, open_picture, plain
-from zoo.modality import Modality, ModalityConfig, Positions
+from zoo.modality import Following, Modality, ModalityConfig, Positions
 
 Size = Annotated[tuple[pydantic.PositiveInt, pydantic.PositiveInt], pydantic.Field(strict=False)]
 """Height and width in pixels; YAML has lists where Python has tuples."""
@@ -68,6 +68,14 @@ class CodedConfig(ModalityConfig):
     def positions(self) -> Positions:
         counts = [self.marked + math.prod(self.grid(size)) for size in self.sizes]
         return Positions(min(counts), max(counts))
+
+    def following(self, before: Sequence[int]) -> Following:
+        """First the size where there are several, then as many codes as that takes."""
+        if self.marked and not len(before):
+            return Following((self.codes, self.codes + len(self.sizes)), end=False)
+        size = self.sizes[int(before[0]) - self.codes] if self.marked else self.sizes[0]
+        done = len(before) >= self.marked + math.prod(self.grid(size))
+        return Following(None if done else (0, self.codes), done)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the codes of a size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,23 @@ def check_folder(path: str, what: str, said: Mapping[str, Any], found: Mapping[s
 def folder_hash(path: str) -> str:
     """Hash of the configuration and weights in a folder, whatever it is called."""
     digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*")):
-        if file.name == CONFIG or file.suffix == ".safetensors":
-            digest.update(file.name.encode())
-            with open(file, "rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+    for file in _files(path):
+        digest.update(file.name.encode())
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
+
+
+def copy_folder(path: str | Path, target: str | Path) -> None:
+    """Copy the configuration and weights of a folder into a new one."""
+    Path(target).mkdir()
+    for file in (*_files(path), *Path(path).glob("*.safetensors.index.json")):
+        shutil.copyfile(file, Path(target) / file.name)
+
+
+def _files(path: str | Path) -> list[Path]:
+    """Configuration and weights in a folder, by name."""
+    return [file for file in sorted(Path(path).glob("*")) if file.name == CONFIG or file.suffix == ".safetensors"]
 
 
 def _first_line(error: Exception) -> str:

@@ -230,6 +230,7 @@ class HuggingFace(Tokenized):
         tokens that stand in a text, such as `</s>`, are plain text.
         """
 
+        file: ClassVar[str] = ""
         path: str
         """The folder of the tokenizer."""
         vocab_size: int = pydantic.Field(ge=1)
@@ -248,6 +249,11 @@ class HuggingFace(Tokenized):
             _check_kept(inner, config.path)
         inner.encode_special_tokens = True
         super().__init__(config, inner)
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as the `tokenizer.json` of a new folder."""
+        Path(path).mkdir()
+        (Path(path) / TOKENIZER).write_text(self.inner.to_str(pretty=True), encoding="utf-8")
 
 
 def _from_folder(folder: Path) -> tokenizers.Tokenizer:

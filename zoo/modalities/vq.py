@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -210,6 +211,8 @@ class VQ(CodedPictures):
         `path` is the file that it wrote. What the file says of `patch` and `codes` stands in the recipe as well.
         """
 
+        file: ClassVar[str] = ".safetensors"
+
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -218,6 +221,10 @@ class VQ(CodedPictures):
         super().__init__(config, content)
         found = {"patch": self.model.config.patch, "codes": self.model.config.quantizer.size}
         check_folder(config.path, "image tokenizer", {key: getattr(config, key) for key in found}, found)
+
+    def save(self, path: str | Path) -> None:
+        """Copy the tokenizer's file."""
+        shutil.copyfile(self.config.path, path)
 
     @torch.no_grad()
     def codes(self, picture: np.ndarray) -> np.ndarray:

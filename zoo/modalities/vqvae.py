@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from zoo.config import UserError
 from zoo.modalities.coded_pictures import CodedConfig, CodedPictures
-from zoo.modalities.folder import check_folder, folder_hash, load_folder
+from zoo.modalities.folder import check_folder, copy_folder, folder_hash, load_folder
 from zoo.registry import register
 
 CLASSES = ("Emu3VQVAE", "JanusVQVAE", "ChameleonVQVAE")
@@ -32,6 +33,8 @@ class VQVAE(CodedPictures):
         Janus's has one size, a square. What the folder says of `patch` and `codes` stands in the recipe as well.
         """
 
+        file: ClassVar[str] = ""
+
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -48,6 +51,10 @@ class VQVAE(CodedPictures):
         if self.kind == "JanusVQVAE":
             side = found.num_patches * geometry["patch"]
             check_folder(config.path, "VQ-VAE", {"sizes": [list(s) for s in config.sizes]}, {"sizes": [[side, side]]})
+
+    def save(self, path: str | Path) -> None:
+        """Copy the tokenizer's configuration and weights into a new folder."""
+        copy_folder(self.config.path, path)
 
     @torch.no_grad()
     def codes(self, picture: np.ndarray) -> np.ndarray:

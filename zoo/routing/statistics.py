@@ -6,6 +6,7 @@ All of it are counts. They are added over micro-batches with `+`, and over ranks
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Self, TypeVar
 
@@ -95,6 +96,45 @@ class ExpertLoad(_Counts):
         return shares | {"imbalance": max(rows) * len(rows) / total}
 
 
+@dataclasses.dataclass(frozen=True)
+class Usage(_Counts):
+    """Which tokens go where in a routed block: rows of every expert, by modality; a Mixture-of-Depths layer counts the
+    tokens that pass as one expert's."""
+
+    rows: tuple[Number, ...]
+    """Expert by expert, and for each of them modality by modality."""
+    offered: tuple[Number, ...]
+    """Tokens of each modality that came to the block."""
+
+    def numbers(self) -> tuple[Number, ...]:
+        return (*self.rows, *self.offered)
+
+    def of(self, numbers: Sequence[Number]) -> Usage:
+        return Usage(tuple(numbers[: len(self.rows)]), tuple(numbers[len(self.rows) :]))
+
+    def summary(self, modalities: Sequence[str]) -> dict[str, float]:
+        """How the block uses its experts:
+
+        - `load/<modality>`: experts a token meets on average; under Mixture-of-Depths the share of tokens that pass;
+        - `entropy`: of the experts' shares of the rows over its maximum, 1 where all are used alike; of several
+          experts alone;
+        - `specialisation`: mean over experts of 1 − H(p) / ln M, p the shares of the M modalities in an expert's rows
+          (arXiv 2504.07951 §5); 1 where each expert has one modality. Only where several modalities come to the block.
+        """
+        offered = [float(count) for count in self.offered]
+        width = len(offered)
+        experts = [[float(n) for n in self.rows[i : i + width]] for i in range(0, len(self.rows), width)]
+        totals = [sum(rows[m] for rows in experts) for m in range(width)]
+        found = {f"load/{modalities[m]}": totals[m] / offered[m] for m in range(width) if offered[m]}
+        used = [rows for rows in experts if sum(rows)]
+        if len(experts) > 1 and used:
+            found["entropy"] = _entropy([sum(rows) for rows in used]) / math.log(len(experts))
+        present = sum(count > 0 for count in offered)
+        if present > 1 and used:
+            found["specialisation"] = sum(1 - _entropy(rows) / math.log(present) for rows in used) / len(used)
+        return found
+
+
 @dataclasses.dataclass
 class RoutingStatistics:
     """The records of one forward, or of several added up, by the name of the block that reports."""
@@ -102,12 +142,15 @@ class RoutingStatistics:
     hits: dict[str, RouterHits] = dataclasses.field(default_factory=dict)
     loads: dict[str, Load] = dataclasses.field(default_factory=dict)
     expert_loads: dict[str, ExpertLoad] = dataclasses.field(default_factory=dict)
+    usage: dict[str, Usage] = dataclasses.field(default_factory=dict)
+    """Filled by forwards with a detailed trace alone."""
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         return RoutingStatistics(
             _added(self.hits, other.hits),
             _added(self.loads, other.loads),
             _added(self.expert_loads, other.expert_loads),
+            _added(self.usage, other.usage),
         )
 
     def flat(self, device: torch.device | str = "cpu") -> Tensor:
@@ -124,7 +167,7 @@ class RoutingStatistics:
         def filled(records: Mapping[str, Record]) -> dict[str, Record]:
             return {name: record.of([next(counts) for _ in record.numbers()]) for name, record in _sorted(records)}
 
-        return RoutingStatistics(filled(self.hits), filled(self.loads), filled(self.expert_loads))
+        return RoutingStatistics(filled(self.hits), filled(self.loads), filled(self.expert_loads), filled(self.usage))
 
     def all_hits(self) -> RouterHits:
         """Those of all auxiliary routers together."""
@@ -135,7 +178,14 @@ class RoutingStatistics:
         return {name: load.share for name, load in self.loads.items() if load.offered}
 
     def _records(self) -> list[_Counts]:
-        return [record for part in (self.hits, self.loads, self.expert_loads) for _, record in _sorted(part)]
+        parts = (self.hits, self.loads, self.expert_loads, self.usage)
+        return [record for part in parts for _, record in _sorted(part)]
+
+
+def _entropy(counts: Sequence[float]) -> float:
+    """In nats, of the shares that the counts stand for."""
+    total = sum(counts)
+    return -sum(count / total * math.log(count / total) for count in counts if count)
 
 
 def _sorted(records: Mapping[str, Record]) -> list[tuple[str, Record]]:

@@ -281,7 +281,7 @@ def test_files_of_a_plan_are_shared_and_made_again_where_damaged(monkeypatch, tm
 def test_few_epochs_are_kept_in_files(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "IN_MEMORY", 0)
     stream = TokenStream(random_documents(), 40, 3, tmp_path)
-    for epoch in range(12):
+    for epoch in range(plan.EPOCHS + 2):
         epoch_pieces(stream, epoch)
     assert len(list(tmp_path.glob("*.plan/epoch-*"))) == plan.EPOCHS
 

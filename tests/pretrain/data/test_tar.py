@@ -65,7 +65,7 @@ KEYS = st.sampled_from(["a", "a.b", "www.x_1", "www.x_2", "v.1/a", "ü", "k" * 9
 ENDINGS = st.sampled_from(["json", "JSON", "0.png", "v2.json", "v2.0.png", "txt", ""])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(
         st.lists(st.tuples(KEYS, ENDINGS), max_size=6),

@@ -142,9 +142,10 @@ def test_shards_take_no_open_files(config, folder):
         write_shard(folder / f"c-train-{number}.tar", [sample(str(number), png(number), "x")])
     before = os.listdir("/proc/self/fd")
     data = opened(config)
-    assert len(data.train.documents.shards) >= 30 and os.listdir("/proc/self/fd") == before
+    shards = next(iter(data.train.streams.values())).documents.shards
+    assert len(shards) >= 30 and os.listdir("/proc/self/fd") == before
     with pytest.raises(ValueError, match="read-only"):
-        data.train.documents.shards[0][0] = 0
+        shards[0].tokens[0] = 0
 
 
 def test_too_few_files_may_be_open(config, folder, monkeypatch):

@@ -13,14 +13,12 @@ import pytest
 import torch
 import yaml
 
-from pretrain import run_folder
-from pretrain.data import open_data
-from pretrain.describe import objective_of
+import zoo
 from tests.pretrain.data.samples import sample, write_shard
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import tiny_recipe
 from tools.examples import evaluate_drawings
-from tools.examples.captions import decoded, draw, scores
+from tools.examples.captions import draw, scores
 from tools.examples.judge_drawings import Captioned, Share, classifier, distances, nearest, read_captioned
 from zoo.context import CAUSAL, TokenContext
 from zoo.sampling import Sampling
@@ -104,13 +102,13 @@ def test_the_command(runs: Path, kind: str, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_those_of_each_caption_by_itself(runs: Path, kind: str) -> None:
+def test_scores_are_those_of_each_caption_by_itself(runs: Path, folder: Path, kind: str) -> None:
     """After each picture, and without one."""
-    model, recipe = run_folder.load_model(runs / kind)
-    data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
-    held_out = read_captioned(recipe.data.path, "*val*.tar", data).pick(np.arange(2))
+    run = zoo.load(runs / kind)
+    model, data = run.model, run
+    held_out = read_captioned(str(folder), "*val*.tar", run).pick(np.arange(2))
     image, text, words = data.grammars["image"], data.grammars["text"], data.vocabulary
-    said = scores(model, data, [*held_out.images], ["red", "a green one"])
+    said = scores(run, [*held_out.images], ["red", "a green one"])
     for row, picture in enumerate(held_out.images):
         content = data.modalities["image"].encode(picture)
         for column, caption in enumerate(("red", "a green one")):
@@ -124,22 +122,16 @@ def test_scores_are_those_of_each_caption_by_itself(runs: Path, kind: str) -> No
                 log_p = model(tokens, context, content=carried)[0].log_softmax(-1)
             expected = sum(float(log_p[-len(end) + n - 1, token]) for n, token in enumerate(end))
             assert said[row, column] == pytest.approx(expected, abs=1e-3)
-    blank = scores(model, data, [None], ["red"])
+    blank = scores(run, [None], ["red"])
     assert blank.shape == (1, 1) and abs(blank[0, 0] - said[0, 0]) > 1e-4
 
 
 def test_drawings_of_a_batch_are_those_of_each_caption(runs: Path) -> None:
-    """Shorter captions are padded on the left."""
-    model, recipe = run_folder.load_model(runs / "flow")
-    data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
-    objective, sampling = objective_of(recipe), Sampling(steps=4, guidance=2.0, clip=1.0)
-    captions = ["red", "a drawing in blue"]
-
-    together = draw(model, data, objective, captions, sampling, torch.Generator().manual_seed(7))
-    generator = torch.Generator().manual_seed(7)
-    first = draw(model, data, objective, captions[:1], sampling, generator)
-    assert together.shape == (2, 4, 12) and decoded(data, together).shape == (2, 4, 4, 3)
-    np.testing.assert_allclose(together[0], first[0], atol=1e-4)
+    run, sampling = zoo.load(runs / "flow"), Sampling(steps=4, guidance=2.0, clip=1.0)
+    together = draw(run, ["red", "a drawing in blue"], sampling, 1.0, seed=7)
+    first = draw(run, ["red"], sampling, 1.0, seed=7)
+    assert together.shape == (2, 4, 4, 3)
+    np.testing.assert_allclose(together[0].astype(int), first[0].astype(int), atol=1)
 
 
 def test_figures_by_hand() -> None:
@@ -157,9 +149,8 @@ def test_figures_by_hand() -> None:
 
 def test_errors(runs: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shard(tmp_path / "drawings-train.tar", [sample("0", "text")])
-    _, recipe = run_folder.load_model(runs / "ids")
-    data = open_data(recipe.data, recipe.modalities, recipe.seed, log=lambda text: None)
+    run = zoo.load(runs / "ids")
     with pytest.raises(ValueError, match="no document of .* has one picture, one text and a category"):
-        read_captioned(str(tmp_path), "*train*.tar", data)
+        read_captioned(str(tmp_path), "*train*.tar", run)
     assert evaluate_drawings.main([str(runs / "flow.yaml"), "--steps", "0"]) == 2
     assert "drawing.steps: 0: must be greater than 0" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import webdataset
 import zoo
 from pretrain import recipe as recipes
 from pretrain.data import open_data
+from pretrain.describe import objective_of
 from tests.pretrain.data.samples import write_shard
 from tools.examples import make_spoken_digits
 from tools.examples.judge_spoken_digits import FRAMES, SAMPLES, Judge, evaluate
@@ -106,7 +107,8 @@ def test_a_model_is_asked(recordings: Path, tmp_path: Path, speech: dict[str, An
     data = open_data(recipe.data, recipe.modalities, 0, log=lambda text: None)
     model: Any = zoo.build("model", recipe.model, seed=0).eval()
     some = [take for take in takes(recordings) if not take.held_out or take.key.endswith("_0")]
-    found = evaluate(model, data, some, 0)
+    run = zoo.Run(tmp_path, model, data.modalities, objective_of(recipe), recipe.data.sequence_length)
+    found = evaluate(run, some, 0)
     low, high = found.summary["word_accuracy_interval"]
     assert found.summary["held_out_takes"] == 10 and 0 <= low <= found.summary["word_accuracy"] <= high <= 1
     assert found.summary["classifier_accuracy_on_held_out"] == 1.0

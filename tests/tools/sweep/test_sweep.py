@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,6 +62,7 @@ class Squares:
     type: ClassVar[str] = "squares"
     free_settings: ClassVar[frozenset[str]] = frozenset({"remark"})
     jobs: int = 2
+    accelerators: int = 1
     measured: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -80,6 +83,9 @@ class Squares:
             else Square("b", n, same_as=f"a-{n}")
             for place, n in enumerate(self.numbers)
         ]
+
+    def preview(self, points: Sequence[Square]) -> str:
+        return f"{len(points)} numbers"
 
     @staticmethod
     def read_point(data: Mapping[str, Any]) -> Square:
@@ -125,7 +131,7 @@ def test_a_sweep_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "out"
     assert command.run(sweep, out) == 0
     said = capsys.readouterr()
-    assert "a-7 failed, and is tried once more" in said.err and "a-1: not run, is odd and tiny" in said.out
+    assert "a-7 failed, and is tried once more" in said.err and "a-1: not run, is odd and tiny" in said.err
     assert (out / "results.md").read_text() == (
         "| arm | number | square |\n|---|---|---|\n| a | 2 | 4 |\n| a | 7 | 49 |\n| a | 1 |  |\n| b | 2 | 4 |\n\n"
         "- a-1: not run, is odd and tiny."
@@ -166,9 +172,76 @@ def test_settings_that_change_before_a_run_is_finished(tmp_path: Path) -> None:
     assert not (folder / "tries").exists()
 
 
+SBATCH = """\
+#!/usr/bin/env bash
+# sbatch FILE: every task of its array, one after the other, here
+set -eu
+range=$(sed -n 's/^#SBATCH --array=\\([0-9]*\\)-\\([0-9]*\\)%[0-9]*$/\\1 \\2/p' "$1")
+for task in $(seq $range); do SLURM_ARRAY_TASK_ID=$task bash "$1" || echo "task $task failed"; done
+"""
+SRUN = """\
+#!/usr/bin/env bash
+# srun [--option ...] COMMAND: here; --output is obeyed
+set -eu
+while [ "${1#--}" != "$1" ]; do case "$1" in --output=*) exec >> "${1#--output=}" 2>&1;; esac; shift; done
+exec "$@"
+"""
+
+
+def test_a_job_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its script is right for bash, and leaves what a sweep run here leaves; finished runs are not in it again."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    sweep, out = Squares((2, 7, 3)), tmp_path / "with space" / "out"
+    assert command.by_other_hands(sweep, out, slurm=True, jobs=2) == 0
+    script = out / "sweep.sbatch"
+    assert f"3 runs: sbatch {script}" in capsys.readouterr().out
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "#SBATCH --array=0-2%2\n" in script.read_text()
+    said = subprocess.run(["sbatch", str(script)], check=True, capture_output=True, text=True).stdout
+    assert said == "task 1 failed\n", "7 fails once"
+    assert (out / RUNS / "a-2" / "log").read_text() == "number 2\n"
+    command.by_other_hands(sweep, out, slurm=True, jobs=2)
+    assert "#SBATCH --array=0-0%2\n" in script.read_text() and "a-7" in script.read_text()
+    subprocess.run(["sbatch", str(script)], check=True, capture_output=True)
+    assert command.run(sweep, out, only_report=True) == 0
+    assert "| a | 7 | 49 |" in (out / "results.md").read_text()
+    capsys.readouterr()
+    command.by_other_hands(sweep, out, slurm=True, jobs=2)
+    assert "every run is finished" in capsys.readouterr().out
+
+
+def test_commands_to_be_given_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep, out = Squares((2, 3)), tmp_path / "out"
+    assert command.by_other_hands(sweep, out, slurm=False, jobs=1) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("2 numbers\n"), "what is to be known stands apart"
+    first, second = said.out.splitlines()
+    subprocess.run(first, shell=True, check=True, capture_output=True)
+    assert (out / RUNS / "a-2" / RESULT).exists() and second.endswith(str(out / RUNS / "a-3"))
+    command.by_other_hands(sweep, out, slurm=False, jobs=1)
+    assert capsys.readouterr().out.splitlines() == [second]
+
+
+def test_words_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("type: pretrain\nrecipe: none.yaml\narms: {a: {}}\nmatch: {flops: 0}\n")
+    for words, said in (
+        (["one", "two"], "two: one folder is enough, and one is given already"),
+        (["--jobs", "0", "recipe=sweep.yaml"], "--jobs: 0; at least one run must go on"),
+        (["seeds=[1]"], "recipe: 'none.yaml' is not a file"),
+    ):
+        assert command.main([str(path), *words]) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("said", ["", "type: adapted\n", "type: [adapt]\n"])
 def test_the_kind_must_be_known(tmp_path: Path, said: str) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(said + "numbers: [1]\n")
-    with pytest.raises(ConfigError, match="type: .* is not a kind of sweep; write type: KIND, one of adapt"):
+    with pytest.raises(ConfigError, match="type: .* is not a kind of sweep; write type: KIND, one of adapt, pretrain"):
         open_sweep(path, [])

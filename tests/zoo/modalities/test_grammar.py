@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-import torch
 
-import zoo
-from tests.zoo.helpers import ATTENTION, DENSE
-from zoo.generate import Choice, generate
-from zoo.modalities import Positions, grammars, parse_modalities, vocabulary
+from zoo.modalities import Choice, Piece, Positions, grammars, parse_modalities, vocabulary
 
 PICTURE = {"image_size": 4, "patch": 2}
 IDS = parse_modalities({"text": {"type": "bytes"}, "image": {"type": "patches", "codes": 5, **PICTURE}})
@@ -20,8 +15,6 @@ def test_text_has_no_markers_and_any_number_of_positions():
     text = grammars(IDS)["text"]
     assert (text.begin, text.end, text.positions, text.choice) == (None, None, None, Choice(4, 260, 0))
     assert text.tokens([0, 255]).tolist() == [4, 259] and text.tokens([]).tolist() == []
-    with pytest.raises(ValueError, match="how many positions an item takes is left to the model"):
-        text.choices()
 
 
 def test_an_image_stands_between_its_markers():
@@ -31,26 +24,19 @@ def test_an_image_stands_between_its_markers():
     assert (
         tokens.tolist() == [words.begin("image"), 260, 264, 262, 260, words.end("image")] and tokens.dtype == np.int32
     )
-    assert image.choices() == [Choice(260, 265, 1)] * 4
+    assert image.choice == Choice(260, 265, 1)
     held = grammars(VECTORS)["image"]
     assert held.tokens(np.zeros((4, 12))).tolist() == [2, 260, 260, 260, 260, 3], "one id holds the places"
-    with pytest.raises(ValueError, match=r"its positions carry Vectors\(width=12\), no ids"):
-        held.choices()
+    piece = held.piece(np.zeros((4, 12), np.float32))
+    assert piece.tokens.tolist() == [2, 260, 260, 260, 260, 3] and piece.modality.tolist() == [0, 1, 1, 1, 1, 0]
+    assert piece.content["image"].shape == (4, 12) and set(piece.item.tolist()) == {-1}
 
 
-def test_what_is_generated_is_an_image():
-    """Whatever the model would rather say; and cached step by step it is the likeliest of the full forward."""
-    words, image = vocabulary(IDS), grammars(IDS)["image"]
-    config = {"modalities": ["text", "image"], "d_model": 8, "vocab_size": words.size}
-    model = zoo.build("model", config | {"layers": [{"mixer": ATTENTION, "feedforward": DENSE}]}).double().eval()
-    prompt = torch.tensor([[words.bos, 9, image.begin], [words.bos, 77, image.begin]])
-    for temperature in (0.0, 1.0):
-        new = generate(
-            model, prompt, torch.zeros_like(prompt), image.choices(), temperature, torch.Generator().manual_seed(0)
-        )
-        assert new.shape == (2, 4) and bool(((new >= 260) & (new < 265)).all())
-    greedy = generate(model, prompt, torch.zeros_like(prompt), image.choices(), 0)
-    tokens = torch.cat([prompt, greedy], 1)
-    modality = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
-    logits = model(tokens, zoo.TokenContext.from_modality(modality, routing="causal"))
-    assert torch.equal(logits[:, 2:-1, 260:265].argmax(-1) + 260, greedy)
+def test_pieces_are_joined_in_order():
+    section = parse_modalities({"text": {"type": "bytes"}, "image": {"type": "continuous_patches", **PICTURE}})
+    section["image"] = section["image"].model_copy(update={"mask": "bidirectional"})
+    image = grammars(section)["image"]
+    one, two = (image.places(np.full((2, 12), n, np.float32)) for n in (1, 2))
+    whole = Piece.join([Piece.of([0], 0), one, two, Piece.of([7], 0)])
+    assert whole.tokens.tolist() == [0, 260, 260, 260, 260, 7] and whole.item.tolist() == [-1, 0, 0, 1, 1, -1]
+    assert whole.content["image"][:, 0].tolist() == [1, 1, 2, 2]

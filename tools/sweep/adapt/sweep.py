@@ -36,6 +36,10 @@ class AdaptSweep:
     def jobs(self) -> int:
         return self.config.jobs
 
+    @property
+    def accelerators(self) -> int:
+        return 1
+
     @classmethod
     def load(cls, data: Mapping[str, Any], folder: Path) -> AdaptSweep:
         config = settings.parse(data, folder)
@@ -70,6 +74,9 @@ class AdaptSweep:
 
         ranks = [layer["rank_over_length"] for layer in self._ranked(out / ARANK)["layers"]]
         return Planner(config, base.blueprint, shapes_of, ranks).points()
+
+    def preview(self, points: Sequence[AdaptPoint]) -> str:
+        return ""
 
     @staticmethod
     def read_point(data: Mapping[str, Any]) -> AdaptPoint:

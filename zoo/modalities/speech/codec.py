@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pydantic
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from zoo.carries import Channels, Ids
 from zoo.config import UserError
-from zoo.modalities.folder import check_folder, folder_hash, load_folder
+from zoo.modalities.folder import check_folder, copy_folder, folder_hash, load_folder
 from zoo.modalities.speech.sounds import Sound, SoundConfig
 from zoo.registry import register
 
@@ -34,6 +35,7 @@ class Codec(Sound):
         known without it.
         """
 
+        file: ClassVar[str] = ""
         path: str
         """The folder of the codec."""
         codebooks: int = pydantic.Field(ge=1, le=256)
@@ -70,6 +72,10 @@ class Codec(Sound):
     @property
     def fingerprint(self) -> str:
         return self._fingerprint
+
+    def save(self, path: str | Path) -> None:
+        """Copy the codec's configuration and weights into a new folder."""
+        copy_folder(self.config.path, path)
 
     @torch.no_grad()
     def encode(self, item: np.ndarray) -> np.ndarray:

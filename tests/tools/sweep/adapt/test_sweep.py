@@ -212,11 +212,11 @@ def test_a_sweep_by_perplexity(folders: Path, monkeypatch: Any) -> None:
         (run / "metrics.jsonl").touch()
         return 1.0
 
-    def run(sweep: AdaptSweep, waiting: list[Path]) -> list[Path]:
+    def run(sweep: AdaptSweep, waiting: list[Path], jobs: int) -> list[Path]:
         return [folder for folder in waiting if run_one([sweep.type, str(folder)])]
 
     monkeypatch.setattr("tools.sweep.adapt.run.train", train)
-    monkeypatch.setattr(command, "launch", run)
+    monkeypatch.setattr(launch, "launch", run)
     test = {"split": "validation", "samples": 7, "batch": 3, "metric": "perplexity"}
     path, out = (
         write_sweep(folders, "told", arms={name: ARMS[name] for name in ("dense", "blind")}, test=test),

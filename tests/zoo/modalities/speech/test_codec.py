@@ -193,3 +193,14 @@ def test_a_codec_with_scales_is_refused(folders: dict[str, Path], tmp_path: Path
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="normalised: True; only a codec of one channel without chunks"):
         Codec(config("EncodecModel", tmp_path))
+
+
+def test_a_copy_is_the_codec(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What a run keeps of it."""
+    config = Codec.Config(
+        path=str(folders["DacModel"]), rate=RATE, codebooks=2, codes=32, hop_samples=HOPS["DacModel"], max_seconds=1.0
+    )
+    codec = config.open()
+    codec.save(tmp_path / "speech")
+    copy = config.beside(tmp_path / "speech").open()
+    assert copy.fingerprint == codec.fingerprint and copy.config.path == str(tmp_path / "speech")
