@@ -87,7 +87,7 @@ def test_padding_and_other_rows_are_left_out() -> None:
 
 @torch.no_grad()
 def dense(model: nn.Module, batch: dict[str, Tensor], rtol: float) -> Tensor:
-    """(B, L, H) rank over length, from all maps at once and with matrix_rank. It must be the first forward of the model:
+    """(B, L, H) rank over length, from all maps at once and with matrix_rank. It must be the first forward of a model:
     after one that asks for no attentions, Transformers hooks Phi-4's vision tower twice and then finds no features."""
     before = model.get_decoder().config._attn_implementation
     set_decoder_attention(model, "eager")
