@@ -32,6 +32,13 @@ class Family:
     attention: tuple[str, ...] = ("sdpa", "eager")
 
 
+def set_decoder_attention(model: nn.Module, implementation: str) -> None:
+    """Set the attention of the decoder; the vision tower keeps its own. Phi-4's attends backwards only under sdpa, both
+    ways under eager, so that its features are others."""
+    part = "text_config" if "text_config" in model.config.sub_configs else ""
+    model.set_attn_implementation({part: implementation})
+
+
 def small_text(**changes: Any) -> dict[str, Any]:
     """Options of a small text config."""
     options = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.adapt.families import FAMILIES, IMAGE, Family
+from tests.zoo.adapt.families import FAMILIES, IMAGE, Family, set_decoder_attention
 from zoo.adapt import arank
 from zoo.config import UserError
 
@@ -87,12 +87,12 @@ def test_padding_and_other_rows_are_left_out() -> None:
 
 @torch.no_grad()
 def dense(model: nn.Module, batch: dict[str, Tensor], rtol: float) -> Tensor:
-    """(B, L, H) rank over length, from all maps at once and with matrix_rank."""
-    before = model.config.text_config._attn_implementation if hasattr(model.config, "text_config") else None
-    model.set_attn_implementation("eager")
+    """(B, L, H) rank over length, from all maps at once and with matrix_rank. It must be the first forward of a model:
+    after one that asks for no attentions, Transformers hooks Phi-4's vision tower twice and then finds no features."""
+    before = model.get_decoder().config._attn_implementation
+    set_decoder_attention(model, "eager")
     attentions = model(**batch, output_attentions=True).attentions
-    if before is not None:
-        model.set_attn_implementation(before)
+    set_decoder_attention(model, before)
     samples = []
     for row, mask in enumerate(batch["attention_mask"].bool()):
         maps = torch.stack([each[row] for each in attentions])[:, :, mask][..., mask].float()
@@ -104,8 +104,9 @@ def dense(model: nn.Module, batch: dict[str, Tensor], rtol: float) -> Tensor:
 def test_every_family_against_the_dense_computation(family: Family) -> None:
     model = family.build()
     batch = family.inputs(model, [[3, 5]])
+    expected = dense(model, batch, 1e-2)
     found = arank.measure(model, [batch])
-    torch.testing.assert_close(found.values[..., 0], dense(model, batch, 1e-2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.values[..., 0], expected, rtol=0, atol=1e-6)
     assert found.image_tokens[0] > 0 and found.tokens[0] >= 8 + found.image_tokens[0]
     assert 0 < found.values.min() and found.values.max() < 1
 
@@ -114,11 +115,12 @@ def test_a_padded_batch_equals_one_by_one(family: Family) -> None:
     model = family.build()
     rows = [[3, 5], [6, 4, 3], [9, 1]]
     batch = inputs(model, rows, family)
+    expected = dense(model, batch, 1e-2)
     together = arank.measure(model, [batch])
     alone = arank.measure(model, [inputs(model, [row], family) for row in rows])
     assert together.tokens == alone.tokens and together.image_tokens == alone.image_tokens
     torch.testing.assert_close(together.values, alone.values, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(together.values[..., 0], dense(model, batch, 1e-2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(together.values[..., 0], expected, rtol=0, atol=1e-6)
 
 
 def test_padding_on_the_left_in_float32(llava: nn.Module) -> None:

@@ -228,7 +228,7 @@ def test_a_prompt_cut_inside_an_image_is_refused(case: tuple[Family, nn.Module])
         for ours, theirs in zip(pieces, generate(model, inputs).logits, strict=True):
             close(ours, theirs)
     whole = family.inputs.part(model, counts, 0, middle, family.inputs.features(counts))
-    with pytest.raises((ValueError, RuntimeError), match="do not match"):
+    with pytest.raises((ValueError, RuntimeError), match="do not match|shape mismatch"):  # Phi-4's are torch's words
         model(**whole)
 
 

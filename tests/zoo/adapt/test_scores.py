@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.adapt.families import FAMILIES
+from tests.zoo.adapt.families import FAMILIES, set_decoder_attention
 from tests.zoo.adapt.pictures import UNSAID
 from tests.zoo.adapt.test_conformance import ROWS, close, generate, placeholders
 from zoo import UserError
@@ -60,9 +60,10 @@ def test_what_the_last_token_attends_to(name: str, attention: str) -> None:
     family = FAMILIES[name]
     model = family.build()
     inputs = family.inputs(model, family.rows)
-    model.set_attn_implementation("eager")
-    maps = model(**inputs, output_attentions=True).attentions[1]
     model.set_attn_implementation(attention)
+    set_decoder_attention(model, "eager")
+    maps = model(**inputs, output_attentions=True).attentions[1]
+    set_decoder_attention(model, attention)
     adapt(model, config("attention", layers=[2]))
     keep = kept(model, inputs, 2)
     images = placeholders(inputs["input_ids"])
