@@ -14,7 +14,7 @@ from tests.pretrain.runs import ROOT
 from tools.check import main
 from zoo.config import ConfigError
 
-SHORT, LONG = 150, 10_000
+SHORT, LONG, PARTS = 150, 10_000, 10
 
 
 def check(path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> bool:
@@ -56,5 +56,6 @@ def test_some(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_many(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(range(LONG), tmp_path, capsys, monkeypatch) > 0
+@pytest.mark.parametrize("part", range(PARTS))
+def test_many(part: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(range(part, LONG, PARTS), tmp_path, capsys, monkeypatch) > 0

@@ -182,7 +182,7 @@ def test_metrics(two: Path) -> None:
     items = metrics.read(two / "whole" / "metrics.jsonl")
     names = {"step", "tokens", "flops", "loss", "auxiliary/loss", "skip", "skip/layers.1", "skip/layers.2", "epoch"}
     names |= {f"auxiliary/{rate}" for rate in ("accuracy", "precision", "recall", "always_skip")}
-    names |= {"truncated", "unusable", "lr", "grad_norm", "bad_steps", "seconds", "tokens_per_second"}
+    names |= {"truncated", "unusable", "lr", "grad_norm", "bad_steps", "seconds", "tokens_per_second", "memory"}
     assert all(set(item) == names for item in items if "loss" in item)
     evaluations = [item for item in items if "eval/loss" in item]
     assert [item["step"] for item in evaluations] == [3, 6]
@@ -223,7 +223,8 @@ def test_the_model_left_behind(two: Path) -> None:
     subject = EvaluatedModel(model, model, model, "cpu", torch.float32)
     values = evaluate(subject, batcher, questions[:5], 1).values()
     said = metrics.read(two / "whole" / "metrics.jsonl")[-1]
-    assert {"step": 6, **values} == pytest.approx(said, rel=1e-6)
+    assert said["step"] == 6 and set(said) == {"step", "tokens", "flops", "seconds", *values}
+    assert values == pytest.approx({name: said[name] for name in values}, rel=1e-6)
 
     dense = LlavaForConditionalGeneration.from_pretrained(two / "whole" / "model")
     routed = {name for name, _ in model.named_parameters() if "mod_router" in name}
