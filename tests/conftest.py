@@ -1,10 +1,23 @@
-"""What tests of several folders share: the digits as shards, indexed once."""
+"""What tests of several folders share: their order, and the digits as shards, indexed once."""
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 
 import pytest
+
+
+STARTERS = {"run_ranks", "start", "launch"}
+"""What modules import that start processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that start processes come first, then those with many tests: a worker takes whole modules, one after the
+    other, and none shall begin a long one when the others are through."""
+    tests = collections.Counter(item.path for item in items)
+    module = {item.path: vars(getattr(item, "module", item)).keys() for item in items}
+    items.sort(key=lambda item: (not STARTERS & module[item.path], -tests[item.path]))
 
 
 @pytest.fixture(scope="session")
