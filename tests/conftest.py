@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 STARTERS = {"run_ranks", "start", "launch"}
 """What modules import that start processes."""
 
