@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = collections.Counter(item.path for item in items)
     module = {item.path: vars(getattr(item, "module", item)).keys() for item in items}
     items.sort(key=lambda item: (not STARTERS & module[item.path], -tests[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays, and there is so much of it that each full collection takes most of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

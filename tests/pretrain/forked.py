@@ -6,6 +6,7 @@ What a test starts is a process of its own all the same: with its own arguments,
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.context
 import os
@@ -79,6 +80,7 @@ def command(module: str, words: Sequence[str], environment: Mapping[str, str], o
 
 
 def _begin(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], output: Path) -> None:
+    gc.freeze()  # what was imported stays; the collector need not look at it
     os.setpgid(0, 0)
     printed = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(printed, 1)
