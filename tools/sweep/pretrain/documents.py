@@ -25,11 +25,11 @@ def redrawn(objective: Objective, kept: Sequence[DocumentLosses]) -> dict[str, n
     times = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), DRAWS)
     sums = times @ np.stack([each.sums for each in kept])  # (n, DRAWS, P)
     counts = times @ kept[0].counts
-    none = dict.fromkeys(objective.parts, 0)
+    nothing, none = (dict.fromkeys(objective.parts, value) for value in (np.zeros(len(kept)), 0))
     found = [
         _combined(
             objective,
-            none | dict(zip(parts, sums[:, draw].T, strict=True)),
+            nothing | dict(zip(parts, sums[:, draw].T, strict=True)),
             none | dict(zip(parts, counts[draw].tolist(), strict=True)),
         )
         for draw in range(DRAWS)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.tools.sweep.pretrain.sweeps import write_run
 from tools import compare
+from tools.sweep.pretrain import savings
 from tools.sweep.pretrain.curves import curves, evaluations
 from tools.sweep.pretrain.report import write
 from tools.sweep.pretrain.study import of_runs
@@ -124,3 +125,25 @@ def test_a_run_without_causal_evaluations_has_no_curve(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in renamed))
     written = write(of_runs([run], None), tmp_path / "out")
     assert "Savings" not in written[1].read_text()
+
+
+def test_other_documents(tmp_path: Path) -> None:
+    """Losses of redrawn documents are what an evaluation on them would have reported, the same draw for both runs."""
+    runs = [
+        write_run(tmp_path / f"{name}_{seed}", name, seed, scale, documents=20)
+        for name, scale in (("dense", 1.0), ("sparse", 0.8))
+        for seed in range(2)
+    ]
+    study = of_runs(runs, None)
+    dense, sparse = study.of("dense", "one")[0], study.of("sparse", "one")[0]
+    drawn = dense.redrawn
+    assert sorted(drawn) == ["all", "image", "text"] and drawn["text"].shape == (savings.DRAWS, 5)
+    assert drawn["text"].mean(0) == pytest.approx(dense.curves("tokens")["text"].loss, rel=0.02)
+    assert drawn["image"] == pytest.approx(2 * drawn["text"]) and drawn["all"] == pytest.approx(1.5 * drawn["text"])
+    assert sparse.redrawn["text"] == pytest.approx(0.8 * drawn["text"])
+    (pair, _) = study.pairs("sparse", "one", "tokens", "text")
+    found = savings.gap([pair])
+    assert found.difference == pytest.approx(-0.2 * 5**-0.5) and 0.01 < found.by_document < 0.05
+    assert savings.saving([pair]).interval is not None
+    text = write(study, tmp_path / "out")[1].read_text()
+    assert "and over validation documents, the same for all" in text and "widened by that over the choice" in text
