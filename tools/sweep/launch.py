@@ -79,10 +79,12 @@ def command(sweep: Sweep[Any], folder: Path) -> list[str]:
     return [sys.executable, "-m", "tools.sweep.run", sweep.type, str(folder)]
 
 
-def attended(words: Sequence[str]) -> int:
-    """Run a command to its end; returns its exit code. It and all that it has started get TERM where this process, or
-    the sweep, is told to end, and are waited for: a launcher may end before its ranks do.
+def attended(words: Sequence[str], of_a_sweep: bool) -> int:
+    """Run a command to its end; returns its exit code. It and all that it has started get TERM where this process is
+    told to end, and are waited for: a launcher may end before its ranks do.
 
+    Args:
+        of_a_sweep: this process was started by a sweep, and the command ends with it.
     Raises:
         UserError: the sweep was killed; its next call goes on from a checkpoint.
     """
@@ -90,7 +92,7 @@ def attended(words: Sequence[str]) -> int:
     process = subprocess.Popen(words, process_group=0)
     try:
         while process.poll() is None:
-            if os.getppid() != sweep:
+            if of_a_sweep and os.getppid() != sweep:
                 raise UserError("the sweep is gone")
             time.sleep(0.2)
     finally:

@@ -25,15 +25,13 @@ def redrawn(objective: Objective, kept: Sequence[DocumentLosses]) -> dict[str, n
     times = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), DRAWS)
     sums = times @ np.stack([each.sums for each in kept])  # (n, DRAWS, P)
     counts = times @ kept[0].counts
-    nothing, none = (dict.fromkeys(objective.parts, value) for value in (np.zeros(len(kept)), 0))
-    found = [
-        _combined(
-            objective,
-            nothing | dict(zip(parts, sums[:, draw].T, strict=True)),
-            none | dict(zip(parts, counts[draw].tolist(), strict=True)),
-        )
-        for draw in range(DRAWS)
-    ]
+    found = []
+    for draw in range(DRAWS):
+        total: dict[str, np.ndarray] = dict.fromkeys(objective.parts, np.zeros(len(kept)))
+        total.update(zip(parts, sums[:, draw].T, strict=True))
+        count: dict[str, int] = dict.fromkeys(objective.parts, 0)
+        count.update(zip(parts, counts[draw].tolist(), strict=True))
+        found.append(_combined(objective, total, count))
     return {name: np.stack([each[name] for each in found]) for name in found[0] if all(name in e for e in found)}
 
 
