@@ -22,7 +22,7 @@ wanted="$root $(cat setup.cfg pyproject.toml constraints.txt | sha256sum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $VIRTUAL_ENV (a minute or a few, once)"
     pip="python -m pip --disable-pip-version-check"
-    # uv takes a tenth of pip's time; it does not read pip's settings, so the one that matters is handed on
+    # uv is several times quicker than pip; it does not read pip's settings, so the one that matters is handed on
     $pip install --quiet --constraint constraints.txt uv &&
         UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" python -m uv pip install --quiet \
             --constraint constraints.txt torch --editable ".[dev]" || {
