@@ -47,16 +47,17 @@ def local_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def prepare_environment(device: str) -> None:
+def prepare_environment(device: str, compile: bool = False) -> None:
     """Set the variables that DeepSpeed reads while it is imported; call it before the first `Engine` is made.
 
-    Without the launcher this process becomes the only rank, on a free port.
+    Without the launcher this process becomes the only rank, on a free port. `compile`: PyTorch's compiler is needed.
     """
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         # Halves the start: DeepSpeed decorates Muon with torch.compile whichever optimizer runs, which loads the
         # whole compiler. A value that the user has set stays.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if not compile:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind((LOOPBACK, 0))

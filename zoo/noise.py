@@ -54,13 +54,13 @@ def token_keys(seed: int, rows: np.ndarray, columns: int) -> np.ndarray:
 def salt(name: str, step: int | Tensor) -> int | Tensor:
     """A signed 32-bit number for the noise of the block `name` at `step`; a tensor of it where `step` is one."""
     if isinstance(step, Tensor):
-        return _mix(((step * _GOLDEN) ^ _checksum(name)).to(torch.int32))
-    mixed = hash32(np.array([_checksum(name) ^ ((step * _GOLDEN) & 0xFFFFFFFF)], np.uint64))
+        return _mix(((step * _GOLDEN) ^ checksum(name)).to(torch.int32))
+    mixed = hash32(np.array([checksum(name) ^ ((step * _GOLDEN) & 0xFFFFFFFF)], np.uint64))
     return int(mixed.view(np.int32)[0])
 
 
-@torch.compiler.assume_constant_result
-def _checksum(name: str) -> int:
+def checksum(name: str) -> int:
+    """CRC-32 of a name; a graph must take it as a constant (`pretrain.compiling`)."""
     return zlib.crc32(name.encode())
 
 
