@@ -36,7 +36,7 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 """Keys of old, and where they stand now."""
 
 RESUMABLE = re.compile(
-    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows|compile)"
+    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows|compile|deterministic)"
     r"|(evaluate|kernels)(\..*)?|optimizer\.(muon_)?lr|train\.clip|deepspeed\.gradient_clipping"
     r"|data\.(path|train|validation|cache|workers|max_broken_samples|max_broken_documents)"
     r"|data\.sources\.[^.]+\.(path|files|validation)"
@@ -63,6 +63,10 @@ class LoopConfig(Config):
     """Largest global gradient norm; 0 turns clipping off."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more compute, the same results."""
+    deterministic: bool = False
+    """On a GPU take kernels alone that give the same bits for the same inputs, so that a resumed run is the
+    uninterrupted one bit for bit, on as many ranks of the same machine; slower, and a kernel that cannot is an error
+    that names it. On a CPU it is so anyway."""
     log_every: int = Field(10, gt=0)
     """Steps from one line of metrics.jsonl to the next."""
     evaluate_every: int = Field(0, ge=0)

@@ -52,11 +52,11 @@ def test_what_cannot_be_compiled_is_refused(recipe: dict[str, Any], message: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_compiled_run_is_the_run(stage: int, digits: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_is_the_run(stage: int, digit_shards: Path, tmp_path: Path) -> None:
     """Losses are those of the uncompiled run, also where the run stops and goes on, by at most three graphs."""
 
     def run(name: str, steps: int, compiled: bool) -> str:
-        recipe = tiny_recipe(digits, tmp_path / name, deepspeed={"zero_optimization": {"stage": stage}})
+        recipe = tiny_recipe(digit_shards, tmp_path / name, deepspeed={"zero_optimization": {"stage": stage}})
         recipe["train"] |= {"compile": compiled, "steps": steps}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         command = ["-c", COMPILED] if compiled else ["-m", "pretrain.train"]
