@@ -11,7 +11,7 @@ from torch import nn
 
 from pretrain.data import Mixture, micro_batches
 from pretrain.process_group import ALONE, Ranks
-from pretrain.sums import Counts, Sums, Totals
+from pretrain.sums import Counts, Sums, Totals, by_source
 from zoo.auxiliary import RoutedBlock
 from zoo.batch import Batch
 from zoo.context import CAUSAL, TOPK
@@ -80,7 +80,8 @@ def evaluate(
         device: of the weights.
         bits_per_byte: report the loss of text in bits a byte, too.
     Returns:
-        `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; where asked for, `…/bits_per_byte`, the loss
+        `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; of several sources `…/source/<source>`, the
+        mean cross-entropy of its ids; where asked for, `…/bits_per_byte`, the loss
         of all text tokens, special ones too, over the UTF-8 bytes of the texts, which compares tokenizers; for sparse
         models, from the top-k pass, `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers
         and `eval/auxiliary/<block>/…` of each, and from the causal pass `eval/causal/flops_per_token` really used,
@@ -98,8 +99,10 @@ def evaluate(
     training = objective.training
     objective.eval()
     for routing in routings(model):
-        totals = _pass(forward, objective, batches, routing).over(ranks, device)
+        totals = _pass(forward, objective, batches, routing, len(stream.streams)).over(ranks, device)
         result |= _losses(totals, counts, routing, objective)
+        for source, loss in zip(stream.streams, totals.sources, strict=False):
+            result |= {} if loss is None else {f"eval/{routing}/source/{source}": loss}
         for block, usage in totals.routing.usage.items():
             found = usage.summary(model.modalities)
             result |= {f"eval/{routing}/router/{block}/{key}": value for key, value in found.items()}
@@ -120,13 +123,17 @@ def validation_loss(values: Mapping[str, float]) -> float:
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
 
 
-def _pass(forward: nn.Module, objective: Objective, batches: Sequence[Batch], routing: str) -> Sums:
+def _pass(forward: nn.Module, objective: Objective, batches: Sequence[Batch], routing: str, sources: int) -> Sums:
     """What this rank's batches give under one routing, summed in fp64 on the host."""
     sums = Sums()
     for batch in batches:
-        trace = Trace(detailed=True)
+        trace = Trace(detailed=True, by_row=sources > 1)
         parts = objective(forward, batch.under(routing=routing, trace=trace))
-        sums += Sums(parts={name: total.double().cpu() for name, total in parts.items()}, routing=trace.statistics)
+        sums += Sums(
+            parts={name: total.double().cpu() for name, total in parts.items()},
+            routing=trace.statistics,
+            sources=by_source(trace.rows, batch.sources, sources),
+        )
     return sums
 
 

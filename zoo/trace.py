@@ -34,6 +34,11 @@ class Trace:
     an optimizer step. Tensors of any shape; the same names and shapes on every rank."""
     detailed: bool = False
     """Also count which modality's tokens go to which expert; it costs time, so only evaluations ask for it."""
+    by_row: bool = False
+    """Also keep the losses of each row of the batch."""
+    rows: Tensor | None = None
+    """(B, 2) fp32 without a gradient, set by the objective where it is asked for: of each row the sum of the
+    cross-entropies of its ids, in nats, and how many they are."""
     replaying: bool = False
     """A replay: decisions are repeated, and what is added is dropped."""
 
@@ -66,6 +71,10 @@ class Trace:
     def add_penalty(self, name: str, value: Tensor) -> None:
         if not self.replaying:
             self.penalties[name] = value
+
+    def add_rows(self, rows: Callable[[], Tensor]) -> None:
+        if self.by_row and not self.replaying:
+            self.rows = rows().detach()
 
     def add_update(self, name: str, sums: dict[str, Tensor]) -> None:
         if not self.replaying:

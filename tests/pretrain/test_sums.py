@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.process_group import Ranks
-from pretrain.sums import Counts, Sums
+from pretrain.sums import Counts, Sums, by_source
 from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
 
 
@@ -51,6 +51,15 @@ def test_sums_over_micro_batches_and_ranks(image_first: bool) -> None:
     assert found.balance == pytest.approx(0.6)
     assert found.routing.hits == {"b": RouterHits(16, 12, 8, 4)}
     assert found.routing.loads == {"a": Load(4, 8)} and found.routing.expert_loads == {"c": ExpertLoad((20, 24))}
+
+
+def test_rows_are_summed_by_their_source() -> None:
+    rows = torch.tensor([[3.0, 2.0], [5.0, 1.0], [1.0, 1.0]])
+    found = by_source(rows, torch.tensor([2, 0, 2]), 3)
+    assert found is not None and found.tolist() == [[5.0, 1.0], [0.0, 0.0], [4.0, 3.0]]
+    once = Sums(sources=found)
+    assert (Sums() + once + once).over(Twice(), "cpu").sources == [5.0, None, 4 / 3]
+    assert by_source(rows, None, 3) is None and Sums().over(Ranks(), "cpu").sources == []
 
 
 def test_nothing_sums_to_nothing() -> None:

@@ -103,6 +103,11 @@ class Autoregressive(Objective, counter_noise=True):
         logits = wide(logits[:, :-1].reshape(-1, logits.shape[-1]))
         target, modality = torch.where(is_target, batch.tokens[:, 1:], -100).reshape(-1), modality.reshape(-1)
         losses = IdHead.Config().loss(logits, target)
+        if context.trace is not None:
+            rows = len(batch.tokens)
+            context.trace.add_rows(
+                lambda: torch.stack([losses.view(rows, -1).sum(1), (target.view(rows, -1) >= 0).sum(1).float()], dim=1)
+            )
         for name, m in self.modalities.items():
             if self._has_ids(name):
                 of_modality = (target >= 0) & (modality == m)
