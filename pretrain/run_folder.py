@@ -89,7 +89,7 @@ def check_recipe(folder: Path, recipe: RunRecipe) -> None:
         old = _recorded(path, recipe)
     except UserError as error:
         raise UserError(f"{error}. Restore it, or choose another run_dir") from None
-    lines = recipes.differences(old, recipe.dump())
+    lines = recipes.differences(old, recipe.dump(), but=recipe.resumable)
     if lines:
         raise UserError(
             f"run_dir: {str(folder)!r} belongs to another recipe; choose another run_dir or name, or remove the folder."

@@ -151,7 +151,8 @@ def left(run: Path) -> str:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_then_one_then_two(digit_shards: Path, tmp_path: Path, stage: int) -> None:
-    """A third of the way each, through universal checkpoints; every choice of tokens is a row's own."""
+    """A third of the way each, through universal checkpoints, in other micro-batches; every choice of tokens is a row's
+    own."""
     from tests.pretrain.runs import EXPERTS, LAYER
 
     by_row = LAYER | {"feedforward": EXPERTS | {"scope": "row"}}
@@ -161,8 +162,9 @@ def test_two_ranks_then_one_then_two(digit_shards: Path, tmp_path: Path, stage: 
     moved = write_recipe(tmp_path / "b", digit_shards, tmp_path / "moved", **changed)
     baseline = start([whole], tmp_path / "whole.txt", 2)
     assert baseline.wait(300) == [0, 0], baseline.printed()
-    for ranks, steps in ((2, 4), (1, 8), (2, 12)):
-        processes = start([moved, f"train.steps={steps}"], tmp_path / "moved.txt", ranks)
+    for ranks, steps, micro_batch in ((2, 4, 2), (1, 8, 4), (2, 12, 1)):
+        words = [moved, f"train.steps={steps}", f"train.micro_batch={micro_batch}"]
+        processes = start(words, tmp_path / "moved.txt", ranks)
         assert processes.wait(300) == [0] * ranks, processes.printed()
     items = [[item for item in steady(tmp_path / name) if "loss" in item] for name in ("moved", "whole")]
     assert [item["step"] for item in items[0]] == list(range(1, 13))

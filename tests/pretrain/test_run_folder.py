@@ -15,7 +15,7 @@ import yaml
 import zoo
 from pretrain import recipe as recipes
 from pretrain import run_folder
-from tests.pretrain.runs import tiny_recipe
+from tests.pretrain.runs import EXPERTS, LAYER, tiny_recipe
 from zoo.config import UserError
 
 
@@ -146,6 +146,24 @@ def test_what_may_change_and_matters_is_said(tmp_path: Path) -> None:
         "recipe.yaml is gone; that the checkpoint is of this recipe cannot be told"
         in run_folder.changes(tmp_path, new, 12)[0]
     )
+
+
+@pytest.mark.parametrize(("scope", "allowed"), [("row", True), ("microbatch", False)])
+def test_the_micro_batch_may_change_where_rows_are_computed_by_themselves(
+    tmp_path: Path, scope: str, allowed: bool
+) -> None:
+    layers = [{**LAYER, "feedforward": EXPERTS | {"scope": scope}}]
+    changes: dict[str, Any] = {"model": {"layers": [*layers, {**LAYER, "feedforward": {"type": "dense", "d_ff": 32}}]}}
+    old = recipes.resolve(tiny_recipe("data", tmp_path, **changes))
+    run_folder.write_recipe(tmp_path, old, {})
+    new = recipes.resolve(tiny_recipe("data", tmp_path, train={"micro_batch": 1}, **changes))
+    line = "train.micro_batch: 2 there, 1 here"
+    assert run_folder.changes(tmp_path, new, 12) == [f"from step 13 on: {line}"]
+    if allowed:
+        run_folder.check_recipe(tmp_path, new)
+    else:
+        with pytest.raises(UserError, match=line):
+            run_folder.check_recipe(tmp_path, new)
 
 
 def test_a_recipe_with_umlauts_stays_readable(tmp_path: Path) -> None:
