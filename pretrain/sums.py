@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pretrain.process_group import Ranks
+from zoo.batch import Batch
 from zoo.routing.statistics import RoutingStatistics
+from zoo.trace import Terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Sums:
     """Penalties that keep routers balanced."""
     routing: RoutingStatistics = dataclasses.field(default_factory=RoutingStatistics)
     sources: Tensor | None = None
-    """(S, 2): of each source of a mixture the sum of the cross-entropies of its ids, and how many they are."""
+    """(S, 2): of each source of a mixture the sum of the losses of its positions, and how many they are."""
 
     def __add__(self, other: Sums) -> Sums:
         parts = dict(self.parts)
@@ -100,14 +102,20 @@ class Totals:
     balance: float | None
     routing: RoutingStatistics
     sources: Sequence[float | None] = ()
-    """Mean cross-entropy of each source of a mixture; None for one without rows in this step."""
+    """Mean loss of the positions of each source of a mixture; None for one without rows in this step."""
 
 
-def by_source(rows: Tensor | None, sources: Tensor | None, count: int) -> Tensor | None:
-    """(S, 2): the rows (B, 2) of a trace summed by the source (B,) of each; None where nothing is known of them."""
-    if rows is None or sources is None:
+def by_source(terms: Mapping[str, Terms] | None, batch: Batch, count: int) -> Tensor | None:
+    """(S, 2) without a gradient: the terms of the modalities' losses in a batch, summed by the source of each row, and
+    how many they are; None where they are not told, or there is one source."""
+    found = [each for part, each in (terms or {}).items() if part in batch.context.modalities]
+    if not found or batch.sources is None:
         return None
-    return rows.new_zeros(count, 2).index_add_(0, sources, rows)
+    losses, counted = (
+        torch.stack(each).sum((0, 2)) for each in zip(*((t.losses.detach(), t.counted) for t in found), strict=True)
+    )
+    rows = torch.stack([losses.float(), counted.float()], 1)
+    return rows.new_zeros(count, 2).index_add_(0, batch.sources, rows)
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics, Usage
+from zoo.routing.statistics import ExpertLoad, Load, Number, RouterHits, RoutingStatistics, Usage
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Terms:
+    """The terms of a part of the loss, by the position that each is about."""
+
+    losses: Tensor
+    """(B, T), 0 where there is none."""
+    counted: Tensor
+    """(B, T) bool: where there is one."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,13 +42,10 @@ class Trace:
     updates: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """name → sums, to be added over micro-batches and ranks: what the `update` of the module of that name is given once
     an optimizer step. Tensors of any shape; the same names and shapes on every rank."""
+    terms: dict[str, Terms] | None = None
+    """part of the loss → its terms, before they are summed; None: nobody wants them."""
     detailed: bool = False
     """Also count which modality's tokens go to which expert; it costs time, so only evaluations ask for it."""
-    by_row: bool = False
-    """Also keep the losses of each row of the batch."""
-    rows: Tensor | None = None
-    """(B, 2) fp32 without a gradient, set by the objective where it is asked for: of each row the sum of the
-    cross-entropies of its ids, in nats, and how many they are."""
     replaying: bool = False
     """A replay: decisions are repeated, and what is added is dropped."""
 
@@ -60,7 +67,7 @@ class Trace:
         if not self.replaying:
             self.statistics.loads[name] = Load(taken, offered)
 
-    def add_expert_load(self, name: str, rows: tuple[int, ...]) -> None:
+    def add_expert_load(self, name: str, rows: tuple[Number, ...]) -> None:
         if not self.replaying:
             self.statistics.expert_loads[name] = ExpertLoad(rows)
 
@@ -68,13 +75,13 @@ class Trace:
         if self.detailed and not self.replaying:
             self.statistics.usage[name] = usage()
 
+    def add_terms(self, part: str, terms: Callable[[], Terms]) -> None:
+        if self.terms is not None:
+            self.terms[part] = terms()
+
     def add_penalty(self, name: str, value: Tensor) -> None:
         if not self.replaying:
             self.penalties[name] = value
-
-    def add_rows(self, rows: Callable[[], Tensor]) -> None:
-        if self.by_row and not self.replaying:
-            self.rows = rows().detach()
 
     def add_update(self, name: str, sums: dict[str, Tensor]) -> None:
         if not self.replaying:

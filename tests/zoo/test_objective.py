@@ -9,7 +9,6 @@ import zoo
 from tests.zoo.helpers import VOCABULARY, build_model, ids, layer, stream
 from zoo import ConfigError
 from zoo.batch import Batch
-from zoo.trace import Trace
 
 
 class Fixed(torch.nn.Module):
@@ -46,24 +45,6 @@ def test_a_loss_is_the_cross_entropy_of_the_next_token_of_the_same_document():
     every = [place for places in TARGETS.values() for place in places]
     assert counts["z_loss"] == len(every)
     torch.testing.assert_close(parts["z_loss"], sum(model.logits[b, t - 1].exp().sum().log() ** 2 for b, t in every))
-
-
-def test_losses_by_row_are_those_by_modality():
-    context = stream(*ROWS)
-    model, tokens, trace = Fixed(context.shape), ids(context), Trace(by_row=True)
-    log_p = model.logits.log_softmax(-1)
-    parts = objective(z_loss=1.0)(model, Batch(tokens, context.replace(trace=trace)))
-    every = [place for places in TARGETS.values() for place in places]
-    for row in range(len(ROWS)):
-        places = [place for place in every if place[0] == row]
-        wanted = [-sum(log_p[b, t - 1, tokens[b, t]] for b, t in places), len(places)]
-        assert trace.rows is not None and trace.rows[row].tolist() == pytest.approx(
-            [float(torch.as_tensor(each).detach()) for each in wanted]
-        )
-    assert float(trace.rows[:, 0].sum()) == pytest.approx(float((parts["text"] + parts["image"]).detach()))
-    silent = Trace()
-    objective()(model, Batch(tokens, context.replace(trace=silent)))
-    assert silent.rows is None
 
 
 def test_no_gradient_reaches_what_predicts_nothing():
