@@ -78,8 +78,9 @@ class Figures:
     @classmethod
     def parse(cls, text: str) -> Figures:
         """What `measure_rank` printed."""
-        found = json.loads(text)
-        return cls(**{name: Cost(**value) if isinstance(value, dict) else value for name, value in found.items()})
+        found: dict[str, Any] = json.loads(text)
+        costs = {name: Cost(**value) for name, value in found.items() if isinstance(value, dict)}
+        return cls(**{**found, **costs})
 
 
 def synthetic(folder: Path, documents: int) -> list[TokenRecord]:

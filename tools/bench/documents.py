@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import tempfile
 import time
@@ -58,9 +57,8 @@ def tokenising(config: DataConfig, cache: Path, workers: int) -> Rate:
     with tempfile.TemporaryDirectory() as empty:
         indexer = Indexer(Path(empty), fingerprint(ready), ready)
         begun, before, documents = 0.0, 0, 0
-        with contextlib.closing(index_in_processes(indexer, tasks, workers)) as progress:
-            for _, documents in progress:
-                begun, before = (begun, before) if begun else (time.perf_counter(), documents)
+        for _, documents in index_in_processes(indexer, tasks, workers):
+            begun, before = (begun, before) if begun else (time.perf_counter(), documents)
         seconds = time.perf_counter() - begun
     size = sum(Path(task.shard.url).stat().st_size for task in tasks)
     return Rate(documents - before, size, seconds)

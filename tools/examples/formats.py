@@ -86,8 +86,8 @@ def shape_of(parts: Sequence[Part]) -> str:
     """Which formats can hold a document: a `pair` of a text and a picture, a `sound` and its text, a `text` alone, a
     `page` of texts and pictures; empty for any other."""
     kinds = [part.type for part in parts]
-    shapes = {("image", "text"): "pair", ("audio", "text"): "sound", ("text",): "text"}
-    return shapes.get(tuple(sorted(kinds)), "page" if set(kinds) == {"text", "image"} else "")
+    shapes = {"image text": "pair", "audio text": "sound", "text": "text"}
+    return shapes.get(" ".join(sorted(kinds)), "page" if set(kinds) == {"text", "image"} else "")
 
 
 def _order(documents: Sequence[list[Part]]) -> str:
