@@ -79,8 +79,9 @@ class Figures:
     def parse(cls, text: str) -> Figures:
         """What `measure_rank` printed."""
         found: dict[str, Any] = json.loads(text)
-        costs = {name: Cost(**value) for name, value in found.items() if isinstance(value, dict)}
-        return cls(**{**found, **costs})
+        for name, value in found.items():
+            found[name] = Cost(**value) if isinstance(value, dict) else value
+        return cls(**found)
 
 
 def synthetic(folder: Path, documents: int) -> list[TokenRecord]:
