@@ -53,7 +53,7 @@ class Read(NamedTuple):
     """A format as it was written: what reads it, and the documents that it could hold."""
 
     keys: Mapping[str, Any]
-    """Of the source, beside its path."""
+    """What a recipe says of the source, beside its path."""
     documents: Sequence[list[Part]]
 
 
@@ -333,7 +333,7 @@ class Result(NamedTuple):
 
     format: str
     documents: int
-    """Written."""
+    """How many were written."""
     equal: int
     other: int
     """Read, and not those that were written in that place."""
