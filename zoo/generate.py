@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tqdm
 
-from zoo.auxiliary import RoutedBlock
+from zoo.auxiliary import check_causal
 from zoo.choosing import Choosing
 from zoo.config import UserError, suggestion
 from zoo.modalities.grammar import Grammar, Piece
@@ -44,23 +44,28 @@ class Part(NamedTuple):
     """As the modality encodes it and its `decode` gives it: text is a string, a picture an array or a Pillow image."""
 
 
-class Trained(Protocol):
-    """What generation needs to know of a run."""
+class Readable(Protocol):
+    """What a document needs to know of a run: its modalities, and how they stand in the stream."""
 
     @property
     def folder(self) -> Path: ...
     @property
-    def model(self) -> Model: ...
-    @property
     def modalities(self) -> Any: ...
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def length(self) -> int: ...
     @property
     def vocabulary(self) -> Vocabulary: ...
     @property
     def grammars(self) -> dict[str, Grammar]: ...
+
+
+class Trained(Readable, Protocol):
+    """What generation needs to know of a run."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def length(self) -> int: ...
 
 
 def generate(
@@ -75,7 +80,7 @@ def generate(
     progress: bool = False,
 ) -> list[list[Part]]:
     """What follows each prompt; arguments as `Run.generate_all`."""
-    check_causal(run)
+    check_causal(run.model, run.folder)
     rules = _rules(run, then, stop)
     pieces = [document(run, parts) for parts in prompts]
     needed = sum(map(rules.least, rules.plan or ()))
@@ -113,7 +118,7 @@ def log_likelihoods(
         documents: (prompt, text) each.
         end: whether the end of the document counts as well.
     """
-    check_causal(run)
+    check_causal(run.model, run.folder)
     eos = Piece.of([run.vocabulary.eos] if end else [], run.grammars[run.vocabulary.text].text)
     prompts = {id(prompt): prompt for prompt, _ in documents}
     read = {number: document(run, prompt) for number, prompt in prompts.items()}  # each once, however often it stands
@@ -137,7 +142,7 @@ def log_likelihoods(
     return result
 
 
-def document(run: Trained, parts: Iterable[Part | str]) -> Piece:
+def document(run: Readable, parts: Iterable[Part | str]) -> Piece:
     """The beginning of a document that holds these parts.
 
     Raises:
@@ -164,7 +169,7 @@ def document(run: Trained, parts: Iterable[Part | str]) -> Piece:
     return Piece.join(pieces)
 
 
-def read_part(run: Trained, part: str, path: str | Path) -> Part:
+def read_part(run: Readable, part: str, path: str | Path) -> Part:
     """The item in a file, for the run's modality that reads such parts.
 
     Args:
@@ -185,7 +190,7 @@ def read_part(run: Trained, part: str, path: str | Path) -> Part:
         raise UserError(f"{path}: is no {part} that {name} reads ({error})") from None
 
 
-def modality_of_part(run: Trained, part: str) -> str:
+def modality_of_part(run: Readable, part: str) -> str:
     """Name of the run's modality that reads parts of a type.
 
     Raises:
@@ -197,26 +202,12 @@ def modality_of_part(run: Trained, part: str) -> str:
     return found[0]
 
 
-def check_modality(run: Trained, name: str, what: str) -> None:
+def check_modality(run: Readable, name: str, what: str) -> None:
     """Raise UserError where the run has no modality of that name; `what` begins the message."""
     if name not in run.modalities:
         raise UserError(
             f"{what}: {name!r} is no modality of {run.folder}; it has {', '.join(run.modalities)}"
             f"{suggestion(name, run.modalities)}"
-        )
-
-
-def check_causal(run: Trained) -> None:
-    """Raise UserError where a block looks ahead and has no auxiliary router, so that nothing goes token by token."""
-    blind = [
-        name
-        for name, block in run.model.named_modules()
-        if isinstance(block, RoutedBlock) and block.looks_ahead and block.auxiliary is None
-    ]
-    if blind:
-        raise UserError(
-            f"{run.folder}: {blind[0]} and {len(blind) - 1} other blocks choose among tokens that are still to come, "
-            f"and have no auxiliary router; train them: python -m tools.train_routers {run.folder}"
         )
 
 
@@ -264,7 +255,7 @@ def _room(run: Trained, prompt: int, needed: int, plan: Sequence[str] | None, ma
     return min(room, max_tokens)
 
 
-def _text(run: Trained, text: str) -> Piece:
+def _text(run: Readable, text: str) -> Piece:
     name = run.vocabulary.text
     if not isinstance(text, str):
         raise TypeError(f"a {type(text).__name__}")
