@@ -26,10 +26,10 @@ from zoo.registry import BlockConfig
 from zoo.slots import Component
 from zoo.trace import Trace
 
-WIDTHS = (16, 32, 64, 128, 256, 512)
-"""Of the stream, from the narrowest that is tried."""
+NARROWEST = 16
+"""Least width of the stream; narrower ones are not tried."""
 TOKENS, IDS = 20, 64
-"""Of a row, and of the vocabulary."""
+"""Tokens of a row, and ids of the vocabulary."""
 NEAR = 1e-7
 """How far apart two computations of the same numbers may be, relative to the largest of them."""
 
@@ -70,7 +70,7 @@ def narrowed(config: ModelConfig) -> ModelConfig:
     kinds = list({layer.model_copy(update={"repeat": 1}).model_dump_json(): layer for layer in config.layers}.values())
     layers = [layer.model_copy(update={"repeat": 1}) for layer in kinds]
     changes = {"layers": layers, "repeat": 1, "vocab_size": IDS}
-    for width in (*(w for w in WIDTHS if w < config.d_model), config.d_model):
+    for width in (w for w in range(min(NARROWEST, config.d_model), config.d_model + 1) if not config.d_model % w):
         small = config.model_copy(update={**changes, "d_model": width})
         with contextlib.suppress(ConfigError, ValueError, RuntimeError, AssertionError), torch.device("meta"):
             small.check()

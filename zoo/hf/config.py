@@ -34,7 +34,7 @@ class ZooConfig(transformers.PreTrainedConfig):
     imports: list[str] | None = None
     """Modules with blocks of the run's own. Whoever opens the model imports them first; a folder imports nothing."""
     checksum: str | None = None
-    """Of what stands above; written by itself."""
+    """Hash of what stands above; it is set by itself."""
     routing: Literal["causal", "topk"] = "causal"
     """"causal": auxiliary routers decide token by token. "topk": as in training; a token then sees those after it."""
     grammar: bool = True

@@ -56,7 +56,11 @@ PREVENTS: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "depth": ("ids", [DENSE, DENSE | {"depth": {"type": "mod"}}], "model.layers[1].depth: mod: every token passes"),
     "post": ("ids", [DENSE | {"norm": "post"}], "model.layers[0].norm: post: Llama normalises before"),
     "untied": ("ids", [DENSE | {"untied_norms": True}], "model.layers[0].untied_norms: true"),
-    "untied weights": ("ids", [DENSE | {"feedforward": FF["feedforward"] | {"untied": True}}], "feedforward.untied"),
+    "untied weights": (
+        "ids",
+        [DENSE | {"feedforward": FF["feedforward"] | {"untied": True}}],
+        "model.layers[0].feedforward.untied: true",
+    ),
     "unlike": ("ids", [DENSE, LAYERS["Qwen3ForCausalLM"]], "model.layers[1].mixer: differs from the first layer's"),
     "vectors": ("vectors", [DENSE], "modalities.x: carries no ids"),
 }
