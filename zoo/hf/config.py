@@ -28,9 +28,9 @@ class ZooConfig(transformers.PreTrainedConfig):
     network: dict[str, Any] | None = None
     """Section `model` of the recipe."""
     modalities: dict[str, Any] | None = None
-    """Section `modalities`."""
+    """Section `modalities` of the recipe."""
     objective: dict[str, Any] | None = None
-    """Section `objective`: what the model was trained for."""
+    """Section `objective` of the recipe: what the model was trained for."""
     imports: list[str] | None = None
     """Modules with blocks of the run's own. Whoever opens the model imports them first; a folder imports nothing."""
     checksum: str | None = None

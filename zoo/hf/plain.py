@@ -81,7 +81,7 @@ def _prevents(layer: Any, first: Any) -> Iterator[str]:
 
 
 def plain_weights(config: ZooConfig) -> dict[str, Piece]:
-    """Of each weight of `plain_config`'s model where it comes from."""
+    """Where each weight of `plain_config`'s model comes from, by its name."""
     network = config.model_config()
 
     def whole(weight: Tensor) -> Tensor:
