@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from pretrain import run_folder
+from pretrain import document_losses, run_folder
 from pretrain.data import Data, micro_batches, tokens_by_rank
 from pretrain.data.ratio import imbalance
 from pretrain.describe import blueprint, objective_of
@@ -208,7 +208,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         routers = f"  routers {report['auxiliary/accuracy']:.1%} right" if self.frozen else ""
         return progress.line(step, report, self.blueprint.modalities) + routers
 
-    def evaluate(self) -> dict[str, float] | None:
+    def evaluate(self, step: int) -> dict[str, float] | None:
         if self.data.validation is None:
             return None
         values = evaluate(
@@ -221,6 +221,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             self.engine.ranks,
             self.engine.device,
             self.recipe.evaluate.bits_per_byte,
+            document_losses.path_of(self.recipe.folder, step) if self.recipe.evaluate.documents else None,
         )
         # the loss of the best constant guess: what any model must beat
         values |= {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}

@@ -95,6 +95,9 @@ class EvaluateConfig(Config):
     bits_per_byte: bool = False
     """Also report the loss of text in bits a byte of the documents' texts, by which runs with different tokenizers
     compare. Exact where the rows hold whole documents."""
+    documents: bool = False
+    """Also keep the loss of each document at each evaluation, in `documents/` of the run folder, so that comparisons
+    can say how much hangs on the choice of the documents."""
 
 
 def _section_or_path(section: Any) -> Any:
@@ -211,6 +214,11 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     recipe.objective.check(place, "objective")
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
+    if recipe.evaluate.documents and not recipe.objective.block.tells_terms:
+        raise ConfigError(
+            f"evaluate.documents: true, but the objective {recipe.objective.type_name!r} does not tell what each "
+            "position adds to its loss; let it put that into Trace.terms and say tells_terms = True, or remove the key"
+        )
     return recipe
 
 
