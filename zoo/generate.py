@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tqdm
 
-from zoo.auxiliary import check_causal
+from zoo import auxiliary
 from zoo.choosing import Choosing
 from zoo.config import UserError, suggestion
 from zoo.modalities.grammar import Grammar, Piece
@@ -80,7 +80,7 @@ def generate(
     progress: bool = False,
 ) -> list[list[Part]]:
     """What follows each prompt; arguments as `Run.generate_all`."""
-    check_causal(run.model, run.folder)
+    check_causal(run)
     rules = _rules(run, then, stop)
     pieces = [document(run, parts) for parts in prompts]
     needed = sum(map(rules.least, rules.plan or ()))
@@ -118,7 +118,7 @@ def log_likelihoods(
         documents: (prompt, text) each.
         end: whether the end of the document counts as well.
     """
-    check_causal(run.model, run.folder)
+    check_causal(run)
     eos = Piece.of([run.vocabulary.eos] if end else [], run.grammars[run.vocabulary.text].text)
     prompts = {id(prompt): prompt for prompt, _ in documents}
     read = {number: document(run, prompt) for number, prompt in prompts.items()}  # each once, however often it stands
@@ -209,6 +209,11 @@ def check_modality(run: Readable, name: str, what: str) -> None:
             f"{what}: {name!r} is no modality of {run.folder}; it has {', '.join(run.modalities)}"
             f"{suggestion(name, run.modalities)}"
         )
+
+
+def check_causal(run: Trained) -> None:
+    """Raise UserError where a block looks ahead and has no auxiliary router, so that nothing goes token by token."""
+    auxiliary.check_causal(run.model, run.folder)
 
 
 def _rules(run: Trained, then: str | Sequence[str] | None, stop: Sequence[str]) -> Rules:
