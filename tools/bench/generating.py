@@ -155,7 +155,7 @@ def against_generate(settings: Settings) -> Group:
     of the same size."""
     exported = packages.exported(config(settings), settings.size(PROMPT) + STEPS)
     llama = packages.llama(settings.size(WIDTH), settings.size(HIDDEN), LAYERS, VOCABULARY, heads=8)
-    prompt = tokens(settings) % 256 + 2  # ids of text
+    prompt = tokens(settings).clamp_min(2)  # ids of text
     tasks: dict[str, Task] = {
         "ours": lambda: exported.generate(prompt, max_new_tokens=STEPS, min_new_tokens=STEPS),
         "Transformers' Llama": lambda: llama.generate(prompt, max_new_tokens=STEPS, min_new_tokens=STEPS),

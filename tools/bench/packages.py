@@ -99,10 +99,13 @@ def exported(config: Mapping[str, Any], length: int) -> Any:
     """
     _model("llama")
     from zoo.hf import ZooConfig, ZooForCausalLM
+    from zoo.modalities import Vocabulary
 
     described = ZooConfig(
         network=dict(config),
-        modalities={"text": {"type": "bytes"}},
+        modalities={
+            "text": {"type": "bpe", "vocab_size": config["vocab_size"] - len(Vocabulary({"text": 1}).specials)}
+        },
         max_position_embeddings=length,
         eos_token_id=None,
         pad_token_id=None,
