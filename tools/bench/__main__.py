@@ -20,7 +20,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.profiler import ProfilerActivity, profile
 
 # the benchmarks register themselves
-from tools.bench import adapted, cuda, data, depth, documents, experts, kernels, models, recurrent, report, repositories  # noqa: F401
+from tools.bench import (  # noqa: F401
+    adapted,
+    cuda,
+    data,
+    depth,
+    documents,
+    experts,
+    generating,
+    kernels,
+    models,
+    recurrent,
+    report,
+    repositories,
+)
 from tools.bench.benchmark import Benchmark, Group, Settings, TableRow, Unavailable, known, select
 from tools.bench.measure import measure
 from zoo.config import UserError, suggestion
