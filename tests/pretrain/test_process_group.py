@@ -33,7 +33,6 @@ def test_deepspeed_is_imported_in_few_places() -> None:
 def test_deterministic_kernels_are_asked_for_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     try:
         prepare_environment("cpu", deterministic=True)
         assert not torch.are_deterministic_algorithms_enabled()
@@ -41,4 +40,3 @@ def test_deterministic_kernels_are_asked_for_on_a_gpu_alone(monkeypatch: pytest.
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
