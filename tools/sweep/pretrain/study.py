@@ -24,7 +24,7 @@ from tools.sweep.pretrain.plan import Facts, PretrainPoint
 from tools.sweep.pretrain.run import STAGES
 from tools.sweep.pretrain.savings import Curve, Pair, Redrawn
 from tools.sweep.pretrain.settings import ArmConfig, MatchConfig, SweepConfig
-from tools.sweep.rows import gather
+from tools.sweep.rows import ArmResults, gather
 from zoo.config import UserError
 
 
@@ -158,9 +158,15 @@ def check_paired(run: Run, other: Run) -> None:
 
 
 def of_sweep(config: SweepConfig, points: Sequence[PretrainPoint], out: Path) -> Study:
-    """What a sweep has run so far in `out`."""
-    runs, failures = [], []
-    for row in gather(points, out):
+    """What a sweep has run so far in `out`.
+
+    Raises:
+        UserError: runs that are to be compared were trained or evaluated on different data.
+    """
+    runs, failures, rows = [], [], gather(points, out)
+    if not config.vary:
+        check_data(rows)
+    for row in rows:
         for point, _ in row.results:
             folder = out / RUNS / (point.same_as or point.name)
             trained = tuple(folder / name for name in STAGES.values() if (folder / name).is_dir())
@@ -182,6 +188,23 @@ def of_sweep(config: SweepConfig, points: Sequence[PretrainPoint], out: Path) ->
         tuple(dict.fromkeys(notes)),
         config.compare,
     )
+
+
+def check_data(rows: Sequence[ArmResults[PretrainPoint]]) -> None:
+    """Raise UserError where the runs of a size have not the same data, by content: they may come from several
+    machines."""
+    for what, done in (("data", "trained"), ("validation", "evaluated")):
+        found: dict[str, dict[str, list[str]]] = {}
+        for row in rows:
+            for point, result in row.results:
+                found.setdefault(row.setting, {}).setdefault(result[what][:8], []).append(point.name)
+        for size, groups in found.items():
+            if len(groups) > 1:
+                named = "; ".join(f"{content} {', '.join(names)}" for content, names in groups.items())
+                raise UserError(
+                    f"size {size}: runs were {done} on different data: {named}; shards or tokenizers differ, so give "
+                    "modalities.NAME.path the files of one of them, and do the others anew"
+                )
 
 
 def of_runs(folders: Sequence[Path], baseline: str | None) -> Study:
