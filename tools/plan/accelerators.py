@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One device and what joins it to others. Rates are peaks, a second; links are of one device in one direction."""
+    """One device and what joins it to others. Rates are peaks, a second; links are in one direction."""
 
     name: str
     flops: dict[str, float]
@@ -19,20 +19,20 @@ class Accelerator:
     node: int
     """Devices that share the fast link."""
     link: float
-    """Bytes inside a node."""
+    """Bytes from one device to others of its node."""
     network: float
-    """Bytes between nodes."""
+    """Bytes from a whole node to others."""
 
 
 KNOWN = {
     each.name: each
     for each in (
-        # NVIDIA A100 80GB SXM, in nodes with 4 × 100 Gb/s as AWS p4de has
-        Accelerator("a100", {"bf16": 312e12, "fp32": 19.5e12}, 80e9, 2.04e12, 8, 300e9, 6.25e9),
-        # NVIDIA H100 and H200 SXM, B200: nodes of eight with 400 Gb/s a device
-        Accelerator("h100", {"bf16": 989e12, "fp32": 67e12}, 80e9, 3.35e12, 8, 450e9, 50e9),
-        Accelerator("h200", {"bf16": 989e12, "fp32": 67e12}, 141e9, 4.8e12, 8, 450e9, 50e9),
-        Accelerator("b200", {"bf16": 2250e12, "fp32": 75e12}, 180e9, 8e12, 8, 900e9, 50e9),
+        # NVIDIA A100 80GB SXM, in nodes with 4 × 100 Gb/s as AWS's p4de
+        Accelerator("a100", {"bf16": 312e12, "fp32": 19.5e12}, 80e9, 2.04e12, 8, 300e9, 50e9),
+        # NVIDIA H100 and H200 SXM, B200: nodes of eight with 8 × 400 Gb/s
+        Accelerator("h100", {"bf16": 989e12, "fp32": 67e12}, 80e9, 3.35e12, 8, 450e9, 400e9),
+        Accelerator("h200", {"bf16": 989e12, "fp32": 67e12}, 141e9, 4.8e12, 8, 450e9, 400e9),
+        Accelerator("b200", {"bf16": 2250e12, "fp32": 75e12}, 180e9, 8e12, 8, 900e9, 400e9),
     )
 }
 """By name."""

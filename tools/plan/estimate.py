@@ -3,8 +3,9 @@
 - *Compute*: training FLOPs of a rank's rows (3 × forward, 4 × with activation checkpointing; routers and auxiliary
   routers too) at `efficiency` times the accelerator's peak. Published trainings reach 0.3 to 0.45.
 - *Optimizer*: it moves UPDATE_BYTES a parameter of its share through the memory.
-- *Communication*: what a rank sends in ring collectives, see `traffic`, over the link inside a node where all ranks
-  are in one, else over the network.
+- *Communication*: what a rank sends in ring collectives, see `traffic`, over the link inside a node. Where there are
+  several nodes a ring leaves each of them once, so that as many bytes as a rank sends leave it over its network, and
+  the slower of the two decides.
 - A share `overlap` of the compute hides communication: step = compute + optimizer + max(0, communication − overlap ·
   compute).
 
@@ -99,6 +100,7 @@ def estimate(
     optimizer = UPDATE_BYTES * parameters / (ranks if stage else 1) / accelerator.bandwidth
     passes = train.global_batch // (train.micro_batch * ranks)
     sent = traffic(parameters, stage, ranks, passes, element)
-    communication = sent / (accelerator.link if ranks <= accelerator.node else accelerator.network)
+    slowest = accelerator.link if ranks <= accelerator.node else min(accelerator.link, accelerator.network)
+    communication = sent / slowest
     seconds = compute + optimizer + max(0.0, communication - overlap * compute)
     return Step(tokens, compute, optimizer, communication, seconds, sent, flops / seconds / peak)

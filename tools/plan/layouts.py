@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import tqdm
 
@@ -12,7 +12,6 @@ from pretrain import memory as held
 from pretrain import recipe as recipes
 from pretrain.describe import memory as states
 from pretrain.recipe import Recipe
-from pretrain.recipe_file import merge
 from zoo.model import Model
 
 STAGES = {"bf16": (1, 2, 3), "fp32": (0, 1, 2, 3)}
@@ -60,18 +59,18 @@ def layouts(recipe: Recipe, model: Model, ranks: int) -> list[Layout]:
     size = recipe.train.micro_batch * recipe.data.sequence_length * (recipe.model.vocab_size or 0) * 4
     found = []
     ways = [(precision, name) for precision in STAGES for name in CHECKPOINTING]
+    section = {**deepspeed_config.read(recipe.deepspeed), "bf16": {"enabled": "auto"}}
     for precision, name in tqdm.tqdm(ways, desc="memory", disable=None, leave=False):
-        train = {"precision": precision, "activation_checkpointing": CHECKPOINTING[name]}
-        activations = held.activations(_with(recipe, {"train": train}))
+        train = recipe.train.model_copy(
+            update={"precision": precision, "activation_checkpointing": CHECKPOINTING[name]}
+        )
+        changed = recipe.model_copy(update={"train": train})
+        activations = held.activations(changed)
         for stage in STAGES[precision]:
-            zero = {"train": train, "deepspeed": {"zero_optimization": {"stage": stage}}}
-            on_device = states(_with(recipe, zero), parameters, ranks)["on_device"]
+            zero = {**section.get("zero_optimization", {}), "stage": stage}
+            staged = changed.model_copy(update={"deepspeed": {**section, "zero_optimization": zero}})
+            on_device = states(staged, parameters, ranks)["on_device"]
             found.append(
                 Layout(precision, name, stage, on_device, None if activations is None else activations.peak, size)
             )
     return found
-
-
-def _with(recipe: Recipe, over: dict[str, Any]) -> Recipe:
-    section = {**deepspeed_config.read(recipe.deepspeed), "bf16": {"enabled": "auto"}}
-    return recipes.resolve(merge({**recipe.dump(), "deepspeed": section}, over))

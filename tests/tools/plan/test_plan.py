@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from pretrain import recipe as recipes
 from pretrain.describe import blueprint
+from pretrain.describe import memory as states
 from pretrain.recipe import Recipe
 from tests.pretrain.runs import ROOT
 from tools.plan import __main__ as command
 from tools.plan.accelerators import KNOWN, Accelerator
 from tools.plan.estimate import UPDATE_BYTES, estimate, flops_per_token, traffic
+from tools.plan.layouts import layouts
 
 SLOW = Accelerator("slow", {"fp32": 1e9, "bf16": 2e9}, 1e9, 1e9, 2, 1e6, 1e5)
 
@@ -73,21 +75,24 @@ def test_the_ratio_of_the_data_weighs_modalities() -> None:
     assert flops_per_token(text, model) == pytest.approx(each[0])
 
 
-def test_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["recipes/tiny/moma.yaml", "data.path=x", "train.global_batch=8", "train.micro_batch=2", "--count", "4"]
-    assert command.main([str(ROOT / words[0]), *words[1:], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    layouts = {(each["precision"], each["checkpointing"], each["stage"]): each for each in found["layouts"]}
-    assert len(layouts) == 2 * 3 * 4 - 3, "bf16 wants ZeRO"
+def test_what_it_prints(recipe: Recipe) -> None:
+    model = blueprint(recipe)
+    found = layouts(recipe, model, 4)
+    by_way = {(each.precision, each.checkpointing, each.stage): each for each in found}
+    assert len(by_way) == 2 * 3 * 4 - 3, "bf16 wants ZeRO"
     for precision in ("bf16", "fp32"):
-        held = [layouts[precision, "none", stage]["states"] for stage in (1, 2, 3)]
+        held = [by_way[precision, "none", stage].states for stage in (1, 2, 3)]
         assert held[0] > held[1] > held[2]
-        none, full = (layouts[precision, name, 1]["activations"] for name in ("none", "full"))
-        assert none > full > 0
-    assert layouts["bf16", "none", 1]["activations"] < layouts["fp32", "none", 1]["activations"]
-    assert command.main([str(ROOT / words[0]), *words[1:], "--tokens", "1e9"]) == 0
-    text = capsys.readouterr().out
+        none, full = (by_way[precision, name, 1].activations for name in ("none", "full"))
+        assert none is not None and full is not None and none > full > 0
+    assert (
+        by_way["fp32", "none", 2].states == states(recipe, sum(p.numel() for p in model.parameters()), 4)["on_device"]
+    )
+    steps = {stage: estimate(recipe, model, KNOWN["h100"], 4, stage) for stage in (0, 1)}
+    text = command.show(recipe, model, KNOWN["h100"], 4, found, steps, 1e9)
     assert "An estimate: nothing has run" in text and "days for 1B tokens" in text and "| fp32 | none |" in text
+    assert "own is fp32, checkpointing none, stage 2" in text and " !" not in text
+    assert " !" in command.show(recipe, model, dataclasses.replace(SLOW, memory=1e5), 4, found, steps, None)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ class Run:
         """The recipe of its last training."""
         return recipes.load(self.trained[-1] / run_folder.RECIPE)
 
+    @property
+    def commit(self) -> str:
+        """The library's commit that made it; "" where it is not known."""
+        path = self.trained[-1] / run_folder.ENVIRONMENT
+        return (json.loads(path.read_text()).get("commit") or "") if path.exists() else ""
+
     def curves(self, axis: str) -> dict[str, Curve]:
         """As `curves.curves`."""
         return curves(self.evaluations, axis)
@@ -175,6 +181,9 @@ def of_sweep(config: SweepConfig, points: Sequence[PretrainPoint], out: Path) ->
         failures += [Failure(name, _tail(out / RUNS / name / LOG)) for name in row.missing()]
     facts = {(point.arm, point.size): point.facts for point in points}
     notes = [f"{point.arm} is the same as {point.same_as.partition('-')[0]}." for point in points if point.same_as]
+    commits = sorted({run.commit for run in runs if run.commit})
+    if len(commits) > 1:
+        notes.append(f"Runs were made by the commits {', '.join(each[:7] for each in commits)}.")
     if config.jobs > 1:
         notes.append(f"{config.jobs} runs went on side by side, so that seconds are those of a shared machine.")
     return Study(

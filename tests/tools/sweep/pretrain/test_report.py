@@ -76,10 +76,12 @@ def test_runs_on_other_data_are_not_mixed(tmp_path: Path) -> None:
     for number, point in enumerate(points):
         folder = tmp_path / "out" / "runs" / point.name
         write_run(folder / "trained", point.arm, 0, 1.0)
+        (folder / "trained" / "environment.json").write_text(json.dumps({"commit": f"{number}234567890"}))
         (folder / "result.json").write_text(json.dumps({"data": f"abc{number}", "validation": "x", "last": {}}))
     with pytest.raises(UserError, match="size one: runs were trained on different data: abc0 dense-one-0; abc1 moma"):
         of_sweep(config, points, tmp_path / "out")
-    assert len(of_sweep(config.model_copy(update={"vary": ["data"]}), points, tmp_path / "out").runs) == 2
+    study = of_sweep(config.model_copy(update={"vary": ["data"]}), points, tmp_path / "out")
+    assert len(study.runs) == 2 and "Runs were made by the commits 0234567, 1234567." in study.notes
 
 
 def test_the_page_stands_alone(report: Path) -> None:
