@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics, Usage
+from zoo.routing.statistics import ExpertLoad, Load, Number, RouterHits, RoutingStatistics, Usage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Trace:
         if not self.replaying:
             self.statistics.loads[name] = Load(taken, offered)
 
-    def add_expert_load(self, name: str, rows: tuple[int, ...]) -> None:
+    def add_expert_load(self, name: str, rows: tuple[Number, ...]) -> None:
         if not self.replaying:
             self.statistics.expert_loads[name] = ExpertLoad(rows)
 
