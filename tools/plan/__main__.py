@@ -15,6 +15,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from pretrain.memory import SPARE, RankMemory
+
 from pretrain import recipe as recipes
 from pretrain.describe import blueprint
 from pretrain.recipe import Recipe
@@ -25,9 +27,6 @@ from tools.plan.layouts import CHECKPOINTING, STAGES, Layout, layouts, own
 from tools.sweep.report import table
 from zoo.config import UserError
 from zoo.model import Model
-
-SPARE = 0.1
-"""Share of the memory that is left to the allocator's gaps, communication and kernels' workspaces."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        said = {"layouts": [dataclasses.asdict(each) for each in found], "steps": {}}
-        said["steps"] = {stage: dataclasses.asdict(step) for stage, step in steps.items()}
-        print(json.dumps(said | {"own": own(recipe, options.count)}, indent=1))
+        told = [dataclasses.asdict(each) | {"memory": each.memory.facts()} for each in found]
+        taken = {stage: dataclasses.asdict(step) for stage, step in steps.items()}
+        print(json.dumps({"own": own(recipe, options.count), "layouts": told, "steps": taken}, indent=1))
     else:
         print(show(recipe, model, accelerator, options.count, found, steps, options.tokens))
     return 0
@@ -96,30 +95,21 @@ def show(
 
 def _memory(found: Sequence[Layout], accelerator: Accelerator) -> str:
     lines = []
-    for precision in dict.fromkeys(each.precision for each in found):
+    for precision in STAGES:
         for name in CHECKPOINTING:
-            row = [each for each in found if (each.precision, each.checkpointing) == (precision, name)]
-            cells = {each.stage: _held(each, accelerator) for each in row}
-            activations = row[0].activations
-            shown = "unknown" if activations is None else size(activations)
-            lines.append(
-                [precision, name, shown, size(row[0].logits), *(cells.get(stage, "") for stage in STAGES["fp32"])]
-            )
-    heads = [
-        "precision",
-        "checkpointing",
-        "activations",
-        "logits, if whole",
-        *(f"stage {stage}" for stage in STAGES["fp32"]),
-    ]
-    return table(heads, lines)
+            row = [each.memory for each in found if (each.precision, each.checkpointing) == (precision, name)]
+            cells = {held.zero_stage: _held(held, accelerator) for held in row}
+            known = row[0].activations
+            shown = ["unknown", ""] if known is None else [size(known.peak), size(known.logits)]
+            lines.append([precision, name, *shown, *(cells.get(stage, "") for stage in STAGES["fp32"])])
+    stages = (f"stage {stage}" for stage in STAGES["fp32"])
+    return table(["precision", "checkpointing", "activations", "logits, if whole", *stages], lines)
 
 
-def _held(layout: Layout, accelerator: Accelerator) -> str:
+def _held(held: RankMemory, accelerator: Accelerator) -> str:
     """All that a rank holds; with a sign where it does not fit."""
-    total = layout.states if layout.total is None else layout.total
-    text = size(total) + (" + activations" if layout.total is None else "")
-    return text + (" !" if total > (1 - SPARE) * accelerator.memory else "")
+    text = size(held.peak) + (" + activations" if held.activations is None else "")
+    return text + (" !" if held.peak > (1 - SPARE) * accelerator.memory else "")
 
 
 def _times(steps: dict[int, Step], precision: str, accelerator: Accelerator, ranks: int, budget: float) -> str:

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Literal
 
 import tqdm
+from pretrain.memory import RankMemory, of_rank
 
 from pretrain import deepspeed_config
-from pretrain import memory as held
 from pretrain import recipe as recipes
-from pretrain.describe import memory as states
+from pretrain.describe import objective_of
 from pretrain.recipe import Recipe
 from zoo.model import Model
 
@@ -22,22 +22,11 @@ CHECKPOINTING: dict[str, bool | Literal["selective"]] = {"none": False, "selecti
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way, and the bytes that a rank's accelerator holds under it."""
+    """One way; the ZeRO stage stands in `memory`."""
 
     precision: str
     checkpointing: str
-    stage: int
-    states: float
-    """Weights, gradients, and optimizer states that are not offloaded."""
-    activations: float | None
-    """Most at once beside these, the loss included; None where the model cannot be followed without values."""
-    logits: float
-    """All logits of a micro-batch in fp32; they exist at once only where they are small."""
-
-    @property
-    def total(self) -> float | None:
-        """All of it at once: gradients of the last micro-batch are there before its activations are gone."""
-        return None if self.activations is None else self.states + self.activations
+    memory: RankMemory
 
 
 def own(recipe: Recipe, ranks: int) -> tuple[str, str, int]:
@@ -55,22 +44,21 @@ def layouts(recipe: Recipe, model: Model, ranks: int) -> list[Layout]:
     Args:
         model: of the recipe, on the meta device.
     """
-    parameters = sum(p.numel() for p in model.parameters())
-    size = recipe.train.micro_batch * recipe.data.sequence_length * (recipe.model.vocab_size or 0) * 4
-    found = []
-    ways = [(precision, name) for precision in STAGES for name in CHECKPOINTING]
+    parameters, objective = sum(p.numel() for p in model.parameters()), objective_of(recipe)
     section = {**deepspeed_config.read(recipe.deepspeed), "bf16": {"enabled": "auto"}}
+    ways = [(precision, name) for precision in STAGES for name in CHECKPOINTING]
+    found = []
     for precision, name in tqdm.tqdm(ways, desc="memory", disable=None, leave=False):
         train = recipe.train.model_copy(
             update={"precision": precision, "activation_checkpointing": CHECKPOINTING[name]}
         )
         changed = recipe.model_copy(update={"train": train})
-        activations = held.activations(changed)
+        activations = None
         for stage in STAGES[precision]:
             zero = {**section.get("zero_optimization", {}), "stage": stage}
             staged = changed.model_copy(update={"deepspeed": {**section, "zero_optimization": zero}})
-            on_device = states(staged, parameters, ranks)["on_device"]
-            found.append(
-                Layout(precision, name, stage, on_device, None if activations is None else activations.peak, size)
-            )
+            first = stage == STAGES[precision][0]
+            held = of_rank(staged, objective, parameters, ranks, with_activations=first)
+            activations = held.activations if first else activations
+            found.append(Layout(precision, name, dataclasses.replace(held, activations=activations)))
     return found

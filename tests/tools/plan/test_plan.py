@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import recipe as recipes
-from pretrain.describe import blueprint
-from pretrain.describe import memory as states
+from pretrain.describe import blueprint, describe
 from pretrain.recipe import Recipe
 from tests.pretrain.runs import ROOT
 from tools.plan import __main__ as command
@@ -78,16 +77,16 @@ def test_the_ratio_of_the_data_weighs_modalities() -> None:
 def test_what_it_prints(recipe: Recipe) -> None:
     model = blueprint(recipe)
     found = layouts(recipe, model, 4)
-    by_way = {(each.precision, each.checkpointing, each.stage): each for each in found}
+    by_way = {(each.precision, each.checkpointing, each.memory.zero_stage): each.memory for each in found}
     assert len(by_way) == 2 * 3 * 4 - 3, "bf16 wants ZeRO"
     for precision in ("bf16", "fp32"):
-        held = [by_way[precision, "none", stage].states for stage in (1, 2, 3)]
-        assert held[0] > held[1] > held[2]
+        held = [by_way[precision, "none", stage] for stage in (1, 2, 3)]
+        assert held[0].gradients >= held[1].gradients and held[1].weights > held[2].weights
+        assert held[0].peak > held[0].on_device and held[0].activations == held[2].activations
         none, full = (by_way[precision, name, 1].activations for name in ("none", "full"))
-        assert none is not None and full is not None and none > full > 0
-    assert (
-        by_way["fp32", "none", 2].states == states(recipe, sum(p.numel() for p in model.parameters()), 4)["on_device"]
-    )
+        assert none is not None and full is not None and none.peak > full.peak > 0
+    told = describe(recipe, model, 4)["memory_per_rank"]
+    assert by_way["fp32", "none", 2].facts() == told, "what the recipe says itself"
     steps = {stage: estimate(recipe, model, KNOWN["h100"], 4, stage) for stage in (0, 1)}
     text = command.show(recipe, model, KNOWN["h100"], 4, found, steps, 1e9)
     assert "An estimate: nothing has run" in text and "days for 1B tokens" in text and "| fp32 | none |" in text
