@@ -17,6 +17,7 @@ from zoo.block import LayerConfig
 from zoo.carries import nothing
 from zoo.config import Config, ConfigError
 from zoo.context import TokenContext
+from zoo.cross_entropy import TokenLosses
 from zoo.flops import Cost
 from zoo.heads import HeadConfig, IdHead
 from zoo.layers import RMSNorm
@@ -165,6 +166,20 @@ class Model(nn.Module):
         logits_at: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        context: TokenContext,
+        states: Sequence[State] | None = None,
+        content: Mapping[str, Tensor] | None = None,
+        *,
+        time: Mapping[str, Tensor] | None = None,
+        read: Mapping[str, Tensor],
+        target: Tensor,
+        log_z: bool = True,
+    ) -> tuple[TokenLosses, dict[str, Tensor]]: ...
+
     def forward(
         self,
         tokens: Tensor,
@@ -175,7 +190,9 @@ class Model(nn.Module):
         time: Mapping[str, Tensor] | None = None,
         read: Mapping[str, Tensor] | None = None,
         logits_at: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        target: Tensor | None = None,
+        log_z: bool = True,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]] | tuple[TokenLosses, dict[str, Tensor]]:
         """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
 
         Args:
@@ -186,8 +203,12 @@ class Model(nn.Module):
                 noise (1), (n,); default: data.
             read: for each modality with a head of its own the flat positions (r,) at which that head is wanted.
             logits_at: the flat positions (n,) at which logits are wanted; default: all.
+            target: (B, T) the id that each position is to predict, negative where there is none. What the logits lose
+                against it is returned in their place; large logits then never exist whole (`zoo.cross_entropy`).
+            log_z: whether log Z is wanted beside the cross-entropy.
         Returns:
-            The logits, (n, V) at `logits_at`; with `read` also what each head predicts there, {modality: (r, …)}.
+            The logits, (n, V) at `logits_at`, or with `target` `TokenLosses` (B, T); with `read` also what each head
+            predicts there, {modality: (r, …)}.
         Raises:
             ValueError: content that does not fit the context.
         """
@@ -201,10 +222,13 @@ class Model(nn.Module):
                 x = layer(x, context, None if states is None else states[i])
         x = self.norm(x)
         flat = x.reshape(-1, x.shape[-1])
-        logits = self.head(x if logits_at is None else F.embedding(logits_at, flat))
+        if target is None:
+            said = self.head(x if logits_at is None else F.embedding(logits_at, flat))
+        else:
+            said = self.head(x, target, log_z)
         if read is None:
-            return logits
-        return logits, {name: head(F.embedding(read[name], flat)) for name, head in self.heads.items()}
+            return said
+        return said, {name: head(F.embedding(read[name], flat)) for name, head in self.heads.items()}
 
     def _enter(
         self, tokens: Tensor, context: TokenContext, content: Mapping[str, Tensor], time: Mapping[str, Tensor]
