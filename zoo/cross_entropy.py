@@ -1,9 +1,9 @@
 """Cross-entropy and log Z of a linear layer's logits. Where these are large they never exist whole.
 
-The logits of n tokens over a vocabulary of V are the largest tensor of a training step: at 16,384 tokens and 65,536 ids
-4 GiB in fp32, of which autograd needs five at once. Beyond `CHUNK_BYTES` they are made for a part of the vocabulary at a
-time, once in the forward pass and once more in the backward pass: a third more of this layer's work, and memory for
-fewer than two chunks.
+The logits of n tokens over a vocabulary of V are the largest tensor of a training step: at 16,384 tokens and 65,536
+ids 4 GiB in fp32, of which autograd needs five at once. Beyond `CHUNK_BYTES` they are made for a part of the vocabulary
+at a time, once in the forward pass and once more in the backward pass: a third more of this layer's work, and memory
+for fewer than two chunks.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         # everybody but padding and the candidates that were not taken
         kept = context.valid.reshape(-1).index_copy(0, candidates.index, taken).view(context.shape)
         if left is None:
-            left = context.kept(kept)
+            left = self._nominal_counts(context) if kept.is_meta else context.kept(kept)
         # the block runs even when nothing is kept: every rank uses every parameter
         selection = TokenSelection.of_rows(taken, kept, left.row_counts, least=1)
         return Passed(selection, context.replace(trace=None).select(selection.index, selection.valid, left))
@@ -240,6 +240,10 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             assert pool.modality is not None
             capacities[pool.modality] = self._capacity(pool, context)
         return Kept(tuple(tuple(map(capacity_count, row, capacities)) for row in context.counts))
+
+    def _nominal_counts(self, context: TokenContext) -> Kept:
+        """Where there are shapes and no values: as much of each modality."""
+        return Kept(tuple(tuple(map(capacity_count, row, self.capacities)) for row in context.counts))
 
     def _report(
         self,

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.block import LayerConfig
 from zoo.carries import nothing
@@ -21,9 +20,10 @@ from zoo.cross_entropy import TokenLosses
 from zoo.flops import Cost
 from zoo.heads import HeadConfig, IdHead
 from zoo.layers import RMSNorm
+from zoo.recompute import Recompute, recomputed
 from zoo.registry import HeadSlot, Place, StemSlot
 from zoo.roles import ParameterOwner
-from zoo.slots import Component, Head, Part, Stem, TimedStem
+from zoo.slots import Component, Head, Stem, TimedStem
 from zoo.states import State
 from zoo.stems import IdStem, StemConfig
 from zoo.trace import Trace
@@ -117,10 +117,12 @@ class Model(nn.Module):
     Args:
         config: validated and checked.
         kernels: backend of each operation, see `zoo.kernels`.
-        activation_checkpointing: recompute layers in the backward pass. Never changes results: routes are replayed.
+        activation_checkpointing: what of a layer is computed again in the backward pass, see `zoo.recompute`.
     """
 
-    def __init__(self, config: ModelConfig, kernels: Mapping[str, str], activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: Mapping[str, str], activation_checkpointing: Recompute = False
+    ) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size: not set; give it, or a section `modalities` that decides it")
@@ -216,7 +218,7 @@ class Model(nn.Module):
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
             for layer in self._components:
-                x = _recomputed(layer, x, context)
+                x = recomputed(layer, x, context, selective=self.activation_checkpointing == "selective")
         else:
             for i, layer in enumerate(self.layers):
                 x = layer(x, context, None if states is None else states[i])
@@ -278,24 +280,6 @@ class Model(nn.Module):
             own = cast(Stem | Head, end).cost()
             whole = whole + own.scaled(*(float(name == other) for other in self.modalities))
         return whole.expand(len(self.modalities))
-
-
-def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
-    """The layer's output; of all that the layer computes only x is kept, the backward pass computes the rest again."""
-    assert context.trace is not None
-    # taken out by the first pass: the trace's losses hold the autograd graph, so the graph must not hold the trace
-    first = [context]
-    again = context.replace(trace=context.trace.replay())
-
-    def run(x: Tensor) -> Tensor:
-        return layer(x, first.pop() if first else again)
-
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not counter_noise_alone(layer))
-
-
-def counter_noise_alone(layer: Component) -> bool:
-    """Whether a recomputation of the layer draws the same noise without torch's random state; blocks say so."""
-    return all(part.counter_noise for part in layer.modules() if isinstance(part, Part))
 
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]

@@ -68,7 +68,9 @@ def test_fp32_is_as_exact_as_whole_logits_are(scale: float) -> None:
     exact = losses(*(value.detach().double().requires_grad_() for value in (x, weight)), target, 1 << 30)
     ours, whole = losses(x, weight, target, CHUNK // 2), losses(x, weight, target, 1 << 30)
     for name, value in exact.items():
-        off, off_whole = (float((found[name] - value).norm().detach() / value.norm().detach()) for found in (ours, whole))
+        off, off_whole = (
+            float((found[name] - value).norm().detach() / value.norm().detach()) for found in (ours, whole)
+        )
         assert off <= 2 * off_whole + 1e-7, (name, off, off_whole)
 
 

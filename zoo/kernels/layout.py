@@ -8,6 +8,7 @@ Letters: B sequences, T steps, R rows, W width.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 
@@ -40,6 +41,8 @@ class Layout:
     """Row b·T + t is step t of sequence b: values need no gather."""
     many_documents: bool
     """Some sequence may hold more than one document; known on the host."""
+    most_documents: int | None = None
+    """Documents of the sequence that holds most of them, at least 1; None where the host does not know."""
 
     @classmethod
     def of(cls, context: TokenContext, grouping: Grouping = TIED, before: Tensor | None = None) -> Layout:
@@ -83,9 +86,10 @@ class Layout:
     @functools.cached_property
     def apart(self) -> tuple[Tensor, int]:
         """(B, T) column of each step when an empty one stands before every document but a sequence's first, and the
-        number of columns that makes, for which the host waits once."""
+        number of columns that makes, for which the host waits once where it does not know the documents."""
         place = torch.arange(self.row.shape[1], device=self.row.device) + self.document - self.document[:, :1]
-        return place, int(place.max()) + 1
+        known = self.most_documents
+        return place, int(place.max()) + 1 if known is None else self.row.shape[1] + known - 1
 
     def biased(self, values: Tensor, bias: Tensor) -> Tensor:
         """values (R, W) + the bias of each row's group, of bias (G, W); one bias is every row's."""
@@ -148,7 +152,14 @@ def _lay_out(context: TokenContext, grouping: Grouping) -> Layout:
         padded=context.padded,
         in_order=grouping.tied and not context.padded,
         many_documents=not context.single_document,
+        most_documents=_most_documents(context),
     )
+
+
+def _most_documents(context: TokenContext) -> int | None:
+    if context.spans is None:
+        return None
+    return max(collections.Counter(row for row, _, _ in context.spans.documents).values(), default=1)
 
 
 def causal_window(x: Tensor, layout: Layout, window: Tensor) -> tuple[Tensor, Layout, Tensor]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels import chunked
+from zoo.kernels import chunked, outlines
 from zoo.kernels.layout import Layout, causal_window
 
 FORGET = 1e30
@@ -36,6 +38,11 @@ def missing() -> str | None:
     return None
 
 
+def _function(module: str, name: str, like: Tensor) -> Callable[..., Any]:
+    """A function of the packages; for values without contents its outline."""
+    return getattr(outlines if like.is_meta else importlib.import_module(module), name)
+
+
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, layout: Layout, window: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -43,8 +50,7 @@ def causal_conv1d(
     channels, taps = weight.shape
     if not 2 <= taps <= 4 or channels % 8:
         return chunked.causal_conv1d(x, weight, bias, layout, window)
-    from causal_conv1d import causal_conv1d_fn
-
+    causal_conv1d_fn = _function("causal_conv1d", "causal_conv1d_fn", x)
     if window is not None:  # in front of the input: the kernel does not take an initial state together with documents
         rows, layout, window = causal_window(x, layout, window)
         return causal_conv1d(rows, weight, bias, layout)[0][: x.shape[0]], window
@@ -74,8 +80,7 @@ def selective_scan(
     """
     if state is not None:
         return chunked.selective_scan(u, dt, bias, A, B, C, D, z, layout, state)
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
+    selective_scan_fn = _function("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", u)
     dtype, delta_bias = u.dtype, bias.float()[0]
     values = [u, dt, z, B, C]
     if bias.shape[0] > 1:
@@ -120,8 +125,7 @@ def ssd(
     chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.ssd`. Δ is made here, in fp32: rows may have biases of several groups."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    mamba_chunk_scan_combined = _function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", x)
     delta = F.softplus(layout.biased(dt.float(), bias.float()))
     # steps after a sequence's last token have Δ = 0: they leave the state as it is
     x_t, delta_t, B_t, C_t = (layout.to_time(value).contiguous() for value in (x, delta, B, C))
