@@ -4,7 +4,6 @@ micro-batch that is run on the meta device, where nothing is computed or allocat
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 import zoo
 from pretrain import recipe as recipes
-from pretrain.describe import objective_of
 from pretrain.recipe import Recipe
 from zoo.batch import Batch
 from zoo.carries import nothing
@@ -24,7 +22,10 @@ from zoo.trace import Trace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPARE = 0.1
-"""Share of an accelerator's memory that is left to the allocator's gaps, to communication and to kernels' workspaces."""
+"""Share of an accelerator's memory that recipes leave to gaps between blocks, to communication and to workspaces."""
+STATE_BYTES, STEP_BYTES = 12, 4
+"""Bytes a parameter of a rank's share: what the optimizer keeps (its averages and the fp32 weight), and what torch's
+AdamW on a GPU makes besides for a moment (a square root)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +41,145 @@ class Activations:
     """All logits in fp32. They never exist at once where they are large, see `zoo.cross_entropy`."""
 
 
-def activations(recipe: Recipe) -> Activations | None:
+@dataclasses.dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank of a run, on its accelerator unless said otherwise."""
+
+    zero_stage: int
+    ranks: int
+    weights: int
+    gradients: int
+    """As they are accumulated, and those in the weights' precision until they are."""
+    optimizer: int
+    """Adam's averages or Muon's momentum, and the fp32 copy of the weights where there is one."""
+    optimizer_offloaded: bool
+    """The optimizer's are in the host's memory."""
+    buckets: int
+    """What gradients are gathered in before they are reduced."""
+    activations: Activations | None
+    """Of a micro-batch; None where they are not known."""
+
+    @property
+    def on_device(self) -> int:
+        """What stays on the accelerator from step to step."""
+        return self.weights + self.gradients + self.buckets + (0 if self.optimizer_offloaded else self.optimizer)
+
+    @property
+    def peak(self) -> int:
+        """Most at once: in a micro-batch, or in the optimizer's step."""
+        return self.on_device + max(self.activations.peak if self.activations else 0, self.step)
+
+    @property
+    def step(self) -> int:
+        """What the optimizer's step holds for a moment."""
+        return 0 if self.optimizer_offloaded else self.optimizer * STEP_BYTES // STATE_BYTES
+
+    def facts(self) -> dict[str, Any]:
+        """As plain data."""
+        return dataclasses.asdict(self) | {"on_device": self.on_device, "step": self.step, "peak": self.peak}
+
+
+def of_rank(
+    recipe: Recipe, objective: zoo.Objective, parameters: int, ranks: int, with_activations: bool = True
+) -> RankMemory:
+    """What a rank of a run of `recipe` holds.
+
+    Weights, gradients and states are counted as DeepSpeed 0.19.8 keeps them, seen on a CPU. fp32 weights are their own
+    master copy at stage 0; ZeRO keeps a partitioned fp32 copy for the optimizer. Gradients are accumulated in fp32, and
+    exist once more in the weights' precision: at stage 1 in bf16 all of them until the step ends; at higher stages, and
+    at stage 1 in fp32, this rank's share.
+
+    Args:
+        parameters: of the whole model.
+        with_activations: whether a micro-batch is run on the meta device, which takes a second or two.
+    """
+    zero = recipes.launch_config(recipe, ranks)["zero_optimization"]
+    stage, element = zero["stage"], DTYPES[recipe.train.precision].itemsize
+    states = 4 * (2 if recipe.optimizer.type == "adamw" else 1)
+    master = 4 if stage > 0 or element < 4 else 0
+    bucket = min(int(zero.get("reduce_bucket_size", REDUCE_BUCKET)), parameters) * element if stage > 0 else 0
+    return RankMemory(
+        zero_stage=stage,
+        ranks=ranks,
+        weights=parameters * element // (ranks if stage == 3 else 1),
+        gradients=_gradients(parameters, stage, element, ranks),
+        optimizer=parameters * (states + master) // (ranks if stage >= 1 else 1),
+        optimizer_offloaded=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        buckets=bucket * (2 if zero.get("overlap_comm", stage == 3) else 1),
+        activations=activations(recipe, objective) if with_activations else None,
+    )
+
+
+def _gradients(parameters: int, stage: int, element: int, ranks: int) -> int:
+    """Bytes of a rank's gradients; see `of_rank`."""
+    if stage == 0:
+        return 4 * parameters
+    if stage > 1:
+        return parameters * (4 + element) // ranks
+    return 4 * parameters + element * parameters // (1 if element < 4 else ranks)
+
+
+REDUCE_BUCKET = 500_000_000
+"""DeepSpeed's `reduce_bucket_size` where nothing is said."""
+
+
+def check_fits(memory: RankMemory, capacity: float, spare: float = SPARE) -> None:
+    """Raise `ConfigError` where a rank needs more than an accelerator has.
+
+    Args:
+        capacity: bytes of an accelerator.
+        spare: share of them that must be left.
+    """
+    if memory.peak <= (1 - spare) * capacity:
+        return
+    known = f" and {_gib(memory.activations.peak)} of activations" if memory.activations else ""
+    raise ConfigError(
+        f"deepspeed.zero_optimization.stage: {memory.zero_stage} on {memory.ranks} rank(s) needs {_gib(memory.peak)} a "
+        f"rank ({_gib(memory.on_device)} of weights, gradients and optimizer states{known}), and an accelerator has "
+        f"{_gib(capacity)}, of which {spare:.0%} stay free; set train.activation_checkpointing: true, a smaller "
+        "train.micro_batch, a higher stage on more accelerators, or zero_optimization.offload_optimizer: {device: cpu}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+ENOUGH_REPEATS = 3
+"""Repeats of a pattern of layers that are run; each further one adds what the last one added."""
+
+
+def activations(recipe: Recipe, objective: zoo.Objective) -> Activations | None:
     """What a micro-batch of full rows holds; None where a block of the model cannot be run without values."""
-    with torch.device("meta"):
-        model = zoo.build(
-            "model",
-            recipe.model,
-            activation_checkpointing=recipe.train.activation_checkpointing,
-            kernels={"experts": recipe.kernels.get("experts", "auto")},
-            seed=None,
-        )
+    repeat = recipe.model.repeat
+    varying = any(getattr(layer.depth, "over_layers", None) for layer in recipe.model.layers)
+    batch, runs = batch_of(recipe), [repeat]
+    if repeat > ENOUGH_REPEATS and not varying:
+        runs = [ENOUGH_REPEATS - 1, ENOUGH_REPEATS]
     try:
-        return measure(model.to(DTYPES[recipe.train.precision]), objective_of(recipe), batch_of(recipe))
+        found = [measure(_outline(recipe, times), objective, batch) for times in runs]
     except (NotImplementedError, RuntimeError) as error:
         if "meta" not in str(error):
             raise
         return None
+    last, more = found[-1], repeat - runs[-1]
+    return Activations(
+        last.peak + more * (last.peak - found[0].peak), last.held + more * (last.held - found[0].held), last.logits
+    )
+
+
+def _outline(recipe: Recipe, repeat: int) -> zoo.Model:
+    """The recipe's model on the meta device, in the precision that it trains in."""
+    with torch.device("meta"):
+        model = zoo.build(
+            "model",
+            recipe.model.model_copy(update={"repeat": repeat}),
+            activation_checkpointing=recipe.train.activation_checkpointing,
+            seed=None,
+        )
+    return model.to(DTYPES[recipe.train.precision])
 
 
 def measure(model: zoo.Model, objective: zoo.Objective, batch: Batch) -> Activations:

@@ -19,7 +19,6 @@ _ATTENTION: dict[str, types.ModuleType] = {
     "per_document": per_document,
     "xformers": xformers,
     "flex": flex,
-    "outlines": outlines,
 }
 _EXPERTS: dict[str, types.ModuleType] = {"reference": reference, "grouped": grouped}
 _RECURRENT: dict[str, types.ModuleType] = {
@@ -35,8 +34,9 @@ OPERATIONS: dict[str, dict[str, types.ModuleType]] = {
     "ssd": _RECURRENT,
     "conv": _RECURRENT,
 }
-OUTLINED = "nothing is computed, what a GPU's kernels would hold is"
-OPTIONAL = (cpu, mamba_ssm, flex, xformers, outlines)
+OUTLINES, OUTLINED = "outlines", "there is nothing to compute; what a GPU's kernels would hold is made"
+"""Of attention on the meta device. Nobody can ask for it by name."""
+OPTIONAL = (cpu, mamba_ssm, flex, xformers)
 """Backends that do not work everywhere: each has a `missing()`, which says why it does not work here, or None."""
 
 
@@ -50,12 +50,12 @@ class ChosenBackend:
 
     @property
     def module(self) -> types.ModuleType:
-        return OPERATIONS[self.operation][self.backend]
+        return outlines if self.backend == OUTLINES else OPERATIONS[self.operation][self.backend]
 
 
 def _attention(device: str) -> tuple[str, str]:
     if device == "meta":
-        return "outlines", OUTLINED
+        return OUTLINES, OUTLINED
     saved = "no work on pairs of tokens of different documents; plain causal sdpa where a row is one document"
     if device != "cuda":
         return "per_document", saved

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from zoo.kernels.layout import Layout, causal_window
 FORGET = 1e30
 """Δ at a separator between documents: exp(Δ A) is 0 for any |A| above 1e-28, and its input is 0, so the state becomes
 0. A large Δ at a document's first token instead would also scale that token's input."""
+MOST_STATES = 256
+"""Largest N of the scan's kernel."""
 NEVER = -1e4
 """dt where there is no token: softplus gives Δ = 0, the state stays."""
 
@@ -41,6 +44,14 @@ def missing() -> str | None:
 def _function(module: str, name: str, like: Tensor) -> Callable[..., Any]:
     """A function of the packages; for values without contents its outline."""
     return getattr(outlines if like.is_meta else importlib.import_module(module), name)
+
+
+@functools.cache
+def _say_too_many_states(states: int) -> None:
+    warnings.warn(
+        f"d_state: {states} is more than the {MOST_STATES} that mamba-ssm's scan takes; the scan runs in plain PyTorch",
+        stacklevel=3,
+    )
 
 
 def causal_conv1d(
@@ -73,12 +84,14 @@ def selective_scan(
     layout: Layout,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.selective_scan`, but the final state has no gradient.
+    """As `reference.selective_scan`, but the final state has no gradient; more than 256 states go by `chunked`.
 
     The kernel takes no initial state: decoding goes by `chunked`. It has one bias vector, added in fp32: rows with
     biases of several groups have theirs added before, and all is computed in fp32.
     """
-    if state is not None:
+    if A.shape[1] > MOST_STATES:
+        _say_too_many_states(A.shape[1])
+    if state is not None or A.shape[1] > MOST_STATES:
         return chunked.selective_scan(u, dt, bias, A, B, C, D, z, layout, state)
     selective_scan_fn = _function("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", u)
     dtype, delta_bias = u.dtype, bias.float()[0]

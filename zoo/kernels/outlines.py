@@ -1,8 +1,8 @@
 """What the fused kernels of a GPU take and leave, without what they compute: for the meta device, where a model has
 shapes and no values. With them `zoo.storages` counts what a step would hold on a GPU.
 
-Attention is a backend of its own. Of mamba-ssm and causal-conv1d these are the functions that `mamba_ssm` calls, so that
-the copies which it makes for them are counted, too.
+Attention is a backend of its own. Of mamba-ssm and causal-conv1d these are the functions that `mamba_ssm` calls, so
+that the copies which it makes for them are counted, too.
 """
 
 from __future__ import annotations
@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 
 from zoo.context import TokenContext
-from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is the same on every device
 
 SCAN_CHUNK = 2048
 """Steps for which mamba-ssm's scan keeps one pair of states."""
-
-
-def missing() -> str:
-    """Why nobody can ask for it."""
-    return "it computes nothing; models on the meta device take it by themselves"
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, context: TokenContext) -> Tensor:
@@ -73,8 +67,8 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) ->
 def mamba_chunk_scan_combined(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """mamba-ssm's: x (B, T, H, K), dt (B, T, H), B and C (B, T, S, N). Its backward computes what is inside chunks again
-    and keeps the output."""
+    """mamba-ssm's: x (B, T, H, K), dt (B, T, H), B and C (B, T, S, N). It keeps its output, and its backward computes
+    again what is inside chunks."""
     rows, length, heads, width = x.shape
     y = _Kept.apply((torch.empty_like(x),), x, dt, A, B, C, D)
     return y, x.new_empty(rows, heads, width, B.shape[-1], dtype=torch.float32)
