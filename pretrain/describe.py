@@ -47,6 +47,7 @@ def describe(recipe: Recipe, model: zoo.Model, ranks: int, with_activations: boo
         "layers": len(model.layers),
         "d_model": recipe.model.d_model,
         "tokens": recipe.data.sequence_length,
+        "end_parameters": end_parameters(model),
         "parameters": {"total": total, "active": round(max(cost.active)), "auxiliary": _auxiliary(model)},
         "active_parameters": dict(zip(modalities, map(round, cost.active), strict=True)),
         "flops_per_token": dict(zip(modalities, cost.flops, strict=True)),
@@ -55,6 +56,13 @@ def describe(recipe: Recipe, model: zoo.Model, ranks: int, with_activations: boo
         "vocabulary": vocabulary_ranges(recipe),
         "memory_per_rank": memory.of_rank(recipe, objective_of(recipe), total, ranks, with_activations).facts(),
     }
+
+
+def end_parameters(model: zoo.Model) -> dict[str, int]:
+    """Parameters of stems and heads: of all ids together, as `ids`, and of each modality that carries none."""
+    ends = {"ids": (model.embedding, model.head)}
+    ends |= {name: (model.stems[name], model.heads[name]) for name in model.stems}
+    return {name: sum(p.numel() for part in parts for p in part.parameters()) for name, parts in ends.items()}
 
 
 def vocabulary_ranges(recipe: Recipe) -> dict[str, Any]:

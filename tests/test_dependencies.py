@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ OURS = {"zoo", "pretrain", "tools", "tests"}
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Import name to package name, where they differ by more than a dash."""
 NOT_IMPORTED = {
+    "causal-conv1d": "imported by name, where a GPU runs it",
     "bitsandbytes": "Transformers quantises with it",
     "aiohttp": "fsspec opens URLs with it",
     "ninja": "a program: PyTorch and DeepSpeed compile their extensions with it",
@@ -23,6 +25,7 @@ NOT_IMPORTED = {
 }
 
 
+@functools.cache
 def imported(folder: str) -> dict[str, str]:
     """Package name to one file below `folder` that imports it, inside functions too."""
     found: dict[str, str] = {}

@@ -35,7 +35,7 @@ OPERATIONS: dict[str, dict[str, types.ModuleType]] = {
     "conv": _RECURRENT,
 }
 OUTLINES, OUTLINED = "outlines", "there is nothing to compute; what a GPU's kernels would hold is made"
-"""Of attention on the meta device. Nobody can ask for it by name."""
+"""The backend of attention on the meta device, for which nobody can ask by name; and why it is taken."""
 OPTIONAL = (cpu, mamba_ssm, flex, xformers)
 """Backends that do not work everywhere: each has a `missing()`, which says why it does not work here, or None."""
 
