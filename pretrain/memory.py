@@ -16,7 +16,7 @@ from pretrain.recipe import Recipe
 from zoo.batch import Batch
 from zoo.carries import nothing
 from zoo.config import ConfigError
-from zoo.context import TokenContext
+from zoo.context import Counts, Kept, TokenContext
 from zoo.storages import StorageMeter
 from zoo.trace import Trace
 
@@ -57,7 +57,7 @@ class RankMemory:
     buckets: int
     """What gradients are gathered in before they are reduced."""
     activations: Activations | None
-    """Of a micro-batch; None where they are not known."""
+    """What a micro-batch holds; None where that is not known."""
 
     @property
     def on_device(self) -> int:
@@ -192,6 +192,8 @@ def measure(model: zoo.Model, objective: zoo.Objective, batch: Batch) -> Activat
     counts, device = objective.counts(batch), model.norm.weight.device
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_forget)
+    if device.type == "meta":
+        batch = dataclasses.replace(batch, context=_Nominal.of(batch.context))
     with StorageMeter([*model.parameters(), *model.buffers()]) as meter, _FusedNorm():
         trace = Trace()
         sums = objective(model, batch.under(trace=trace).to(device))
@@ -205,6 +207,20 @@ def measure(model: zoo.Model, objective: zoo.Objective, batch: Batch) -> Activat
 
 def _forget(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+class _Nominal(TokenContext):
+    """A context without values: of what a router keeps it says that there is as much of each modality as before."""
+
+    @classmethod
+    def of(cls, context: TokenContext) -> _Nominal:
+        return cls(**{field.name: getattr(context, field.name) for field in dataclasses.fields(context)})
+
+    def kept(self, keep: Tensor, row_counts: tuple[int, ...] | None = None, counts: Counts | None = None) -> Kept:
+        """Of everything where it is not known how much a row keeps."""
+        taken = zip(row_counts or self.row_counts, self.counts, strict=True)
+        nominal = (tuple(-(-n * kept // max(1, sum(row))) for n in row) for kept, row in taken)
+        return Kept.of(counts or tuple(nominal))
 
 
 class _FusedNorm(TorchFunctionMode):

@@ -99,7 +99,7 @@ def test_checkpointing_saves(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused_with_the_way_out() -> None:
     held = RankMemory(2, 8, 30 << 30, 10 << 30, 20 << 30, False, 0, Activations(5 << 30, 4 << 30, 0))
-    memory.check_fits(held, (65 << 30) / 0.9 + 1)
+    memory.check_fits(held, 75 << 30)
     with pytest.raises(ConfigError) as error:
         memory.check_fits(held, 64 << 30)
     text = str(error.value)

@@ -8,7 +8,6 @@ Letters: B sequences, T steps, R rows, W width.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 
@@ -44,7 +43,7 @@ class Layout:
     many_documents: bool
     """Some sequence may hold more than one document; known on the host."""
     most_documents: int | None = None
-    """Documents of the sequence that holds most of them, at least 1; None where the host does not know."""
+    """Documents of the sequence that holds most of them, or a bound of that; None where the host does not know."""
 
     @classmethod
     def of(cls, context: TokenContext, grouping: Grouping = TIED, before: Tensor | None = None) -> Layout:
@@ -155,14 +154,8 @@ def _lay_out(context: TokenContext, grouping: Grouping) -> Layout:
         padded=context.padded,
         in_order=grouping.tied and not context.padded,
         many_documents=not context.single_document,
-        most_documents=_most_documents(context),
+        most_documents=context.most_documents,
     )
-
-
-def _most_documents(context: TokenContext) -> int | None:
-    """Documents of the row that has most; None where the host would have to wait for what a router kept."""
-    spans = None if context.narrowed else context.known.spans
-    return None if spans is None else max(collections.Counter(row for row, *_ in spans.documents).values(), default=1)
 
 
 def causal_window(x: Tensor, layout: Layout, window: Tensor) -> tuple[Tensor, Layout, Tensor]:
