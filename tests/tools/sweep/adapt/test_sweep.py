@@ -212,7 +212,7 @@ def test_a_sweep_by_perplexity(folders: Path, monkeypatch: Any) -> None:
         (run / "metrics.jsonl").touch()
         return 1.0
 
-    def run(sweep: AdaptSweep, waiting: list[Path], jobs: int) -> list[Path]:
+    def run(sweep: AdaptSweep, waiting: list[Path], jobs: int, finished: Any) -> list[Path]:
         return [folder for folder in waiting if run_one([sweep.type, str(folder)])]
 
     monkeypatch.setattr("tools.sweep.adapt.run.train", train)
