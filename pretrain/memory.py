@@ -217,7 +217,7 @@ class _Nominal(TokenContext):
         return cls(**{field.name: getattr(context, field.name) for field in dataclasses.fields(context)})
 
     def kept(self, keep: Tensor, row_counts: tuple[int, ...] | None = None, counts: Counts | None = None) -> Kept:
-        """Of everything where it is not known how much a row keeps."""
+        """As in a row of which everything is kept, where it is not known how much is."""
         taken = zip(row_counts or self.row_counts, self.counts, strict=True)
         nominal = (tuple(-(-n * kept // max(1, sum(row))) for n in row) for kept, row in taken)
         return Kept.of(counts or tuple(nominal))
