@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from pretrain import deepspeed_patches, optim
+from pretrain.consolidate import stored_in_checkpoint
 from pretrain.deepspeed_config import check_values
 from pretrain.process_group import join_processes, local_device
 from zoo.config import UserError
@@ -316,18 +316,4 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     Frozen weights are not among them. No file runs code: raises UserError where one holds more than tensors and plain
     values.
     """
-    import deepspeed.utils.zero_to_fp32 as converter
-
-    path = str(folder / TAG)
-    models = converter.get_model_state_files(path)
-    silent = io.StringIO()
-    with deepspeed_patches.tensors_only(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-        if not list((folder / TAG).glob("*_optim_states.pt")):  # stage 0 keeps the optimizer beside the model
-            return torch.load(models[0], map_location="cpu")["module"]
-        parts = converter.get_optim_files(path)
-        first = torch.load(parts[0], map_location="cpu", mmap=True)["optimizer_state_dict"]
-        if "zero_stage" in first:
-            weights = converter.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-            assert weights is not None
-            return weights
-        return deepspeed_patches.read_bf16_stage_1(parts, models)
+    return {name: stored.read() for name, stored in stored_in_checkpoint(folder / TAG).items()}

@@ -21,7 +21,7 @@ from pretrain.optim import AUXILIARY_SCALE, freeze_main
 from pretrain.progress import Progress
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
-from pretrain.sums import Sums, Totals
+from pretrain.sums import Sums, Totals, by_source
 from pretrain.task import Forward, RunState, Step, Task
 from pretrain.updates import Updates
 from zoo.auxiliary import AuxiliaryRouter
@@ -161,8 +161,10 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         return count_batches(self.objective, self.blueprint.modalities, batches)
 
     def forward(self, batch: Batch, step: Step[Batch, StepCounts], reporting: bool) -> Forward:
-        trace, counts = Trace(), step.counts
-        parts = self.objective(self.engine.module, batch.under(trace=trace).to(self.engine.device))
+        streams = self.data.train.streams
+        trace, counts = Trace(terms={} if reporting and len(streams) > 1 else None), step.counts
+        batch = batch.under(trace=trace).to(self.engine.device)
+        parts = self.objective(self.engine.module, batch)
         loss = main = self.objective.combine(parts, counts.by_part(self.objective))
         balance = auxiliary = None
         if trace.penalties:  # their mean over micro-batches and ranks
@@ -174,7 +176,10 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             auxiliary = total / max(sum(counts.tokens), 1)
             loss = auxiliary if self.frozen else loss + AUXILIARY_SCALE * auxiliary
         self.updates.add(trace.updates)
-        return Forward(loss, Sums(main, parts, auxiliary, balance, trace.statistics) if reporting else Sums())
+        if not reporting:
+            return Forward(loss, Sums())
+        sources = by_source(trace.terms, batch, len(streams))
+        return Forward(loss, Sums(main, parts, auxiliary, balance, trace.statistics, sources))
 
     def applied(self, step: int, applied: bool) -> None:
         self.updates.apply(step, applied)
@@ -191,11 +196,11 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
 
     def report(self, state: PretrainingState, totals: Totals, counts: StepCounts) -> dict[str, float]:
         losses = self.objective.report(totals.parts, counts.by_part(self.objective), training=True)
-        return step_values(totals, losses) | self._mixture_values(state, counts)
+        return step_values(totals, losses) | self._mixture_values(state, totals, counts)
 
-    def _mixture_values(self, state: PretrainingState, counts: StepCounts) -> dict[str, float]:
-        """What a log step says of several sources: how often each has been gone through, the step's tokens by
-        modality, and how unlike those of its ranks are."""
+    def _mixture_values(self, state: PretrainingState, totals: Totals, counts: StepCounts) -> dict[str, float]:
+        """What a log step says of several sources: how often each has been gone through, the mean loss of its
+        positions, the step's tokens by modality, and how unlike those of its ranks are."""
         mixture, train = self.data.train, self.recipe.train
         if len(mixture.streams) == 1 and not self.data.balanced:
             return {}
@@ -205,6 +210,11 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         shares = zip(self.blueprint.modalities, counts.tokens, strict=True)
         return {
             **{f"data/epochs/{name}": epochs for name, epochs in mixture.epochs(stop).items()},
+            **{
+                f"data/loss/{name}": loss
+                for name, loss in zip(mixture.streams, totals.sources, strict=False)
+                if loss is not None
+            },
             **{f"data/share/{name}": tokens / max(sum(counts.tokens), 1) for name, tokens in shares},
             "data/imbalance": imbalance(by_rank),
         }

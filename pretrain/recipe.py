@@ -42,7 +42,10 @@ RESUMABLE = re.compile(
     r"|data\.sources\.[^.]+\.(path|files|validation)"
 )
 """Keys that may change when a run is resumed. Which data it is says their content, not where they lie."""
-CHANGES_TRAINING = re.compile(r"optimizer\.(muon_)?lr|train\.clip")
+MICRO_BATCH = re.compile(rf"{RESUMABLE.pattern}|train\.micro_batch")
+"""The same of a model in which every row is computed by itself, so that the split into micro-batches moves roundings
+alone."""
+CHANGES_TRAINING = re.compile(r"optimizer\.(muon_)?lr|train\.(clip|micro_batch)")
 """Those among them by which the run goes on otherwise."""
 
 
@@ -153,6 +156,11 @@ class RunRecipe(Config):
     def folder(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
 
+    @property
+    def resumable(self) -> re.Pattern[str]:
+        """Keys that may change when a run of this recipe is resumed."""
+        return RESUMABLE
+
     def dump(self) -> dict[str, Any]:
         """As plain YAML data, defaults written out; parses to an equal recipe."""
         return self.model_dump(mode="json")
@@ -183,6 +191,14 @@ class Recipe(RunRecipe):
     def bidirectional(self) -> tuple[str, ...]:
         """Modalities whose positions see all of their item."""
         return tuple(name for name, modality in self.modalities.items() if modality.bidirectional)
+
+    @property
+    def resumable(self) -> re.Pattern[str]:
+        layers = self.model.layers
+        blocks = [block for layer in layers for block in (layer.feedforward, layer.depth) if block is not None]
+        by_row = all(block.type_name == "dense" or getattr(block, "scope", None) == "row" for block in blocks)
+        ours = all(layer.mixer.block.__module__.startswith("zoo.") for layer in layers)
+        return MICRO_BATCH if by_row and ours else RESUMABLE
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> Recipe:

@@ -166,6 +166,8 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         passed = decide(context, self.name, lambda: self._select(ranking, logits, candidates, pools, context))
         selection, inner = passed.selection, passed.context.replace(trace=context.trace)
         self._report(logits, selection, sizes, context, inner)
+        if state is not None and not any(inner.row_counts) and self._may_skip:
+            return x
         flat_index, valid = selection.flat_index, selection.valid
         kept = pick(flat, flat_index).view(rows, -1, width)
         if valid is not None:
@@ -177,6 +179,12 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         if valid is not None:
             weight = weight * valid.reshape(-1, 1)
         return flat.index_add(0, flat_index, weight * delta.reshape(-1, width)).view_as(x)
+
+    @property
+    def _may_skip(self) -> bool:
+        """Whether the block may be left out of a decoding step in which no token passes: nothing is differentiated, and
+        its weights are whole, so that no other rank waits for this one to gather them (ZeRO-3)."""
+        return not torch.is_grad_enabled() and all(weight.numel() for weight in self.block.parameters())
 
     def _candidates(self, context: TokenContext) -> list[Candidates]:
         """Those of each pool."""
