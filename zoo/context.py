@@ -206,7 +206,9 @@ class TokenContext:
 
         def compute() -> int | None:
             spans = self.known.spans
-            return spans and max(collections.Counter(row for row, *_ in spans.documents).values(), default=1)
+            if spans is None:
+                return None
+            return max(collections.Counter(row for row, *_ in spans.documents).values(), default=1)
 
         return self.constant("most documents", compute)
 
