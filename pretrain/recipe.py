@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 import zoo
 import zoo.kernels
+from pretrain import compiling
 from pretrain.data import DataConfig, check_length
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe_file import ImportsOfRun, read
@@ -36,7 +37,8 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 """Keys of old, and where they stand now."""
 
 RESUMABLE = re.compile(
-    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows|activation_checkpointing)"
+    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows)"
+    r"|train\.(activation_checkpointing|compile|deterministic)"
     r"|(evaluate|kernels)(\..*)?|optimizer\.(muon_)?lr|train\.clip|deepspeed\.gradient_clipping"
     r"|data\.(path|train|validation|cache|workers|max_broken_samples|max_broken_documents)"
     r"|data\.sources\.[^.]+\.(path|files|validation)"
@@ -68,6 +70,10 @@ class LoopConfig(Config):
     """true: keep only what enters each layer and compute the rest again in the backward pass: least memory, a third
     more compute. "selective": also keep what matrix products and attention give, and compute again what is cheap. The
     results are the same."""
+    deterministic: bool = False
+    """On a GPU take kernels alone that give the same bits for the same inputs, so that a resumed run is the
+    uninterrupted one bit for bit, on as many ranks of the same machine; slower, and a kernel that cannot is an error
+    that names it. On a CPU it is so anyway."""
     log_every: int = Field(10, gt=0)
     """Steps from one line of metrics.jsonl to the next."""
     evaluate_every: int = Field(0, ge=0)
@@ -97,6 +103,9 @@ Trainable = Annotated[Literal["all", "auxiliary"] | list[str], BeforeValidator(_
 class TrainConfig(LoopConfig):
     """How long, in which batches and how carefully a pretraining runs."""
 
+    compile: bool = False
+    """Compile the model's training steps into one graph (PyTorch's compiler): fewer passes over memory, fewer launches,
+    after minutes at the first step; results differ by rounding. Mixers of attention alone, ZeRO stages up to 2."""
     trainable: Trainable = "all"
     """"auxiliary": only the causal routers of a trained model learn, the rest is frozen; see `tools.train_routers`. A
     list of modalities: only weights learn that no token of another modality meets, such as their own projections,
@@ -246,6 +255,8 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     recipe.objective.check(place, "objective")
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
+    if recipe.train.compile:
+        compiling.check(recipe.model, recipe.kernels, recipe.train.activation_checkpointing)
     _check_trainable(recipe)
     if recipe.evaluate.documents and not recipe.objective.block.tells_terms:
         raise ConfigError(
@@ -329,7 +340,7 @@ def deepspeed_for(recipe: RunRecipe, world: int, d_model: int) -> dict[str, Any]
     from pretrain import deepspeed_config
 
     train = recipe.train
-    return deepspeed_config.effective(
+    config = deepspeed_config.effective(
         recipe.deepspeed,
         world=world,
         precision=train.precision,
@@ -339,6 +350,9 @@ def deepspeed_for(recipe: RunRecipe, world: int, d_model: int) -> dict[str, Any]
         optimizer=recipe.optimizer,
         d_model=d_model,
     )
+    if isinstance(train, TrainConfig) and train.compile:
+        compiling.check_stage(config["zero_optimization"]["stage"])
+    return config
 
 
 def differences(
