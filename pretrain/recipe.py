@@ -256,7 +256,7 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
     if recipe.train.compile:
-        compiling.check(recipe.model, recipe.kernels, recipe.train.activation_checkpointing)
+        compiling.check(recipe.model, recipe.kernels, bool(recipe.train.activation_checkpointing))
     _check_trainable(recipe)
     if recipe.evaluate.documents and not recipe.objective.block.tells_terms:
         raise ConfigError(
