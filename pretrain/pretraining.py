@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from pretrain import document_losses, run_folder
+from pretrain import compiling, document_losses, run_folder
 from pretrain.data import Data, micro_batches, tokens_by_rank
 from pretrain.data.ratio import imbalance
 from pretrain.describe import blueprint, objective_of
@@ -67,6 +67,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         self, recipe: Recipe, data: Data, config: Mapping[str, Any], device: str, initial: Initial | None
     ) -> None:
         self.recipe, self.data = recipe, data
+        self.kernels = compiling.kernels_for(recipe.kernels, device) if recipe.train.compile else recipe.kernels
         trainable = recipe.train.trainable
         self.frozen = trainable == "auxiliary"
         if trainable != "all" and initial is None:
@@ -90,6 +91,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             optimizer=recipe.optimizer,
             seed=recipe.seed,
             device=device,
+            compile=recipe.train.compile,
         )
         self.updates = Updates(self.engine.module, self.engine.device, self.engine.ranks.sum)
         self.objective = objective_of(recipe)
@@ -98,7 +100,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
     def _build(self) -> zoo.Model:
         recipe, checkpointing = self.recipe, self.recipe.train.activation_checkpointing
         model = zoo.build(
-            "model", recipe.model, kernels=recipe.kernels, activation_checkpointing=checkpointing, seed=None
+            "model", recipe.model, kernels=self.kernels, activation_checkpointing=checkpointing, seed=None
         )
         if self.frozen:
             freeze_main(model)
@@ -125,7 +127,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         state.validation = self.data.validation_fingerprint
         notes = [
             f"kernels: {choice.operation} runs on {choice.backend}: {choice.reason}"
-            for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type)
+            for choice in zoo.kernels.check(self.kernels, self.engine.device.type)
         ]
         if self.engine.ranks.first:
             keep_modalities(self.recipe.folder, self.data.modalities)
@@ -164,6 +166,8 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         streams = self.data.train.streams
         trace, counts = Trace(terms={} if reporting and len(streams) > 1 else None), step.counts
         batch = batch.under(trace=trace).to(self.engine.device)
+        if self.engine.compiled:
+            batch.context.count_steps()
         parts = self.objective(self.engine.module, batch)
         loss = main = self.objective.combine(parts, counts.by_part(self.objective))
         balance = auxiliary = None
