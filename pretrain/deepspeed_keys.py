@@ -125,11 +125,14 @@ REFUSED: dict[str, str] = {
     "torch_autocast": "precision is `train.precision`; autocast is not supported",
     "amp": "precision is `train.precision`; DeepSpeed has removed amp",
     "activation_checkpointing": "use `train.activation_checkpointing`, which replays routing decisions",
-    "compile": "compiled graphs with data-dependent token groups are not supported",
+    "compile": "its graph passes are built for GPUs; write `train.compile: true` for PyTorch's compiler",
     "pipeline": "pipeline parallelism is not supported; use a ZeRO stage",
     "tensor_parallel": "tensor parallelism is not supported; use a ZeRO stage",
-    "expert_parallel": "experts are stacked parameters, sharded by the ZeRO stage; remove it",
-    "sequence_parallel_size": "sequence parallelism is not supported; remove it",
+    "expert_parallel": "experts are stacked parameters, sharded by the ZeRO stage; an exchange of tokens between "
+    "ranks, over which experts could choose, is missing: remove it",
+    "sequence_parallel_size": "a row stays on one rank: an exchange of heads for attention (Ulysses), and of states "
+    "and scores for scans and for routers that choose over a row, are missing. Remove it, and for longer rows set "
+    "train.activation_checkpointing: true and train.micro_batch: 1",
     "data_efficiency": "the `data` section decides what is read; remove it",
     "autotuning": "not supported; set the sizes in the recipe",
     "hybrid_engine": "not supported; remove it",

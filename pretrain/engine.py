@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pretrain import deepspeed_patches, optim
+from pretrain import compiling, deepspeed_patches, optim
 from pretrain.consolidate import stored_in_checkpoint
 from pretrain.deepspeed_config import check_values
 from pretrain.process_group import join_processes, local_device
@@ -96,6 +96,7 @@ class Engine:
         seed: of the initial weights.
         device: "cpu" or "cuda"; see `choose_device`. `prepare_environment` has been called with it.
         timeout_seconds: how long a rank waits for the others before it gives up.
+        compile: run training steps as compiled graphs (`pretrain.compiling`).
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Engine:
         seed: int,
         device: str,
         timeout_seconds: float = 1800.0,
+        compile: bool = False,
     ) -> None:
         config = copy.deepcopy(dict(config))
         check_values(config)
@@ -135,6 +137,9 @@ class Engine:
             config=config,
             dist_init_required=False,
         )[0]
+        self.compiled = compile
+        if compile:
+            compiling.compile_model(self.module.module)
         deepspeed_patches.set_masters(masters)
         # The recipe's settings of each group: learning rates are these times a factor, and a loaded
         # checkpoint does not change them.
@@ -179,10 +184,14 @@ class Engine:
 
     def train(self) -> None:
         """Put the model into training mode."""
+        if self.compiled:
+            compiling.run_compiled(True)
         self.module.train()
 
     def eval(self) -> None:
         """Evaluation mode; call `module` under `torch.no_grad()`, on every rank equally often."""
+        if self.compiled:
+            compiling.run_compiled(False)
         self.module.eval()
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:

@@ -23,7 +23,6 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from zoo import noise
 from zoo.auxiliary import AuxiliaryRouter, RoutedBlock, train_auxiliary
 from zoo.config import ConfigError
 from zoo.context import Counts, TokenContext
@@ -188,7 +187,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
 
     def _candidates(self, context: TokenContext) -> list[Candidates]:
         """Those of each pool."""
-        salt = noise.salt(self.name, context.step)
+        salt = context.salt(self.name)
         return [pool.candidates(context, salt) for pool in self.pools]
 
     def _joined(self, pools: list[Candidates]) -> Candidates:
@@ -199,7 +198,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         index = context.shared(("depth candidates", modalities), lambda: torch.cat([pool.index for pool in pools]))
         rows = tuple(sum(counts) for counts in zip(*(pool.row_counts for pool in pools), strict=True))
         scopes = tuple(size for pool in pools for size in pool.scopes)
-        return Candidates(context, index, rows, scopes, pools[0].salt)
+        return Candidates(context, index, rows, scopes, salt=pools[0].salt)
 
     def _select(
         self,

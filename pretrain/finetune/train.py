@@ -26,7 +26,7 @@ from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.samples import open_questions, too_many, usable
 from pretrain.finetune.task import FineTuning
 from pretrain.loop import command, train
-from pretrain.process_group import choose_device, prepare_environment, rank_and_world
+from pretrain.process_group import choose_device, leave, prepare_environment, rank_and_world
 from zoo.config import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command(lambda: finetune_recipe.load(options.recipe, options.overrides), work)
 
 
+def script() -> None:
+    """The command `zoo-finetune`: as `python -m pretrain.finetune`."""
+    leave(main())
+
+
 def work(recipe: FinetuneRecipe) -> None:
     """Tune a model as the recipe says; every rank calls it.
 
@@ -52,7 +57,7 @@ def work(recipe: FinetuneRecipe) -> None:
     """
     rank, world = rank_and_world()
     device = choose_device(recipe.train.device)
-    prepare_environment(device)
+    prepare_environment(device, deterministic=recipe.train.deterministic)
     from pretrain.finetune.model import open_base, quiet  # brings in libraries that bring in DeepSpeed
 
     quiet(rank)
