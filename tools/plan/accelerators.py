@@ -13,7 +13,7 @@ class Accelerator:
     flops: dict[str, float]
     """Dense matrix products, by `train.precision`; fp32 without TensorFloat-32, which recipes do not turn on."""
     memory: float
-    """Bytes."""
+    """Bytes that it holds."""
     bandwidth: float
     """Bytes to and from the memory."""
     node: int
@@ -35,4 +35,4 @@ KNOWN = {
         Accelerator("b200", {"bf16": 2250e12, "fp32": 75e12}, 180e9, 8e12, 8, 900e9, 400e9),
     )
 }
-"""By name."""
+"""The accelerators that are known, by name."""

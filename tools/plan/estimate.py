@@ -40,7 +40,7 @@ class Step:
     seconds: float
     """The whole, with what of communication is not hidden."""
     bytes_sent: float
-    """A rank's."""
+    """Bytes that a rank sends."""
     utilisation: float
     """Model FLOPs of the step over what the accelerators could do in it; recomputation counts nothing."""
 

@@ -28,7 +28,7 @@ def recipe() -> Recipe:
     ("stage", "passes", "share"), [(0, 4, 2), (1, 4, 2), (2, 1, 2), (2, 4, 5), (3, 1, 3), (3, 4, 12)]
 )
 def test_traffic(stage: int, passes: int, share: int) -> None:
-    """Of 1,000 weights of 2 bytes on 4 ranks, 1,500 bytes go round at a time; a single rank sends nothing."""
+    """With 1,000 weights of 2 bytes on 4 ranks, 1,500 bytes go round at a time; a single rank sends nothing."""
     assert traffic(1000, stage, 4, passes, 2) == 1500 * share
     assert traffic(1000, stage, 1, passes, 2) == 0
 
