@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if recipe.train.precision == "bf16":
             run.model.bfloat16()  # as it was evaluated in training
         words = [word for word in options.data if word not in overrides]
-        data = named_data(words, recipe) if words else [own_data(recipe)]
+        data = named_data(words, recipe) if words else [own_data(recipe, named=overrides)]
         found: dict[str, Any] = {"run": str(options.run), "step": step_of(options.run), "data": {}}
         for each in data if words or not (options.lm_eval or options.lmms_eval) else []:
             found["data"][each.name] = _measured(run, recipe, each, options)
@@ -119,7 +119,7 @@ def _generated(
         options.labels,
         None if options.features is None else features(options.features, rate),
     )
-    measured, made = generate(run, recipe, data, asked)
+    measured, made = generate(run, own_data(recipe, "train", options.data), data, asked)
     output.print_generation(data.name, measured)
     out = options.out or options.run / "report" / "evaluation"
     out.mkdir(parents=True, exist_ok=True)

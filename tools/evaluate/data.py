@@ -19,6 +19,7 @@ from pretrain.data.index import Split
 from pretrain.data.mixture import Mixture
 from pretrain.data.reading import read_parts
 from pretrain.data.sources import Document
+from pretrain.data.sources.files import PIPE
 from pretrain.data.workers import Task, find_tasks
 from pretrain.recipe import Recipe
 from pretrain.recipe_file import parse_yaml
@@ -70,13 +71,24 @@ class Sampled:
     parts: Sequence[Part]
 
 
-def own_data(recipe: Recipe, split: str = "validation") -> Evaluated:
+def own_data(recipe: Recipe, split: str = "validation", named: Sequence[str] = ()) -> Evaluated:
     """The run's own data.
 
     Args:
         recipe: of the run.
         split: "train" or "validation".
+        named: what the command line has laid over the recipe.
+    Raises:
+        UserError: they come from a command that the run folder's recipe names; whoever wrote it would run it here.
     """
+    for name, entry in recipe.data.entries.items():
+        paths = [entry.config.path] if isinstance(entry.config.path, str) else entry.config.path
+        pipe = next((path for path in paths if path.startswith(PIPE)), None)
+        if pipe is not None and not any(pipe in word for word in named):
+            raise UserError(
+                f"data.sources.{name}.path: {shown(pipe)} stands in the recipe of a run folder, which runs no commands "
+                "of itself; if you trust it, give the key and its value on the command line, or name other data"
+            )
     return Evaluated(split, recipe.data, split, own=True)
 
 

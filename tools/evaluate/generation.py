@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.recipe import Recipe
-from tools.evaluate.data import Evaluated, described, own_data
+from tools.evaluate.data import Evaluated, described
 from tools.evaluate.features import Features
 from tools.evaluate.judging import (
     Share,
@@ -86,16 +85,20 @@ class Generation:
         return dataclasses.asdict(self)
 
 
-def generate(run: Run, recipe: Recipe, data: Evaluated, asked: Asked) -> tuple[Generation, list[tuple[str, Part]]]:
+def generate(
+    run: Run, trained_on: Evaluated, data: Evaluated, asked: Asked
+) -> tuple[Generation, list[tuple[str, Part]]]:
     """The figures, and (caption, item) of what was generated.
 
+    Args:
+        trained_on: the run's training data.
     Raises:
         UserError: the run has no causal mode or no such modality, documents are not described items, or the run's
             training data are not there.
     """
     check_causal(run)
     held_out = described(run, data, asked.modality, asked.documents, asked.seed)
-    training = described(run, own_data(recipe, "train"), asked.modality, TRAINING, asked.seed)
+    training = described(run, trained_on, asked.modality, TRAINING, asked.seed)
     rows = run.generate_all(
         [[text] for _, text, _ in held_out],
         asked.modality,

@@ -51,7 +51,7 @@ def _documents(run: Run, options: argparse.Namespace) -> tuple[list[Sequence[Par
     words = [word for word in options.data if word not in overrides]
     try:
         recipe = recipes.load(options.run / run_folder.RECIPE, overrides)
-        data = named_data(words, recipe) if words else [own_data(recipe)]
+        data = named_data(words, recipe) if words else [own_data(recipe, named=overrides)]
         found = [each.parts for source in data for each in documents(run, source, COUNTED, recipe.seed)]
         origin = f"Documents of {', '.join(each.name for each in data)}."
     except UserError as error:

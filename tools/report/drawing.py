@@ -76,7 +76,7 @@ def draw(run: Run, routed: Routed) -> Markup:
         groups = [name for name in names if name in routed.experts]
         if groups:
             kept = next((routed.passed[name] for name in names if name in routed.passed), None)
-            what = " ".join(map(group_of, groups))
+            what = ", ".join(map(group_of, groups))
             rows.append(Row(f"layer {layer}: experts of {what}", _cells(run, routed, kept, _colours(routed, groups))))
     paths = [routed.path(token) for token in range(len(routed.labels))]
     module: Any = environment(TEMPLATES).get_template("routed.html").module

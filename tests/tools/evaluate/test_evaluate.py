@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import zoo
 from pretrain import metrics
@@ -170,14 +173,14 @@ def test_mistakes_are_one_line(folder: Path, data: str, trained_run: Path, tmp_p
     write_shard(tmp_path / "texts.tar", [sample(str(n), "a text alone") for n in range(3)])
     held_out = str(trained_run / "moved" / "*val*.tar")
     cases: list[tuple[list[object], str]] = [
-        ([], "lead to no"),
+        ([], "is not a folder"),
         ([tmp_path / "none"], "leads to no file"),
         ([tmp_path / "list.yaml"], "list.yaml: is no mapping of names to sources"),
         ([tmp_path / "spoken.tar"], "it has audio, for which the recipe has no modality"),
         ([tmp_path / "spoken.tar", "--measure", "retrieval"], "it has audio, of which"),
         ([tmp_path / "texts.tar", "--measure", "retrieval"], "none of 200 documents is one text and one image"),
         ([held_out, "--measure", "retrieval", "--modality", "audio"], "has no such modality beside text; it has image"),
-        ([held_out, "--measure", "generation"], "data"),
+        ([held_out, "--measure", "generation"], "is not a folder"),
         ([data, "--measure", "generation", "--features", "nothing"], "--features nothing: is neither a folder"),
         ([data, "--measure", "generation", "--labels", tmp_path / "no.json", "--documents", "5"], "no.json"),
         ([data, "--rows", "0"], "--rows 0: is too few"),
@@ -190,10 +193,20 @@ def test_mistakes_are_one_line(folder: Path, data: str, trained_run: Path, tmp_p
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
+def test_a_run_folder_runs_no_command(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Of its own recipe; whoever evaluates it may name one."""
+    pipe = f"pipe:touch {tmp_path / 'ran'}"
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["data"] |= {"path": None, "sources": {"x": {"type": "documents", "path": pipe, "validation": 0.5}}}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([str(tmp_path / "run")]) == 2 and not (tmp_path / "ran").exists()
+    assert "stands in the recipe of a run folder, which runs no commands" in capsys.readouterr().err
+    assert main([str(tmp_path / "run"), f"data.sources.x.path={pipe}"]) == 2 and (tmp_path / "ran").exists()
+
+
 def test_what_has_no_auxiliary_routers_is_evaluated_as_trained(run: Run, recipe: Recipe) -> None:
     """Its losses are those of top-k routing; what goes token by token is refused."""
-    import dataclasses
-
     model = recipe.model.model_dump(mode="json")
     for layer in model["layers"]:
         layer["feedforward"]["auxiliary"] = False
