@@ -21,12 +21,14 @@ from tools.report.usage import maps, word_table
 from tools.sweep.pretrain import figures
 from tools.sweep.pretrain.study import of_runs
 from tools.sweep.pretrain.tables import Table, tables
-from zoo.context import TOPK
+from zoo.context import CAUSAL, TOPK
 from zoo.files import atomic_write
 from zoo.generate import Part
 from zoo.run import Run
 
 FIGURES, SAMPLES = "figures", "samples"
+STUDIED = ("Routers", "Cost")
+"""Tables of a comparison that say something of a single run."""
 COUNTED = 64
 """Documents that words and patches of experts are counted over, at most."""
 
@@ -56,7 +58,7 @@ def write(run: Run, content: Content, path: Path) -> Path:
     step = max((item["step"] for item in metrics.read(run.folder / "metrics.jsonl")), default=0)
     keep_samples(run, content, folder / SAMPLES / f"step-{step}")
     study = of_runs([run.folder], None)
-    drawn = figures.draw(study, folder / FIGURES) | _own_figures(run.folder, folder / FIGURES)
+    drawn = _own_figures(run, folder / FIGURES) | figures.draw(study, folder / FIGURES)
     routed = [look(run, parts) for parts in content.documents[:COUNTED]]
     style, script = style_and_script()
     page = (
@@ -66,7 +68,11 @@ def write(run: Run, content: Content, path: Path) -> Path:
             title=run.folder.resolve().name,
             facts=facts(run, step),
             pictures={title: base64.b64encode(each.read_bytes()).decode() for title, each in drawn.items()},
-            tables=[*(table for table in tables(study) if table.heading != "Savings"), *_foresight(run.folder)],
+            tables=[
+                *_losses(run),
+                *(each for each in tables(study) if each.heading in STUDIED),
+                *_foresight(run.folder),
+            ],
             samples=samples(run, folder / SAMPLES),
             documents=[draw(run, each) for each in routed[: content.shown]],
             looked_ahead=[draw(run, look(run, parts, TOPK)) for parts in content.documents[: content.shown]],
@@ -121,16 +127,19 @@ def samples(run: Run, folder: Path) -> list[tuple[int, list[tuple[str, list[str]
     return found
 
 
-def _own_figures(run: Path, folder: Path) -> dict[str, Path]:
-    """Training losses, and how well auxiliary routers foresee, over tokens."""
-    lines = [item for item in metrics.read(run / "metrics.jsonl") if "tokens_per_second" in item]
-    losses = sorted({key for item in lines for key in item if re.fullmatch(r"loss/[^/]+", key)})
+def _own_figures(run: Run, folder: Path) -> dict[str, Path]:
+    """Losses by modality, training and validation, and how well auxiliary routers foresee, over tokens."""
+    lines = [item for item in metrics.read(run.folder / "metrics.jsonl") if "tokens" in item]
+    losses = {f"{name}, training": f"loss/{name}" for name in run.modalities}
+    for routing, words in ((CAUSAL, "causal"), (TOPK, "top-k")):
+        losses |= {f"{name}, {words}": f"eval/{routing}/loss/{name}" for name in run.modalities}
+    routers = {"as top-k decides": "auxiliary/accuracy", "always no": "auxiliary/always_skip"}
     found = {}
     for title, keys, label in (
-        ("Training loss", losses, "nats a token"),
-        ("Auxiliary routers in training", ["auxiliary/accuracy", "auxiliary/always_skip"], "share of decisions"),
+        ("Losses by modality", losses, "nats a token"),
+        ("Auxiliary routers in training", routers, "share of decisions"),
     ):
-        drawn = {key: [(item["tokens"], item[key]) for item in lines if key in item] for key in keys}
+        drawn = {words: [(item["tokens"], item[key]) for item in lines if key in item] for words, key in keys.items()}
         if any(drawn.values()):
             found[title] = _line_figure(drawn, label, folder / f"{title.lower().replace(' ', '-')}.svg")
     return found
@@ -139,14 +148,35 @@ def _own_figures(run: Path, folder: Path) -> dict[str, Path]:
 def _line_figure(drawn: Mapping[str, Sequence[tuple[float, float]]], label: str, path: Path) -> Path:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
-    for key, points in drawn.items():
+    colours: dict[str, str] = {}
+    for words, points in drawn.items():
+        what, _, kind = words.partition(", ")
+        colour = colours.setdefault(what, f"C{len(colours)}")
+        style = {"causal": "o-", "top-k": "x--"}.get(kind, "-")
         if points:
-            axes.plot(*zip(*points, strict=True), linewidth=1.2, label=key.rpartition("/")[2].replace("_", " "))
+            axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.2, markersize=5, label=words)
     axes.set(xlabel="tokens", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
     return path
+
+
+def _losses(run: Run) -> list[Table]:
+    """The last evaluation by modality; nothing where there was none."""
+    values, rows = report.last_evaluation(run.folder), []
+    for label in ("", *(f"/{name}" for name in run.modalities)):
+        causal, topk = (values.get(f"eval/{routing}/loss{label}") for routing in (CAUSAL, TOPK))
+        cells = [causal, topk, None if causal is None or topk is None else causal - topk]
+        cells.append(values.get(f"eval/unigram{label}", values.get(f"eval/constant{label}")) if label else None)
+        if causal is not None or topk is not None:
+            rows.append([label[1:] or "all", *("" if cell is None else f"{cell:.4f}" for cell in cells)])
+    text = (
+        "The last evaluation, in nats a token. Top-k routing, as in training, looks at later tokens; causal routing is "
+        "what generation has. The best constant guess is what any model must beat."
+    )
+    heads = ["loss of", "causal", "top-k", "causal − top-k", "best constant"]
+    return [Table("Losses at the end", text, heads, rows)] if rows else []
 
 
 def _foresight(run: Path) -> list[Table]:
