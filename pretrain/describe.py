@@ -45,6 +45,7 @@ def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
         "layers": len(model.layers),
         "d_model": recipe.model.d_model,
         "tokens": recipe.data.sequence_length,
+        "end_parameters": end_parameters(model),
         "parameters": {"total": total, "active": round(max(cost.active)), "auxiliary": _auxiliary(model)},
         "active_parameters": dict(zip(modalities, map(round, cost.active), strict=True)),
         "flops_per_token": dict(zip(modalities, cost.flops, strict=True)),
@@ -53,6 +54,13 @@ def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
         "vocabulary": vocabulary_ranges(recipe),
         "memory_per_rank": memory(recipe, total, ranks),
     }
+
+
+def end_parameters(model: zoo.Model) -> dict[str, int]:
+    """Parameters of stems and heads: of all ids together, as `ids`, and of each modality that carries none."""
+    ends = {"ids": (model.embedding, model.head)}
+    ends |= {name: (model.stems[name], model.heads[name]) for name in model.stems}
+    return {name: sum(p.numel() for part in parts for p in part.parameters()) for name, parts in ends.items()}
 
 
 def vocabulary_ranges(recipe: Recipe) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from pretrain.data import Mixture, micro_batches
+from pretrain.document_losses import ByDocument
 from pretrain.process_group import ALONE, Ranks
 from pretrain.sums import Counts, Sums, Totals
 from zoo.auxiliary import RoutedBlock
@@ -69,6 +71,7 @@ def evaluate(
     ranks: Ranks = ALONE,
     device: torch.device | str = "cpu",
     bits_per_byte: bool = False,
+    by_document: Path | None = None,
 ) -> dict[str, float]:
     """Mean loss of each modality over the first `rows` rows of a stream; collective.
 
@@ -78,6 +81,7 @@ def evaluate(
         micro_batch: rows a forward pass on one rank.
         ranks: over which the rows are dealt out, the same number of batches to each.
         device: of the weights.
+        by_document: file for the losses of each document, causal where the model has it; see `document_losses`.
         bits_per_byte: report the loss of text in bits a byte, too.
     Returns:
         `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; where asked for, `…/bits_per_byte`, the loss
@@ -98,7 +102,14 @@ def evaluate(
     training = objective.training
     objective.eval()
     for routing in routings(model):
-        totals = _pass(forward, objective, batches, routing).over(ranks, device)
+        documents = None
+        if by_document is not None and routing == routings(model)[-1]:
+            documents = ByDocument(stream, rows, ranks.rank * len(batches) * micro_batch)
+        totals = _pass(forward, objective, batches, routing, documents).over(ranks, device)
+        if documents is not None:
+            losses = documents.over(ranks, objective.parts, device)
+            if ranks.first and by_document is not None:
+                losses.save(by_document)
         result |= _losses(totals, counts, routing, objective)
         for block, usage in totals.routing.usage.items():
             found = usage.summary(model.modalities)
@@ -120,12 +131,16 @@ def validation_loss(values: Mapping[str, float]) -> float:
     return values.get("eval/causal/loss", values.get("eval/topk/loss", float("inf")))
 
 
-def _pass(forward: nn.Module, objective: Objective, batches: Sequence[Batch], routing: str) -> Sums:
-    """What this rank's batches give under one routing, summed in fp64 on the host."""
+def _pass(
+    forward: nn.Module, objective: Objective, batches: Sequence[Batch], routing: str, documents: ByDocument | None
+) -> Sums:
+    """What this rank's batches give under one routing, summed in fp64 on the host; `documents` gets its terms."""
     sums = Sums()
     for batch in batches:
-        trace = Trace(detailed=True)
+        trace = Trace(detailed=True, terms=None if documents is None else {})
         parts = objective(forward, batch.under(routing=routing, trace=trace))
+        if documents is not None and trace.terms is not None:
+            documents.add(batch, trace.terms)
         sums += Sums(parts={name: total.double().cpu() for name, total in parts.items()}, routing=trace.statistics)
     return sums
 

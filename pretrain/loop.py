@@ -248,7 +248,7 @@ class Loop:
     def _evaluate(self) -> dict[str, float] | None:
         began = time.monotonic()
         self.engine.eval()
-        values = self.task.evaluate()
+        values = self.task.evaluate(self.state.step)
         self.task.training_mode()
         if values is None:
             return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from pretrain import run_folder
+from pretrain import document_losses, run_folder
 from pretrain.data import Data, micro_batches, tokens_by_rank
 from pretrain.data.ratio import imbalance
 from pretrain.describe import blueprint, objective_of
@@ -28,6 +28,7 @@ from zoo.auxiliary import AuxiliaryRouter
 from zoo.batch import Batch
 from zoo.config import UserError
 from zoo.flops import TRAINING_FACTOR
+from zoo.freezing import train_alone
 from zoo.kept import keep_modalities
 from zoo.model import load_weights
 from zoo.slots import Mixer
@@ -66,11 +67,13 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         self, recipe: Recipe, data: Data, config: Mapping[str, Any], device: str, initial: Initial | None
     ) -> None:
         self.recipe, self.data = recipe, data
-        self.frozen = recipe.train.trainable == "auxiliary"
-        if self.frozen and initial is None:
+        trainable = recipe.train.trainable
+        self.frozen = trainable == "auxiliary"
+        if trainable != "all" and initial is None:
+            start = "tools.train_routers RUN" if self.frozen else "tools.upcycle RUN RECIPE"
             raise UserError(
-                "train.trainable: auxiliary; there is no trained model to freeze, a run from its seed has random "
-                "weights: start from a trained run with python -m tools.train_routers RUN"
+                f"train.trainable: {trainable}; there is no trained model to freeze, a run from its seed has random "
+                f"weights: start from a trained run with python -m {start}"
             )
         self.position = None if initial is None else initial.position
 
@@ -99,6 +102,8 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         )
         if self.frozen:
             freeze_main(model)
+        elif isinstance(recipe.train.trainable, list):
+            train_alone(model, recipe.train.trainable)
         return model
 
     # ------------------------------------------------------------------------------------------------- a run's begin
@@ -208,7 +213,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         routers = f"  routers {report['auxiliary/accuracy']:.1%} right" if self.frozen else ""
         return progress.line(step, report, self.blueprint.modalities) + routers
 
-    def evaluate(self) -> dict[str, float] | None:
+    def evaluate(self, step: int) -> dict[str, float] | None:
         if self.data.validation is None:
             return None
         values = evaluate(
@@ -221,6 +226,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             self.engine.ranks,
             self.engine.device,
             self.recipe.evaluate.bits_per_byte,
+            document_losses.path_of(self.recipe.folder, step) if self.recipe.evaluate.documents else None,
         )
         # the loss of the best constant guess: what any model must beat
         values |= {f"eval/unigram/{name}": nats for name, nats in self.data.unigram_entropy("validation").items()}
@@ -270,8 +276,8 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
 
     def _frozen_weights(self) -> dict[str, Tensor]:
         """Those that did not train, in the precision they came in; an engine in bf16 has rounded its own."""
-        initial = run_folder.load_initial(self.recipe.folder) if self.frozen else None
         frozen = {name for name, p in self.engine.module.module.named_parameters() if not p.requires_grad}
+        initial = run_folder.load_initial(self.recipe.folder) if frozen else None
         return {} if initial is None else {name: value for name, value in initial.weights.items() if name in frozen}
 
 

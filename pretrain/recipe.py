@@ -77,11 +77,24 @@ class LoopConfig(Config):
     """Steps in a row with a non-finite loss or gradient, all skipped, that end the run."""
 
 
+def _what_trains(value: Any) -> Any:
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if not names and value not in ("all", "auxiliary"):
+        raise ValueError("must be all, auxiliary, or a list of modalities, such as [image]")
+    return value
+
+
+Trainable = Annotated[Literal["all", "auxiliary"] | list[str], BeforeValidator(_what_trains)]
+"""What of a model learns."""
+
+
 class TrainConfig(LoopConfig):
     """How long, in which batches and how carefully a pretraining runs."""
 
-    trainable: Literal["all", "auxiliary"] = "all"
-    """"auxiliary": only the causal routers of a trained model learn, the rest is frozen; see `tools.train_routers`."""
+    trainable: Trainable = "all"
+    """"auxiliary": only the causal routers of a trained model learn, the rest is frozen; see `tools.train_routers`. A
+    list of modalities: only weights learn that no token of another modality meets, such as their own projections,
+    experts, stems and heads, so that an upcycled language model stays what it is (`zoo.freezing`)."""
     calibrate_rows: int = Field(0, ge=0)
     """After the last step set the thresholds of the auxiliary routers on so many rows of training data; 0: leave them
     at 0. See `zoo.calibrate`."""
@@ -95,6 +108,9 @@ class EvaluateConfig(Config):
     bits_per_byte: bool = False
     """Also report the loss of text in bits a byte of the documents' texts, by which runs with different tokenizers
     compare. Exact where the rows hold whole documents."""
+    documents: bool = False
+    """Also keep the loss of each document at each evaluation, in `documents/` of the run folder, so that comparisons
+    can say how much hangs on the choice of the documents."""
 
 
 def _section_or_path(section: Any) -> Any:
@@ -211,7 +227,33 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     recipe.objective.check(place, "objective")
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
+    _check_trainable(recipe)
+    if recipe.evaluate.documents and not recipe.objective.block.tells_terms:
+        raise ConfigError(
+            f"evaluate.documents: true, but the objective {recipe.objective.type_name!r} does not tell what each "
+            "position adds to its loss; let it put that into Trace.terms and say tells_terms = True, or remove the key"
+        )
     return recipe
+
+
+def _check_trainable(recipe: Recipe) -> None:
+    """Raise ConfigError where modalities are to learn that there are not, or whose weights would change otherwise."""
+    chosen = recipe.train.trainable
+    if isinstance(chosen, str):
+        return
+    place = recipe.model.place({})
+    for name in chosen:
+        place.check_modality(name, "train.trainable")
+    if not chosen or set(chosen) == set(place.modalities):
+        raise ConfigError(
+            f"train.trainable: {chosen}: names some of the modalities {', '.join(place.modalities)}, so that the "
+            "others are frozen; 'all' freezes none"
+        )
+    if recipe.optimizer.weight_decay:
+        raise ConfigError(
+            f"optimizer.weight_decay: {recipe.optimizer.weight_decay:g} would shrink the frozen weights that stand in "
+            "one parameter with those of train.trainable; set it to 0"
+        )
 
 
 def _with_modalities(data: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -125,8 +125,12 @@ class Task(abc.ABC, Generic[SomeBatch, SomeCounts, SomeState]):
         """Do what follows the last step and precedes the last evaluation. Collective."""
 
     @abc.abstractmethod
-    def evaluate(self) -> dict[str, float] | None:
-        """`eval/…` values of the model, which is in evaluation mode; None without data to evaluate on. Collective."""
+    def evaluate(self, step: int) -> dict[str, float] | None:
+        """`eval/…` values of the model, which is in evaluation mode; None without data to evaluate on. Collective.
+
+        Args:
+            step: how many steps were done.
+        """
 
     def shown(self, key: str) -> bool:
         """Whether an `eval/…` value is shown on the screen."""

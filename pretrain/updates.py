@@ -51,4 +51,11 @@ class Updates:
             for (name, key), part in zip(order, flat.split([sums[key].numel() for key in order]), strict=True):
                 statistics[name][key] = part.view(sums[name, key].shape)
         for name in sorted(self.parts):
-            self.parts[name].update(statistics[name], step)
+            if not _frozen(self.parts[name]):
+                self.parts[name].update(statistics[name], step)
+
+
+def _frozen(part: nn.Module) -> bool:
+    """It has parameters, and none of them trains: then nothing else of it changes either."""
+    trains = [parameter.requires_grad for parameter in part.parameters()]
+    return bool(trains) and not any(trains)

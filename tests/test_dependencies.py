@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ NOT_IMPORTED = {
 }
 
 
+@functools.cache
 def imported(folder: str) -> dict[str, str]:
     """Package name to one file below `folder` that imports it, inside functions too."""
     found: dict[str, str] = {}

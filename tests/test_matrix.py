@@ -266,9 +266,9 @@ def trained(combinations: list[Combination], stage: int = 2) -> dict[str, dict[s
     return results
 
 
-def launch(combinations: list[Combination], scratch: Path, seconds: float) -> None:
-    """One launch, two ranks, ZeRO-2: every loss falls, the same on both ranks, and no parameter is left out."""
-    results = run_ranks("tests.test_matrix:trained", 2, scratch, seconds, combinations=combinations)
+def launch(combinations: list[Combination], scratch: Path, seconds: float, stage: int = 2) -> None:
+    """One launch, two ranks: every loss falls, the same on both ranks, and no parameter is left out."""
+    results = run_ranks("tests.test_matrix:trained", 2, scratch, seconds, combinations=combinations, stage=stage)
     assert list(results[0]) == [name_of(combination) for combination in combinations]
     for name, result in results[0].items():
         losses, norms = result["losses"], result["norms"]
@@ -280,6 +280,13 @@ def launch(combinations: list[Combination], scratch: Path, seconds: float) -> No
 @pytest.mark.timeout(900)
 def test_the_subset_trains(tmp_path: Path) -> None:
     launch(pairwise(), tmp_path, 800)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_rank_without_speech_or_images_under_every_stage(tmp_path: Path, stage: int) -> None:
+    launch(pairwise()[::6], tmp_path, 800, stage)
 
 
 @pytest.mark.slow

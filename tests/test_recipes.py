@@ -14,7 +14,7 @@ from pretrain.finetune import recipe as finetune_recipe
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes"
-PARTS = {"adapt", "sweeps", "examples/llava", "models/architectures", "models/sizes"}
+PARTS = {"adapt", "sweeps", "mixtures", "examples/llava", "models/architectures", "models/sizes"}
 """Folders of files that are not recipes: to be extended, or for other commands."""
 
 

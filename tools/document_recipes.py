@@ -23,6 +23,7 @@ from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.image_tokenizer import ImageTokenizerRecipe
 from pretrain.recipe import Recipe
 from tools.examples.make_llava import LlavaFolderConfig
+from tools.mixture.settings import MixtureConfig
 from tools.sweep.adapt.settings import SweepConfig
 from tools.sweep.pretrain.settings import SweepConfig as PretrainSweepConfig
 from zoo import registry
@@ -35,6 +36,7 @@ ROOTS: Sequence[tuple[str, type[Config]]] = (
     ("Keys of a fine-tuning", FinetuneRecipe),
     ("Keys of a sweep of adaptations", SweepConfig),
     ("Keys of a sweep of pretrainings", PretrainSweepConfig),
+    ("Keys of a choice of mixtures", MixtureConfig),
     ("Keys of a small LLaVA", LlavaFolderConfig),
     ("Keys of an image tokenizer", ImageTokenizerRecipe),
 )

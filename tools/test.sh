@@ -17,7 +17,8 @@ slow | gpu)
     }
     ruff check --quiet zoo pretrain tools tests
     pyrefly check --output-format min-text
-    # a test file may start two processes of its own: more workers than this only make tests wait for each other
-    exec python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
+    # a test file may start two processes of its own: more workers than this only make tests wait for each other; a file
+    # stays with one worker, so that what its tests share is made once, in the order of tests/conftest.py
+    exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
     ;;
 esac

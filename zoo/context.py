@@ -8,6 +8,7 @@ the device to learn one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,19 +28,44 @@ TEXT_AND_IMAGE = ("text", "image")
 """The modalities where a caller in Python names none: those of the papers."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What is left of a batch where only some tokens are kept, known on the host."""
+Counts = tuple[tuple[int, ...], ...]
+"""counts[b][m]: tokens of modality m in row b."""
 
-    counts: tuple[tuple[int, ...], ...]
-    """counts[b][m]: tokens kept of modality m in row b."""
-    spans: Spans | None = None
-    """What is left of documents and items, in the columns of the kept tokens; None where the host does not know it."""
+
+class Kept:
+    """What the host knows of the tokens of a context, or of those that a router keeps of it.
+
+    The tokens of each row are always known. Those of each modality, and where documents and items stand, may depend on
+    what a device decides: the first who asks for them waits for their copy, once, and where nobody asks nobody waits.
+
+    Args:
+        row_counts: tokens of each row.
+        read: gives the counts by modality, and what is left of documents and items, in the columns of the kept tokens;
+            None where the host does not know that.
+        counts: where they are known already.
+    """
+
+    def __init__(
+        self,
+        row_counts: tuple[int, ...],
+        read: Callable[[], tuple[Counts, Spans | None]],
+        counts: Counts | None = None,
+    ) -> None:
+        self.row_counts = row_counts
+        self._counts, self._read = counts, functools.cache(read)
+
+    @classmethod
+    def of(cls, counts: Counts, spans: Spans | None = None) -> Kept:
+        """What is known already."""
+        return cls(tuple(map(sum, counts)), lambda: (counts, spans))
 
     @property
-    def row_counts(self) -> tuple[int, ...]:
-        """Tokens kept of each row."""
-        return tuple(map(sum, self.counts))
+    def counts(self) -> Counts:
+        return self._counts or self._read()[0]
+
+    @property
+    def spans(self) -> Spans | None:
+        return self._read()[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,15 +87,13 @@ class TokenContext:
     """(B, T) int64, id within the row; −1 for padding."""
     key: Tensor
     """(B, T) int32, identity of the token for counter-based noise (`zoo.noise`)."""
-    counts: tuple[tuple[int, ...], ...]
-    """counts[b][m]: tokens of modality m in row b, known on the host."""
+    known: Kept
+    """What the host knows of the tokens."""
     single_document: bool
     """Every row is one document, its padding (if any) at the end: without items plain causal attention is right."""
     item: Tensor | None = None
     """(B, T) int64, number within its row of the item with bidirectional attention that a position belongs to (an image
     whose parts all see each other), −1 elsewhere; None where the batch has no such item."""
-    spans: Spans | None = None
-    """Where documents and items stand, if the host knows it already; `document_spans` and `item_spans` always do."""
     narrowed: bool = False
     """A sub-sequence that a router kept, for a single layer: what is derived from it is shared by no other layer."""
     step: int = 0
@@ -78,6 +102,8 @@ class TokenContext:
     trace: Trace | None = None
     derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     """What `shared` has computed; `replace` hands it on, `select` and `to` begin anew."""
+    constants: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """What `constant` has computed; `replace` and `select` hand it on, `to` begins anew."""
 
     @classmethod
     def from_modality(
@@ -123,10 +149,9 @@ class TokenContext:
             position=position.to(torch.int64),
             document=document,
             key=key,
-            counts=_on_host(_counts(host_modality, len(modalities))),
+            known=Kept.of(_on_host(_counts(host_modality, len(modalities))), spans),
             single_document=spans.single_document,
             item=None if item is None or not spans.items else item.to(torch.int64),
-            spans=spans,
             step=step,
             routing=routing,
             trace=trace,
@@ -142,7 +167,12 @@ class TokenContext:
     @property
     def row_counts(self) -> tuple[int, ...]:
         """Tokens of each row, padding apart."""
-        return tuple(sum(row) for row in self.counts)
+        return self.known.row_counts
+
+    @property
+    def counts(self) -> Counts:
+        """counts[b][m]: tokens of modality m in row b. Where the host does not know them, the first to ask waits."""
+        return self.known.counts
 
     @property
     def totals(self) -> tuple[int, ...]:
@@ -164,7 +194,7 @@ class TokenContext:
         return self._known_spans().items if self.item is not None else ()
 
     def _known_spans(self) -> Spans:
-        return self.spans or self.shared("spans", lambda: Spans.of(self.document, self.item))
+        return self.known.spans or self.shared("spans", lambda: Spans.of(self.document, self.item))
 
     # ------------------------------------------------------------------------------------------- derived once, shared
 
@@ -173,6 +203,13 @@ class TokenContext:
         if name not in self.derived:
             self.derived[name] = compute()
         return self.derived[name]
+
+    def constant(self, name: Any, compute: Callable[[], Any]) -> Any:
+        """A value that depends on its name alone, such as a table of numbers that the host knows: as `shared`, and also
+        for the contexts narrowed from this one, so that a batch sends it to the device once."""
+        if name not in self.constants:
+            self.constants[name] = compute()
+        return self.constants[name]
 
     @property
     def valid(self) -> Tensor:
@@ -194,7 +231,7 @@ class TokenContext:
         """Flat indices of all tokens that are not padding, in row and time order."""
         if not self.padded:
             return self.shared("tokens", lambda: torch.arange(self.modality.numel(), device=self.modality.device))
-        start = self.modality.numel() - sum(self.totals)
+        start = self.modality.numel() - sum(self.row_counts)
         return self.shared("tokens", lambda: self.order[start:].sort().values)
 
     @property
@@ -215,23 +252,25 @@ class TokenContext:
 
     # ---------------------------------------------------------------------------------------------------- narrowing
 
-    def kept(self, keep: Tensor) -> Kept:
+    def kept(self, keep: Tensor, row_counts: tuple[int, ...] | None = None, counts: Counts | None = None) -> Kept:
         """What is left where only the tokens at which `keep` (B, T) is true are kept.
 
-        It depends on the data: counts, and spans where attention needs them, are copied to the host together, once.
+        What depends on the data is copied to the host together, once: here, where tokens by row are not known, else
+        when somebody asks. Spans are among it where attention needs them.
+
+        Args:
+            row_counts: tokens kept of each row, where they do not depend on the data.
+            counts: those of each modality as well.
         """
-        counts = _counts(self.modality.masked_fill(~keep, -1), len(self.modalities))
-        spans = self.spans
-        if spans is None or (self.single_document and self.item is None):
-            return Kept(_on_host(counts))
-
-        def compute() -> Tensor:
-            return send(spans.boundaries(self.shape[1]), keep.device)
-
-        before = F.pad(keep.reshape(-1).cumsum(0), (1, 0)).index_select(0, self.shared("boundaries", compute))
-        numbers = torch.cat((counts.reshape(-1), before)).cpu()
-        per_row, before = numbers[: counts.numel()].view_as(counts), numbers[counts.numel() :]
-        return Kept(_on_host(per_row), spans.narrowed(before.tolist()))
+        needs_spans = not self.single_document or self.item is not None
+        if counts is not None and not needs_spans:
+            return Kept.of(counts)
+        # not the context: what it holds besides (a trace) must not live as long as what a trace has recorded
+        parent = self.known if needs_spans else None
+        read = functools.partial(_read, self.modality, len(self.modalities), keep, counts, parent, self.constants)
+        if counts is None and row_counts is None:
+            return Kept.of(*read())
+        return Kept(row_counts or tuple(map(sum, counts or ())), read, counts)
 
     def select(self, index: Tensor, valid: Tensor | None, kept: Kept | None = None) -> TokenContext:
         """The context of a kept sub-sequence.
@@ -239,8 +278,7 @@ class TokenContext:
         Args:
             index: (B, K) columns kept, ascending within a row; K is the largest row's count.
             valid: (B, K) bool; False where a shorter row is padded. None: every row keeps K.
-            kept: what the host knows of it, from `kept`, or counts alone where they do not depend on the data; default:
-                the counts are copied to the host here, once.
+            kept: what the host knows of it, from `kept`; default: the counts are copied to the host here, once.
         Returns:
             Context of B rows of K tokens with original positions, documents and items. What was kept of a document or
             an item is one run again, and what was kept of an item still sees all of itself.
@@ -251,16 +289,15 @@ class TokenContext:
             return taken if valid is None else taken.masked_fill(~valid, padding)
 
         modality = take(self.modality, -1)
-        kept = kept or Kept(_on_host(_counts(modality, len(self.modalities))))
+        kept = kept or Kept.of(_on_host(_counts(modality, len(self.modalities))))
         return dataclasses.replace(
             self,
             modality=modality,
             position=take(self.position, 0),
             document=take(self.document, -1),
             key=take(self.key, 0),
-            counts=kept.counts,
+            known=kept,
             item=None if self.item is None else take(self.item, -1),
-            spans=kept.spans,
             narrowed=True,
             derived={},
         )
@@ -275,7 +312,7 @@ class TokenContext:
         moved = {name: send(getattr(self, name), device) for name in ("modality", "position", "document", "key")}
         if self.item is not None:
             moved["item"] = send(self.item, device)
-        return dataclasses.replace(self, **moved, derived={})
+        return dataclasses.replace(self, **moved, derived={}, constants={})
 
 
 def _check(modality: Tensor, document: Tensor, item: Tensor | None, modalities: tuple[str, ...]) -> None:
@@ -296,12 +333,45 @@ def _positions(spans: Spans, like: Tensor) -> Tensor:
     return position
 
 
+def _read(
+    modality: Tensor,
+    modalities: int,
+    keep: Tensor,
+    counts: Counts | None,
+    parent: Kept | None,
+    constants: dict[Any, Any],
+) -> tuple[Counts, Spans | None]:
+    """Counts, and spans where `parent` knows those before anything was left out; one copy to the host for both.
+
+    Args:
+        modality, keep: (B, T).
+        counts: where they are known.
+        parent: of the context that is narrowed; None: nobody needs spans.
+        constants: of the context.
+    """
+    numbers = [] if counts else [_counts(modality.masked_fill(~keep, -1), modalities)]
+    spans = None if parent is None else parent.spans
+    if spans is not None:
+        places = tuple(spans.boundaries(modality.shape[1]))
+        if places not in constants:
+            constants[places] = send(places, keep.device)
+        numbers.append(F.pad(keep.reshape(-1).cumsum(0), (1, 0)).index_select(0, constants[places]))
+    if not numbers:
+        assert counts is not None
+        return counts, None
+    found = torch.cat([number.reshape(-1) for number in numbers]).cpu()
+    if counts is None:
+        rows = modality.shape[0]
+        counts, found = _on_host(found[: rows * modalities].view(rows, modalities)), found[rows * modalities :]
+    return counts, None if spans is None else spans.narrowed(found.tolist())
+
+
 def _counts(modality: Tensor, modalities: int) -> Tensor:
     """(B, M): tokens of each row and modality; modality (B, T)."""
     return torch.stack([(modality == m).sum(1) for m in range(modalities)], dim=1)
 
 
-def _on_host(counts: Tensor) -> tuple[tuple[int, ...], ...]:
+def _on_host(counts: Tensor) -> Counts:
     """(B, M) counts as numbers; the host waits for them."""
     return tuple(map(tuple, counts.tolist()))
 

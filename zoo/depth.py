@@ -26,7 +26,7 @@ from torch import Tensor
 from zoo import noise
 from zoo.auxiliary import AuxiliaryRouter, RoutedBlock, train_auxiliary
 from zoo.config import ConfigError
-from zoo.context import Kept, TokenContext
+from zoo.context import Counts, TokenContext
 from zoo.flops import Cost
 from zoo.gather import pick
 from zoo.registry import BlockConfig, Place, RouterSlot, register
@@ -207,7 +207,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             ranking, logits: (n, 1).
             pools: the candidates of each pool.
         """
-        left = None
+        row_counts = counts = None
         if self.decided_by_auxiliary(context):
             assert logits is not None
             taken = Threshold().mask(logits.detach(), candidates)[:, 0]
@@ -215,11 +215,10 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             parts = zip(self.pools, pools, ranking.split([pool.index.shape[0] for pool in pools]), strict=True)
             best = [ExpertChoice(self._capacity(pool, context)).mask(part, members) for pool, members, part in parts]
             taken = torch.cat(best)[:, 0]
-            left = self._static_counts(context)
+            row_counts, counts = self._static_counts(context)
         # everybody but padding and the candidates that were not taken
         kept = context.valid.reshape(-1).index_copy(0, candidates.index, taken).view(context.shape)
-        if left is None:
-            left = context.kept(kept)
+        left = context.kept(kept, row_counts, counts)
         # the block runs even when nothing is kept: every rank uses every parameter
         selection = TokenSelection.of_rows(taken, kept, left.row_counts, least=1)
         return Passed(selection, context.replace(trace=None).select(selection.index, selection.valid, left))
@@ -230,16 +229,20 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             return pool.capacity
         return self.over_steps.capacity(context.step, pool.capacity)
 
-    def _static_counts(self, context: TokenContext) -> Kept | None:
-        """Tokens that top-k keeps of each row and modality, where that does not depend on the data: every modality has
-        a capacity of its own, and the scope is a row."""
-        if self.blind or (self.scope != "row" and context.shape[0] > 1):
-            return None
+    def _static_counts(self, context: TokenContext) -> tuple[tuple[int, ...] | None, Counts | None]:
+        """Tokens that top-k keeps of each row, and of each row and modality, where those do not depend on the data: the
+        scope is a row, and for the latter every modality has a capacity of its own."""
+        if self.scope != "row" and context.shape[0] > 1:
+            return None, None
+        if self.blind:
+            capacity = self._capacity(self.pools[0], context)
+            return tuple(capacity_count(n, capacity) for n in context.row_counts), None
         capacities = [Fraction(1)] * self.modalities
         for pool in self.pools:
             assert pool.modality is not None
             capacities[pool.modality] = self._capacity(pool, context)
-        return Kept(tuple(tuple(map(capacity_count, row, capacities)) for row in context.counts))
+        counts = tuple(tuple(map(capacity_count, row, capacities)) for row in context.counts)
+        return tuple(map(sum, counts)), counts
 
     def _report(
         self,

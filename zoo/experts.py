@@ -23,6 +23,7 @@ from zoo.context import TokenContext
 from zoo.feedforward import Dense
 from zoo.flops import Cost
 from zoo.gather import pick
+from zoo.kernels import grouped
 from zoo.layers import RMSNorm
 from zoo.registry import BlockConfig, Place, RouterSlot, register
 from zoo.roles import ParameterOwner, Role
@@ -106,9 +107,11 @@ class StackedSwiGLU(ParameterOwner):
         scale = self.out_scale if name == "w_out" else 1.0
         parameter.normal_(0.0, scale * parameter.shape[1] ** -0.5, generator=generator)
 
-    def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """x (R, D), rows sorted by expert, `counts` rows each → (R, D)."""
-        return self.kernel.grouped_swiglu(x, counts, self.w_in, self.w_out)
+    def forward(self, x: Tensor, selection: ExpertSelection) -> Tensor:
+        """x (R, D), rows of the pairs of `selection` → (R, D)."""
+        if selection.ends is not None and self.kernel is grouped and grouped.takes_ends(x, self.w_in, self.w_out):
+            return grouped.swiglu_by_ends(x, selection.ends, self.w_in, self.w_out)
+        return self.kernel.grouped_swiglu(x, selection.counts, self.w_in, self.w_out)
 
 
 @dataclasses.dataclass
@@ -168,9 +171,9 @@ class ExpertGroup(nn.Module, RoutedBlock):
         everywhere = decide(context, self.name, choose)
         selection = everywhere.first(self.count)
         if context.trace is not None:
-            context.trace.add_load(self.name, sum(selection.counts), x.shape[0] * self.count)
+            context.trace.add_load(self.name, selection.token.shape[0], x.shape[0] * self.count)
             if not self.looks_ahead:
-                context.trace.add_expert_load(self.name, everywhere.counts)
+                context.trace.add_expert_load(self.name, tuple(everywhere.sizes(torch.float64).unbind()))
             context.trace.add_usage(self.name, lambda: self._usage(selection, candidates, context))
         if not causal and logits is not None:
             train_auxiliary(context, self.name, logits, selection.mask(x.shape[0]))
@@ -213,19 +216,18 @@ class RoutedExperts(FeedForward):
     def forward(self, x: Tensor, context: TokenContext, state: GroupStates | None = None) -> Tensor:
         """(B, T, D) → Σ over a token's experts of weight · SwiGLU(x), and its shared experts; 0 at padding."""
         flat = x.reshape(-1, x.shape[-1])
-        tokens, weights, counts = [], [], []
+        tokens, weights, selections = [], [], []
         for name, group in self._groups.items():
             candidates = group.candidates(context)
             inner = None if state is None else state.states.get(name)
             routed = group.route(pick(flat, candidates.index), candidates, context, inner)
             tokens.append(candidates.index.index_select(0, routed.selection.token))
             weights.append(routed.weight)
-            counts.append(routed.selection.counts)
+            selections.append(routed.selection)
         token = torch.cat(tokens)
-        parts = flat.index_select(0, token).split([sum(c) for c in counts])
-        y = torch.cat(
-            [group.experts(part, c) for group, part, c in zip(self._groups.values(), parts, counts, strict=True)]
-        )
+        parts = flat.index_select(0, token).split([part.shape[0] for part in tokens])
+        work = zip(self._groups.values(), parts, selections, strict=True)
+        y = torch.cat([group.experts(part, selection) for group, part, selection in work])
         group = self.norm_grouping.group_of_token(context)
         if self.norm is not None:
             y = self.norm(y, None if group is None else group.reshape(-1).index_select(0, token))

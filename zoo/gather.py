@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def exchange(x: Tensor, index: Tensor, inverse: Tensor, *, gaps: bool = False, inverse_gaps: bool = False) -> Tensor:
@@ -32,6 +34,34 @@ def exchange(x: Tensor, index: Tensor, inverse: Tensor, *, gaps: bool = False, i
 def pick(x: Tensor, index: Tensor) -> Tensor:
     """The rows of x (N, W) at `index` (n,), which repeats none: (n, W). Wrong gradients where it does."""
     return _Pick.apply(x, index)
+
+
+def spread(table: Tensor, group: Tensor) -> Tensor:
+    """The row of `table` (G, W) that each of many places has, by `group` (…): (…, W). For few rows, such as one a
+    modality: the gradient compares every place with every row."""
+    return _Spread.apply(table, group)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, group: Tensor) -> Tensor:
+        ctx.save_for_backward(group)
+        ctx.count = table.shape[0]
+        return F.embedding(group, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        (group,) = ctx.saved_tensors
+        if dy.device.type == "cpu":
+            return torch.ops.aten.embedding_dense_backward(dy, group, ctx.count, -1, False), None
+        return by_product(dy, group, ctx.count), None
+
+
+def by_product(dy: Tensor, group: Tensor, count: int) -> Tensor:
+    """Sums of dy (…, W) over the places of each of `count` groups, (count, W): one product, with nothing to sort."""
+    belongs = torch.arange(count, device=group.device)[:, None] == group.reshape(1, -1)
+    return belongs.to(dy.dtype) @ dy.reshape(-1, dy.shape[-1])
 
 
 class _Exchange(torch.autograd.Function):
@@ -71,7 +101,8 @@ class _Put(torch.autograd.Function):
         ctx.save_for_backward(index)
         whole = rows.new_zeros(size, *rows.shape[1:])
         # the same values; adding is the faster of the two on a CPU, and takes twice as long on a GPU
-        return whole.index_copy_(0, index, rows) if rows.is_cuda else whole.index_add_(0, index, rows)
+        on_host = rows.device.type == "cpu"
+        return whole.index_add_(0, index, rows) if on_host else whole.index_copy_(0, index, rows)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]

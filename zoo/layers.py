@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zoo.context import TokenContext
+from zoo.gather import spread
 from zoo.roles import ParameterOwner, Role
 
 
@@ -62,7 +63,7 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     bf16 values on a GPU are multiplied as they are and summed in fp32, which is the product of their fp32 copies at a
     tenth of its time; their gradients are rounded to bf16 before the products of the backward pass.
     """
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+    if x.device.type != "cpu" and x.dtype == weight.dtype == torch.bfloat16:
         return _ExactLinear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.linear(x.to(wide), weight.to(wide))
@@ -94,7 +95,7 @@ class RMSNorm(ParameterOwner):
         """
         if group is None:
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
-        return F.rms_norm(x, (self.width,), None, self.eps) * F.embedding(group, self.weight)
+        return F.rms_norm(x, (self.width,), None, self.eps) * spread(self.weight, group)
 
 
 def rotary_tables(context: TokenContext, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -113,11 +113,9 @@ class MixerGate(Router, counter_noise=True):
         if context.trace is None or context.trace.replaying or not self.training or context.step % self.refit_every:
             return
         features = self._features(x, candidates)
-        if int(self.refits):
-            centroids = self.centroids.to(features)
-            nearest = (centroids.square().sum(1) - 2 * features @ centroids.T).argmin(1)
-        else:
-            nearest = scores.argmax(1)
+        centroids = self.centroids.to(features)
+        nearest = (centroids.square().sum(1) - 2 * features @ centroids.T).argmin(1)
+        nearest = torch.where(self.refits > 0, nearest, scores.argmax(1))
         assigned = F.one_hot(nearest, self.outputs).to(features)
         features = F.pad(features, (0, 1), value=1.0)
         context.trace.add_update(self.name, {"gram": features.T @ features, "moment": assigned.T @ features})

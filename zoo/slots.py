@@ -160,6 +160,8 @@ class Objective(Part):
 
     parts: tuple[str, ...]
     """Their names, the same on every rank."""
+    tells_terms: ClassVar[bool] = False
+    """Whether `forward` puts the terms of every part that `combine` reads into `Trace.terms`, where they are wanted."""
 
     def prepare(self, batch: Batch) -> Batch:
         """What training makes of a batch on the host, before anything else is asked about it; as default nothing.

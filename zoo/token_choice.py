@@ -19,7 +19,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from zoo.config import Config, ConfigError
-from zoo.host import send
 from zoo.registry import BlockConfig, Place, register
 from zoo.routing.candidates import Candidates
 from zoo.routing.chooser import TokenChoice
@@ -104,7 +103,7 @@ class TokenChoiceRouter(LinearScorer, Router, counter_noise=True):
         if self.loss_weight:
             trace.add_penalty(self.name, self.loss_weight * balance_loss(scores, selection))
         if self.rate:
-            trace.add_update(self.name, {"rows": torch.tensor(selection.counts, dtype=torch.float64)})
+            trace.add_update(self.name, {"rows": selection.sizes(torch.float64)})
 
     def update(self, statistics: Mapping[str, Tensor], step: int) -> None:
         """Move each bias one tick: up where the expert had fewer rows than the mean, down where more.
@@ -123,7 +122,6 @@ def balance_loss(scores: Tensor, selection: ExpertSelection) -> Tensor:
     f is not part of the gradient. Sigmoid scores are divided by their sum over the experts first.
     """
     tokens, experts = scores.shape
-    rows = send(selection.counts, scores.device, scores.dtype)
-    share = rows / max(1, sum(selection.counts))
+    share = selection.sizes(scores.dtype) / max(1, selection.token.shape[0])
     probability = scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     return experts * (share * probability.sum(0)).sum() / max(1, tokens)

@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics, Usage
+from zoo.routing.statistics import ExpertLoad, Load, Number, RouterHits, RoutingStatistics, Usage
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Terms:
+    """The terms of a part of the loss, by the position that each is about."""
+
+    losses: Tensor
+    """(B, T), 0 where there is none."""
+    counted: Tensor
+    """(B, T) bool: where there is one."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,6 +42,8 @@ class Trace:
     updates: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """name → sums, to be added over micro-batches and ranks: what the `update` of the module of that name is given once
     an optimizer step. Tensors of any shape; the same names and shapes on every rank."""
+    terms: dict[str, Terms] | None = None
+    """part of the loss → its terms, before they are summed; None: nobody wants them."""
     detailed: bool = False
     """Also count which modality's tokens go to which expert; it costs time, so only evaluations ask for it."""
     replaying: bool = False
@@ -55,13 +67,17 @@ class Trace:
         if not self.replaying:
             self.statistics.loads[name] = Load(taken, offered)
 
-    def add_expert_load(self, name: str, rows: tuple[int, ...]) -> None:
+    def add_expert_load(self, name: str, rows: tuple[Number, ...]) -> None:
         if not self.replaying:
             self.statistics.expert_loads[name] = ExpertLoad(rows)
 
     def add_usage(self, name: str, usage: Callable[[], Usage]) -> None:
         if self.detailed and not self.replaying:
             self.statistics.usage[name] = usage()
+
+    def add_terms(self, part: str, terms: Callable[[], Terms]) -> None:
+        if self.terms is not None:
+            self.terms[part] = terms()
 
     def add_penalty(self, name: str, value: Tensor) -> None:
         if not self.replaying:

@@ -97,7 +97,8 @@ class Grouping:
             return None
 
         def compute() -> Tensor:
-            table = send(self.group, context.modality.device)
+            device = context.modality.device
+            table = context.constant(("groups", self.group), lambda: send(self.group, device))
             return table[context.modality.clamp_min(0)]
 
         return context.shared(("group of token", self.group), compute)
@@ -178,6 +179,29 @@ class _GroupedLinear(torch.autograd.Function):
             for part, x, out in zip(dy.split(ctx.sizes), rows.split(ctx.sizes), d_weight, strict=True):
                 torch.mm(part.T, x, out=out)
         return d_rows, d_weight, None
+
+
+class _GroupedBias(torch.autograd.Function):
+    """One sum a group, written where it belongs; the bias's gradient is a sum over a slice, with no indices to sort."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, bias: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes = sizes
+        y = rows.new_empty(rows.shape)
+        for part, row, out in zip(rows.split(sizes), bias, y.split(sizes), strict=True):
+            torch.add(part, row, out=out)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyrefly: ignore[bad-override]
+        d_bias = torch.stack([part.sum(0) for part in dy.split(ctx.sizes)]) if ctx.needs_input_grad[1] else None
+        return dy, d_bias, None
+
+
+def grouped_bias(rows: Tensor, bias: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """rows (n, W) sorted by group, `sizes` of each, + bias (groups, W) of the same dtype → (n, W)."""
+    return _GroupedBias.apply(rows, bias, sizes)
 
 
 class ModalityLinear(ParameterOwner):

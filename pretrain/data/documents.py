@@ -84,6 +84,13 @@ class Documents:
         shard = int(np.searchsorted(self.token_starts, token, side="right")) - 1
         return self.shards[shard], token - int(self.token_starts[shard])
 
+    def number(self, token: int) -> int:
+        """Which document a token of the whole is in."""
+        shard = int(np.searchsorted(self.token_starts, token, side="right")) - 1
+        offset = token - int(self.token_starts[shard])
+        inside = int(np.searchsorted(self.shards[shard].starts, offset, side="right")) - 1
+        return int(self.document_starts[shard]) + inside
+
     def document(self, number: int) -> np.ndarray:
         """(n,) int32: the tokens of a document."""
         shard = int(np.searchsorted(self.document_starts, number, side="right")) - 1

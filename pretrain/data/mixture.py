@@ -10,6 +10,7 @@ number of ranks does not matter, and a counter is all that resuming needs.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -90,6 +91,13 @@ class Mixture:
     def text_bytes(self, rows: range) -> float:
         """UTF-8 bytes of the texts in some rows, whatever they are tokenised by. Exact for whole documents."""
         return sum(stream.text_bytes(row) for stream, row in map(self.place, rows))
+
+    def documents_of_row(self, number: int) -> np.ndarray:
+        """(pieces,) int64: the number of the document that each piece in a row is from, in their order; counted over
+        all sources."""
+        stream, row = self.place(number)
+        earlier = itertools.takewhile(lambda each: each is not stream, self.streams.values())
+        return stream.documents_of_row(row) + sum(len(each.documents) for each in earlier)
 
     def padding_row(self) -> Row:
         """A row of nothing but padding."""

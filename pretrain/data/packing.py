@@ -112,6 +112,10 @@ class TokenStream:
                 counts[name] += positions
         return np.array(list(counts.values()), np.int64)
 
+    def documents_of_row(self, number: int) -> np.ndarray:
+        """(pieces,) int64: the number of the document that each piece in a row is from, in their order."""
+        return np.array([self.documents.number(first) for first, _ in self._stretches(number)], np.int64)
+
     def text_bytes(self, number: int) -> float:
         """UTF-8 bytes of the texts in a row, whatever they are tokenised by. Exact for whole documents."""
         return sum(self.documents.bytes_in(*stretch) for stretch in self._stretches(number))

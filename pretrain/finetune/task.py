@@ -210,7 +210,7 @@ class FineTuning(Task[QuestionBatch, QuestionCounts, FineTuningState]):
             return line
         return f"{line}  {report['skip']:.0%} skipped, routers {report['auxiliary/accuracy']:.1%} right"
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         engine, recipe = self.engine, self.recipe
         model = EvaluatedModel(
             engine.module.module,

@@ -6,12 +6,10 @@ import importlib
 import os
 import pickle
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.pretrain import forked
 
 
 def run_ranks(target: str, world: int, scratch: Path, seconds: float = 150.0, **arguments: Any) -> list[Any]:
@@ -25,13 +23,13 @@ def run_ranks(target: str, world: int, scratch: Path, seconds: float = 150.0, **
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    common |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": 1, "PYTHONPATH": ROOT}
+    common |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": 1}
     processes = []
     for rank in range(world):
         environment = os.environ | {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        command = [sys.executable, __file__, target, str(scratch), str(rank)]
-        output = open(scratch / f"output{rank}", "w")
-        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output))
+        output = scratch / f"output{rank}"
+        output.write_bytes(b"")
+        processes.append(forked.start(_main, (target, scratch, rank), environment, output))
     try:
         codes = [process.wait(timeout=seconds) for process in processes]
     finally:
@@ -42,19 +40,15 @@ def run_ranks(target: str, world: int, scratch: Path, seconds: float = 150.0, **
     return [pickle.loads((scratch / f"result{rank}").read_bytes()) for rank in range(world)]
 
 
-def _main(target: str, folder: str, rank: str) -> None:
+def _main(target: str, folder: Path, rank: int) -> None:
     import faulthandler
 
     faulthandler.dump_traceback_later(100)
     module, function = target.split(":")
-    arguments = pickle.loads((Path(folder) / "arguments").read_bytes())
+    arguments = pickle.loads((folder / "arguments").read_bytes())
     result = getattr(importlib.import_module(module), function)(**arguments)
-    (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
+    (folder / f"result{rank}").write_bytes(pickle.dumps(result))
     from pretrain.process_group import leave, stop_processes
 
     stop_processes()
     leave(0)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from pretrain import metrics
+from tests.pretrain import forked
 
 ROOT = Path(__file__).parents[2]
+Process = subprocess.Popen[bytes] | forked.Process
 UNSTEADY = {"seconds", "tokens_per_second", "mfu", "memory"}
 """What a run reports that depends on the clock."""
 
@@ -72,24 +74,33 @@ def write_recipe(folder: Path, data: Path | str, run: Path | str, /, **changes: 
 
 
 class Processes:
-    """The ranks of one run, in a process group of their own.
+    """The ranks of one run, each leader of a process group of its own.
 
     Args:
-        commands: (arguments, environment) of each process.
+        members: the started processes.
         output: file that takes what they print.
     """
 
-    def __init__(self, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], output: Path) -> None:
+    def __init__(self, members: Sequence[Process], output: Path) -> None:
+        self.members = members
         self.output = output
-        self.members: list[subprocess.Popen[bytes]] = []
+
+    @classmethod
+    def of_commands(cls, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], output: Path) -> Processes:
+        """Start fresh interpreters.
+
+        Args:
+            commands: (arguments, environment) of each process.
+            output: as above.
+        """
         with output.open("wb") as file:
-            for arguments, environment in commands:
-                group = self.members[0].pid if self.members else 0
-                self.members.append(
-                    subprocess.Popen(
-                        list(arguments), env=dict(environment), cwd=ROOT, stdout=file, stderr=file, process_group=group
-                    )
-                )
+            return cls(
+                [
+                    subprocess.Popen(list(words), env=dict(env), cwd=ROOT, stdout=file, stderr=file, process_group=0)
+                    for words, env in commands
+                ],
+                output,
+            )
 
     def wait(self, seconds: float = 240.0) -> list[int]:
         """Exit code of each; whatever still runs after `seconds` is killed and fails the test."""
@@ -103,8 +114,10 @@ class Processes:
 
     def kill(self) -> None:
         """SIGKILL to all at once, and to what they have started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.members[0].pid, signal.SIGKILL)
+        for member in self.members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(member.pid, signal.SIGKILL)
+            member.kill()
         for member in self.members:
             member.wait()
 
@@ -139,12 +152,14 @@ def environment(**more: object) -> dict[str, str]:
 
 
 def start(arguments: Sequence[str | Path], output: Path, ranks: int = 1, module: str = "pretrain.train") -> Processes:
-    """`python -m pretrain.train` on `ranks` ranks without the launcher; one rank makes its own rendezvous."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+    """`python -m pretrain.train` on `ranks` ranks without the launcher, forked; one rank makes its own rendezvous."""
+    words = list(map(str, arguments))
+    output.write_bytes(b"")
     if ranks == 1:
-        return Processes([(command, environment())], output)
+        return Processes([forked.command(module, words, environment(), output)], output)
     common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return Processes([(command, environment(RANK=r, LOCAL_RANK=r, **common)) for r in range(ranks)], output)
+    environments = [environment(RANK=r, LOCAL_RANK=r, **common) for r in range(ranks)]
+    return Processes([forked.command(module, words, each, output) for each in environments], output)
 
 
 def launch(arguments: Sequence[str | Path], output: Path, ranks: int = 2, module: str = "pretrain.train") -> Processes:
@@ -153,7 +168,8 @@ def launch(arguments: Sequence[str | Path], output: Path, ranks: int = 2, module
     command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     arguments = ["--module", module, *map(str, arguments)]
-    return Processes([([sys.executable, *command, *arguments], environment(PATH=path, DS_ACCELERATOR="cpu"))], output)
+    words = [sys.executable, *command, *arguments]
+    return Processes.of_commands([(words, environment(PATH=path, DS_ACCELERATOR="cpu"))], output)
 
 
 def free_port() -> int:

@@ -14,24 +14,31 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pretrain import metrics
+import zoo
+from pretrain import metrics, run_folder
 from pretrain import recipe as recipes
 from pretrain.data import Data, micro_batches, open_data
 from pretrain.describe import objective_of
-from pretrain.pretraining import one_way_mixers
+from pretrain.pretraining import Pretraining, one_way_mixers
 from pretrain.process_group import Ranks
+from pretrain.run_folder import DataPosition, Initial
 from tests.pretrain.data.samples import png, sample, write_shard
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import one_rendezvous, steady, tiny_recipe
 from tests.zoo.helpers import assert_equal
 from tools.examples.make_digits import NAMES
-from zoo.config import ConfigError
+from zoo.config import ConfigError, UserError
 from zoo.objectives.denoising import Denoising
 
 STEPS = 6
 PICTURES = {"type": "continuous_patches", "image_size": 8, "patch": 4, "channels": 1, "mask": "bidirectional"}
 EXPERTS = {"type": "moma", "experts": {"text": 2, "image": 2}, "d_ff": 32, "scope": "row"}
 LAYER = {"mixer": {"type": "attention", "heads": 2}, "feedforward": EXPERTS, "dropout": 0.1}
+UNTIED = {
+    "mixer": {"type": "attention", "heads": 2, "untied": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "feedforward": {"type": "dense", "d_ff": 32, "untied": True},
+    "untied_norms": True,
+}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "transfusion": {"type": "transfusion", "limit_before_caption": 0.5, "drop_context": 0.2},
     "flow": {"type": "flow", "drop_context": 0.2, "z_loss": 1e-4},
@@ -107,6 +114,23 @@ def trained_by_two(folder: Path, documents: Path, stages: tuple[int, ...]) -> No
                 name = f"{kind}-two-{stage}"
                 changes = {"train": {"micro_batch": 1}, "deepspeed": zero}
                 train(folder, name, recipe(documents, folder / name, kind, **changes))
+        for stage in stages:
+            train_images_alone(folder, documents, stage)
+
+
+def train_images_alone(folder: Path, documents: Path, stage: int) -> None:
+    """A run from given weights in which nothing learns that text meets."""
+    run = folder / f"alone-{stage}"
+    given = recipe(documents, run, "flow", train={"steps": 2, "trainable": ["image"]}) | {
+        "model": {"d_model": 32, "layers": [UNTIED]},
+        "optimizer": {"lr": 1e-2, "weight_decay": 0},
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+    }
+    if os.environ["RANK"] == "0":
+        model: Any = zoo.build("model", recipes.resolve(given).model, seed=5)
+        run_folder.save_initial(run, Initial(model.state_dict(), DataPosition(0, "")))
+    torch.distributed.barrier()
+    train(folder, run.name, given)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +194,7 @@ def test_two_ranks_of_which_one_may_have_no_picture(documents: Path, alone: Path
     launch_two(documents, alone, (2,))
     for kind in OBJECTIVES:
         assert_same(alone / f"{kind}-two-2", alone / kind)
+    assert_images_learned_alone(alone / "alone-2")
 
 
 @pytest.mark.slow
@@ -178,6 +203,19 @@ def test_two_ranks_under_every_stage(documents: Path, alone: Path) -> None:
     for kind in OBJECTIVES:
         for stage in (0, 1, 3):
             assert_same(alone / f"{kind}-two-{stage}", alone / kind)
+    for stage in (0, 1, 3):
+        assert_images_learned_alone(alone / f"alone-{stage}")
+
+
+def assert_images_learned_alone(run: Path) -> None:
+    initial, trained = run_folder.load_initial(run), load_file(run / "model.safetensors")
+    assert initial is not None and initial.weights.keys() == trained.keys()
+    changed = {name for name, value in trained.items() if not value.equal(initial.weights[name])}
+    stacks = {name for name in trained if name.startswith("layers.")}
+    assert changed == stacks | {name for name in trained if ".image." in name}
+    for name in stacks:
+        text, image = (ours.equal(theirs) for ours, theirs in zip(trained[name], initial.weights[name], strict=True))
+        assert text and not image, name
 
 
 def assert_some_rank_has_none(documents: Path) -> None:
@@ -213,3 +251,23 @@ def test_mixers_that_stay_causal_are_named_once(documents: Path) -> None:
     given["model"]["layers"] = [{"mixer": {"type": "mamba"}, "repeat": 2}, *given["model"]["layers"]]
     (line,) = one_way_mixers(recipes.resolve(given))
     assert line.startswith("model: the mixer mamba stays causal inside an item of image;")
+
+
+def test_modalities_that_cannot_train_alone(documents: Path) -> None:
+    def message(trainable: Any, decay: float = 0.0) -> str:
+        given = recipe(documents, Path("run"), "flow", train={"trainable": trainable})
+        with pytest.raises(ConfigError) as error:
+            recipes.resolve(given | {"optimizer": {"lr": 1e-2, "weight_decay": decay}})
+        return str(error.value)
+
+    assert message(["images"]).endswith("unknown modality; model.modalities are text, image (did you mean 'image'?)")
+    assert "names some of the modalities text, image, so that the others are frozen" in message(["image", "text"])
+    assert message([]).startswith("train.trainable: []: names some of the modalities")
+    assert message(["image"], decay=0.1).startswith("optimizer.weight_decay: 0.1 would shrink the frozen weights")
+    assert message("image").startswith("train.trainable: 'image': must be all, auxiliary, or a list of modalities")
+    given = recipes.resolve(
+        recipe(documents, Path("run"), "flow", train={"trainable": ["image"]})
+        | {"optimizer": {"lr": 1e-2, "weight_decay": 0}}
+    )
+    with pytest.raises(UserError, match=r"no trained model to freeze.* python -m tools.upcycle RUN RECIPE"):
+        Pretraining(given, opened(documents), {}, "cpu", None)

@@ -57,3 +57,12 @@ def test_a_model_without_such_state_reduces_nothing():
     updates = Updates(torch.nn.Linear(2, 2), torch.device("cpu"), never)
     updates.add({})
     updates.apply(0, True)
+
+
+def test_what_is_frozen_is_not_updated():
+    a, b, updates = make(lambda tensor: tensor)
+    for part, trains in ((a, False), (b, True)):
+        part.weight = torch.nn.Parameter(torch.zeros(2), requires_grad=trains)
+        updates.add({part.name: {"rows": torch.tensor(1.0)}})
+    updates.apply(0, True)
+    assert a.seen == [] and b.seen == [(0, {"rows": 1.0})]

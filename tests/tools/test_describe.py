@@ -59,6 +59,19 @@ def test_the_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert "260 speech dmel 80 channels of 16 levels 40 positions a second" in lines
 
 
+def test_the_share_of_the_ends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transfusion's small model with a U-Net: what stands between pixels and the Transformer is counted apart."""
+    recipe = "recipes/models/transfusion_unet_0.16b.yaml"
+    facts, model = figures(capsys, recipe), blueprint(recipes.load(recipe))
+    held = {name: sum(p.numel() for n, p in model.named_parameters() if f".{name}." in f".{n}") for name in ("image",)}
+    ids = model.embedding.weight.numel() + model.head.weight.numel()
+    assert facts["end_parameters"] == {"ids": ids, "image": held["image"]}
+    monkeypatch.setenv("COLUMNS", "200")
+    assert describe.main([recipe]) == 0
+    share = f"image {tree.count(held['image'])} ({held['image'] / facts['parameters']['total']:.1%})"
+    assert share in capsys.readouterr().out
+
+
 def test_memory_by_stage(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def held(stage: int, ranks: int, *more: str) -> dict[str, Any]:
         arguments = [

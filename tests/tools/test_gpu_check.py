@@ -13,7 +13,7 @@ from tests.pretrain.runs import ROOT
 from tools.gpu_check import __main__ as command
 from tools.gpu_check.parts import PARTS, CheckPart, select
 from tools.gpu_check.runner import Runner
-from tools.gpu_check.synchronisation import DATA_DEPENDENT, RECIPES
+from tools.gpu_check.synchronisation import RECIPES, WAITS
 from zoo.config import UserError
 
 PASSES = CheckPart("passes", "a part that passes", ("-c", "print('all well')"), 60)
@@ -66,7 +66,7 @@ def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_recipes_that_may_synchronise_exist() -> None:
-    assert set(DATA_DEPENDENT) <= {path.stem for path in RECIPES.glob("*.yaml")}
+    assert set(WAITS) <= {path.stem for path in RECIPES.glob("*.yaml")}
 
 
 def test_the_scripts_are_shell() -> None:

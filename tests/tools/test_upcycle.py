@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pretrain import metrics, run_folder
+from tests.pretrain.data.samples import png, sample, write_shard
 from tests.pretrain.runs import LAYER, start, tiny_recipe, write_recipe
 from tools.examples import make_digits
 from tools.upcycle import main
@@ -86,7 +87,10 @@ def test_other_tokenizers_of_equal_size_are_refused(
 ) -> None:
     """Other data with tokenizers of their own are; with those of the seed's data they are taken, and begin at row 0."""
     other = tmp_path / "other"
-    make_digits.write(other, shifts=1)
+    other.mkdir()
+    for split in ("train", "val"):
+        documents = [sample(f"{n:03d}", make_digits.NAMES[n % 10], png(n)) for n in range(60)]
+        write_shard(other / f"digits-{split}-000.tar", documents)
     seed = run(tmp_path, digit_shards, "seed", layers(1, 1))
     assert start([seed], tmp_path / "printed", ranks=1).wait() == [0]
     grown = run(tmp_path, other, "grown", layers(2, 2))

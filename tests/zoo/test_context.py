@@ -108,7 +108,13 @@ def test_select_keeps_positions_documents_items_and_keys(batch, data):
         return [[values[b][t] for t in row] + [-1] * (width - len(row)) for b, row in enumerate(kept)]
 
     told = context.kept(keep)
-    for known in (None, told, Kept(told.counts)):
+    for known in (
+        None,
+        told,
+        Kept.of(told.counts),
+        context.kept(keep, told.row_counts),
+        context.kept(keep, counts=told.counts),
+    ):
         narrow = context.select(index, valid, known)
         assert narrow.modality.tolist() == take(modality)
         assert_describes(narrow, *map(take, batch))

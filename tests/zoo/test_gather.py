@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.gather import exchange, pick
+from zoo.gather import by_product, exchange, pick, spread
+from zoo.untied import grouped_bias
 
 
 def rows(count: int, width: int = 3) -> Tensor:
@@ -59,3 +60,35 @@ def test_no_sort_in_the_backward_pass(move: str) -> None:
         y.sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert not any("sort" in name or "embedding" in name for name in names)
+
+
+def test_a_table_is_spread_and_its_gradient_added_up() -> None:
+    table, group = rows(3), torch.tensor([[0, 2, 2], [0, 0, 2]])
+    probe = torch.randn(2, 3, 3, dtype=torch.float64)
+    assert torch.equal(spread(table, group), table[group])
+    (gradient,) = torch.autograd.grad(spread(table, group), table, probe)
+    assert torch.equal(gradient, torch.autograd.grad(table[group], table, probe)[0])
+
+
+def test_the_gradient_of_a_spread_table_on_a_gpu_is_a_product() -> None:
+    """The form for a GPU has the shape; on a CPU its values are those of the sums."""
+    table, group = (
+        torch.zeros(3, 4, device="meta", requires_grad=True),
+        torch.zeros(2, 5, dtype=torch.int64, device="meta"),
+    )
+    spread(table, group).sum().backward()
+    assert table.grad is not None and table.grad.shape == (3, 4)
+    group, dy = torch.tensor([[0, 2, 2], [0, 0, 2]]), torch.randn(2, 3, 4, dtype=torch.float64)
+    sums = torch.stack([dy[group == g].sum(0) for g in range(3)])
+    torch.testing.assert_close(by_product(dy, group, 3), sums)
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (0, 7), (7, 0), (2, 0, 5)])
+def test_a_bias_of_each_group(sizes: tuple[int, ...]) -> None:
+    x, bias = rows(7), rows(len(sizes))
+    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    ours, theirs = grouped_bias(x, bias, sizes), x + bias[group]
+    assert torch.equal(ours, theirs)
+    probe = torch.randn(7, 3, dtype=torch.float64)
+    for gradient, expected in zip(*(torch.autograd.grad(y, (x, bias), probe) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(gradient, expected)

@@ -169,7 +169,7 @@ def test_flex_on_cuda_serves_a_sub_sequence_that_a_router_kept():
     context = stream(*random_rows(2, 300))
     index, valid = torch.arange(1, 300, 2).expand(2, -1), torch.arange(150) < torch.tensor([[150], [140]])
     kept = context.select(index, valid & context.valid.gather(1, index))
-    assert kept.spans is None
+    assert kept.known.spans is None
     real = kept.valid[:, :, None, None]
     inputs = {name: random(2, 150, heads, 32).float().double() for name, heads in (("q", 4), ("k", 2), ("v", 2))}
     ours = run(flex, "packed_attention", inputs, (kept,), real, torch.float32, "cuda")

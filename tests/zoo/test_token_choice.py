@@ -9,6 +9,7 @@ import torch
 from tests.zoo.helpers import (
     ATTENTION,
     D_FF,
+    MODALITIES,
     assert_derivative,
     assert_equal,
     build_block,
@@ -22,6 +23,7 @@ from tests.zoo.helpers import (
 )
 from zoo import ConfigError, TokenContext, Trace, build
 from zoo.batch import Batch
+from zoo.kernels import grouped
 
 THREE = ("text", "image", "speech")
 
@@ -369,3 +371,44 @@ def test_a_wrong_config_is_refused_with_the_reason(config, message):
     with pytest.raises(ConfigError) as error:
         build_block("feedforward", config, name="ffn")
     assert message in str(error.value)
+
+
+# ------------------------------------------------------------------------------------- without counts on the host
+
+
+@pytest.mark.parametrize("counts", [(3, 5, 0, 2), (0, 0, 4), (6,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_grouped_product_by_ends_is_a_product_an_expert(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """In bf16 on a GPU the counts stay on the device. A CPU has the same grouped product."""
+    torch.manual_seed(0)
+    shapes = (sum(counts), 16), (len(counts), 16, 48), (len(counts), 24, 16)
+    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    x, w_in, w_out = leaves
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    ours, theirs = grouped.swiglu_by_ends(x, ends, w_in, w_out), grouped.grouped_swiglu(x, counts, w_in, w_out)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(ours, theirs, atol=tolerance * float(theirs.abs().max()), rtol=0)
+    probe = torch.randn(ours.shape).to(dtype)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, probe) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance * max(1.0, float(b.abs().max())), rtol=0)
+
+
+def test_a_layer_by_ends_is_the_layer_by_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"type": "experts", "experts": 3, "d_ff": 16, "router": {"type": "token_choice", "top_k": 2}}
+    block = build("feedforward", config, d_model=16, modalities=MODALITIES, seed=0).train()
+    context = stream("ttiit", "tii..")
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = []
+    for by_ends in (False, True):
+        monkeypatch.setattr(grouped, "takes_ends", lambda *_, by_ends=by_ends: by_ends)
+        trace = Trace()
+        y = block(x, context.replace(trace=trace))
+        gradients = torch.autograd.grad(
+            y.square().sum() + trace.penalties[block.groups["all"].router.name], [x, *block.parameters()]
+        )
+        loads = [int(n) for n in trace.statistics.expert_loads[block.groups["all"].name].rows]
+        found.append((y, *gradients, loads))
+    *ours, loads = found[1]
+    assert loads == found[0][-1] and sum(loads) == 2 * 8
+    for a, b in zip(ours, found[0][:-1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -31,7 +31,7 @@ SECONDS = 40.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)
     try:
         if options.list:
             for found in known():

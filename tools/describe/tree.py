@@ -34,6 +34,8 @@ def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
     console = Console()
     console.print(root)
     _vocabulary(console, recipe, facts["vocabulary"])
+    ends = [f"{name} {count(n)} ({n / parameters['total']:.1%})" for name, n in facts["end_parameters"].items()]
+    console.print(f"parameters in stems and heads, and their share: {', '.join(ends)}")
     console.print(f"at {length} tokens a row, forward, 2 FLOPs a multiply-add:")
     for modality in recipe.model.modalities:
         console.print(

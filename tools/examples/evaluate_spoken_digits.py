@@ -62,10 +62,7 @@ def write_sounds(run: Path, spoken: Sequence[Spoken], modalities: Any) -> None:
     rows: dict[str, list[Any]] = {}
     for each in spoken:
         rows.setdefault(each.word, []).append(each.picture)
-    if rows:
-        report.draw_images(
-            rows, report.folder_of(run) / "spoken.png", f"{run.name}: spoken from words, T = {TEMPERATURE}"
-        )
+    report.draw_images(rows, report.folder_of(run) / "spoken.png", f"{run.name}: spoken from words, T = {TEMPERATURE}")
 
 
 def table(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -85,8 +82,7 @@ def table(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{summary['positions_that_survive_a_round_trip']:.1%} of what they carry comes again",
         ),
     ]
-    if "spoken_agreement" in summary:
-        rows.append((f"word → sound, T = {TEMPERATURE}", f"{summary['spoken_agreement']:.1%} recognised as asked"))
+    rows.append((f"word → sound, T = {TEMPERATURE}", f"{summary['spoken_agreement']:.1%} recognised as asked"))
     return rows + [(f"validation loss, {name}", f"{value:.3f} causal") for name, value in summary["loss"].items()]
 
 

@@ -11,7 +11,6 @@ from scipy.stats import binomtest
 
 from tools.evaluate.judging import Sounds, sound_classifier
 from tools.examples.make_spoken_digits import Take
-from zoo.carries import Ids
 from zoo.generate import Part
 from zoo.modalities.speech import Spectrum
 from zoo.run import Run
@@ -40,7 +39,7 @@ class Evaluation:
     summary: dict[str, Any]
     """Figures by name."""
     spoken: list[Spoken]
-    """What the model spoke; nothing where positions carry ids."""
+    """What the model spoke."""
     round_trip: dict[str, list[np.ndarray]]
     """Spectrograms of one held-out take of each word, as recorded and out of its positions."""
 
@@ -68,10 +67,8 @@ def evaluate(run: Run, takes: Sequence[Take], seed: int) -> Evaluation:
             )
         ),
     }
-    spoken: list[Spoken] = []
-    if not isinstance(speech.config.carries, Ids):
-        spoken = speak(run, name, words, judge.spectrum, seed)
-        summary["spoken_agreement"] = judge.accuracy([(each.word, each.sound) for each in spoken])
+    spoken = speak(run, name, words, judge.spectrum, seed)
+    summary["spoken_agreement"] = judge.accuracy([(each.word, each.sound) for each in spoken])
     first = [next(i for i, (word, _) in enumerate(recorded) if word == each) for each in words]
     rows = {
         label: [spectrogram(judge.spectrum, sounds[i][1]) for i in first]

@@ -78,7 +78,7 @@ class Sweep(Protocol[SomePoint]):
         """All that the plan follows from, as JSON; a kept plan of the same key is taken as it is."""
 
     def plan(self, out: Path) -> Sequence[SomePoint]:
-        """Expand the sweep into its points, arms in the order of the file.
+        """Expand the sweep into its points, in the order in which they are run.
 
         Args:
             out: the output folder, for what is measured once for all of them.
@@ -113,6 +113,9 @@ class Sweep(Protocol[SomePoint]):
         Raises:
             UserError: it failed.
         """
+
+    def kept(self, folder: Path) -> list[Path]:
+        """The files of a finished run, beside its result, that the report reads; together a few kilobytes."""
 
     def summary(self, result: Result) -> str:
         """What a finished run has found, in a few words."""

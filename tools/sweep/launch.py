@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells its processes; each run of a sweep is a launch of its own."""
 
 
-def launch(sweep: Sweep[Any], folders: Sequence[Path], jobs: int) -> list[Path]:
+def launch(
+    sweep: Sweep[Any], folders: Sequence[Path], jobs: int, finished: Callable[[Path], None] = lambda folder: None
+) -> list[Path]:
     """Do runs, `jobs` at a time, showing progress and time left; returns those that failed TRIES times.
 
     Args:
-        folders: of the runs, as `folder.prepare` left them.
+        folders: of the runs, as `folder.prepare` left them; they are begun in this order.
+        finished: is told the folder of each run that has succeeded, as soon as it has.
     """
     environment = _environment(jobs)
     waiting, running, failed = list(folders), {}, []
@@ -50,6 +53,7 @@ def launch(sweep: Sweep[Any], folders: Sequence[Path], jobs: int) -> list[Path]:
                 for process in done:
                     folder = running.pop(process)
                     if process.returncode == 0 and (folder / RESULT).exists():
+                        finished(folder)
                         bar.write(f"{folder.name}: {sweep.summary(json.loads((folder / RESULT).read_text()))}")
                     elif tries[folder] < TRIES:
                         bar.write(f"{folder.name} failed, and is tried once more", sys.stderr)
@@ -75,10 +79,12 @@ def command(sweep: Sweep[Any], folder: Path) -> list[str]:
     return [sys.executable, "-m", "tools.sweep.run", sweep.type, str(folder)]
 
 
-def attended(words: Sequence[str]) -> int:
-    """Run a command to its end; returns its exit code. It and all that it has started get TERM where this process, or
-    the sweep, is told to end, and are waited for: a launcher may end before its ranks do.
+def attended(words: Sequence[str], of_a_sweep: bool) -> int:
+    """Run a command to its end; returns its exit code. It and all that it has started get TERM where this process is
+    told to end, and are waited for: a launcher may end before its ranks do.
 
+    Args:
+        of_a_sweep: this process was started by a sweep, and the command ends with it.
     Raises:
         UserError: the sweep was killed; its next call goes on from a checkpoint.
     """
@@ -86,7 +92,7 @@ def attended(words: Sequence[str]) -> int:
     process = subprocess.Popen(words, process_group=0)
     try:
         while process.poll() is None:
-            if os.getppid() != sweep:
+            if of_a_sweep and os.getppid() != sweep:
                 raise UserError("the sweep is gone")
             time.sleep(0.2)
     finally:

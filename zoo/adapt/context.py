@@ -116,6 +116,10 @@ class AdaptContext:
             self._derived[name] = compute()
         return self._derived[name]
 
+    def constant(self, name: Any, compute: Callable[[], Any]) -> Any:
+        """As `shared`."""
+        return self.shared(name, compute)
+
     @classmethod
     def text(cls, like: Tensor) -> AdaptContext:
         """Context of rows (B, T, …) in which nothing may be skipped."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo.context import TokenContext
 from zoo.gather import exchange
-from zoo.untied import TIED, Grouping
+from zoo.untied import TIED, Grouping, grouped_bias
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +34,8 @@ class Layout:
     """(B,) int64, tokens of each sequence."""
     group: Tensor
     """(R,) int32, the weights' group of each row; 0 where they are tied."""
+    sizes: tuple[int, ...]
+    """Rows of each group, one group after the other; on the host. What `after_window` adds is in none."""
     padded: bool
     """Some sequence has fewer than T tokens."""
     in_order: bool
@@ -89,7 +91,7 @@ class Layout:
 
     def biased(self, values: Tensor, bias: Tensor) -> Tensor:
         """values (R, W) + the bias of each row's group, of bias (G, W); one bias is every row's."""
-        return values + (bias if bias.shape[0] == 1 else F.embedding(self.group, bias))
+        return values + bias if bias.shape[0] == 1 else grouped_bias(values, bias, self.sizes)
 
     def to_time(self, values: Tensor) -> Tensor:
         """(R, …) → (B, T, …), 0 where there is no token."""
@@ -116,6 +118,7 @@ class Layout:
             first=torch.cat((torch.zeros_like(ahead, dtype=torch.bool), self.first), dim=1),
             count=self.count + width,
             group=torch.cat((self.group, self.group.new_zeros(sequences * width))),
+            sizes=self.sizes,
             padded=self.padded,
             in_order=False,
             many_documents=True,
@@ -126,11 +129,10 @@ def _lay_out(context: TokenContext, grouping: Grouping) -> Layout:
     device, tokens = context.modality.device, context.modality.numel()
     flat = torch.arange(tokens, device=device).view(context.shape)
     group = torch.zeros(tokens, dtype=torch.int32, device=device)
-    row = flat
+    row, sizes = flat, grouping.sizes(context)
     if not grouping.tied:
         order = grouping.split(flat.unsqueeze(-1), context)[:, 0]
         row = flat.new_empty(tokens).index_copy(0, order, flat.view(-1)[: order.numel()]).view(context.shape)
-        sizes = grouping.sizes(context)
         group = torch.cat([group.new_full((size,), g) for g, size in enumerate(sizes)])
     document = context.document
     if context.padded:
@@ -145,6 +147,7 @@ def _lay_out(context: TokenContext, grouping: Grouping) -> Layout:
         first=first & (document >= 0),
         count=context.valid.sum(1),
         group=group,
+        sizes=sizes,
         padded=context.padded,
         in_order=grouping.tied and not context.padded,
         many_documents=not context.single_document,

@@ -69,20 +69,18 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`, but the final state has no gradient.
 
-    The kernel takes no initial state: decoding goes by `chunked`. It has one bias vector, added in fp32: rows with
-    biases of several groups have theirs added before, and all is computed in fp32.
+    The kernel takes no initial state: decoding goes by `chunked`. It has one bias vector, added in fp32. Of the biases
+    of several groups that is their mean; what a group's is off it is added to its rows before, in their dtype.
     """
     if state is not None:
         return chunked.selective_scan(u, dt, bias, A, B, C, D, z, layout, state)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     dtype, delta_bias = u.dtype, bias.float()[0]
-    values = [u, dt, z, B, C]
     if bias.shape[0] > 1:
-        values = [value.float() for value in values]
-        values[1] = layout.biased(values[1], bias.float())
-        delta_bias = torch.zeros_like(delta_bias)
-    u_t, dt_t, z_t, B_t, C_t = (layout.to_time(value) for value in values)
+        delta_bias = bias.float().mean(0)
+        dt = layout.biased(dt, (bias.float() - delta_bias).to(dt.dtype))
+    u_t, dt_t, z_t, B_t, C_t = (layout.to_time(value) for value in (u, dt, z, B, C))
     if layout.padded:
         dt_t = dt_t.masked_fill((layout.row < 0).unsqueeze(-1), NEVER)
     place = None

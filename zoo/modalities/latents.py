@@ -155,12 +155,22 @@ def _autoencoder_class() -> Any:
 def _from_folder(folder: Path) -> Any:
     cls = _autoencoder_class()
     try:
-        return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32)
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        autoencoder, report = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
     except Exception as error:  # diffusers raises anything for a folder that it cannot read
         raise UserError(
             f"{folder}: is no AutoencoderKL of diffusers ({type(error).__name__}: {error}); it needs config.json and "
             "diffusion_pytorch_model.safetensors"
         ) from None
+    missing = sorted(report["missing_keys"])
+    if said != cls.__name__ or missing:  # diffusers leaves what is missing without a value, and takes any class
+        wrong = f"weights are missing, {missing[0]} among {len(missing)}" if missing else f"it is of class {said}"
+        raise UserError(
+            f"{folder}: is no whole AutoencoderKL of diffusers: {wrong}; save it again, or name another folder"
+        )
+    return autoencoder
 
 
 def _from_file(file: Path) -> Any:

@@ -18,10 +18,18 @@ from zoo.context import TokenContext
 from zoo.heads import HeadConfig, IdHead, wide
 from zoo.registry import BlockConfig, Place, register
 from zoo.slots import Objective
+from zoo.trace import Terms
 
 Z_LOSS = "z_loss"
 LENGTH = "_length"
 """Suffix of the part that says how well it is known whether another position of an item follows."""
+
+
+def terms_at(context: TokenContext, places: Tensor, losses: Tensor, counted: Tensor) -> Terms:
+    """Terms of the n flat positions `places` alone; `losses` and `counted` are (n,)."""
+    whole = losses.new_zeros(context.shape).reshape(-1).index_copy(0, places, losses)
+    where = torch.zeros_like(whole, dtype=torch.bool).index_copy(0, places, counted)
+    return Terms(whole.reshape(context.shape), where.reshape(context.shape))
 
 
 @register("objective", "autoregressive")
@@ -31,6 +39,8 @@ class Autoregressive(Objective, counter_noise=True):
     Parts: one a modality; for each whose items end where they like (`HeadConfig.open_ended`) also the cross-entropy of
     whether another position follows, which counts as the modality's; and the z-loss.
     """
+
+    tells_terms = True
 
     class Config(BlockConfig):
         weights: dict[str, float] = Field(default_factory=dict)
@@ -105,12 +115,22 @@ class Autoregressive(Objective, counter_noise=True):
         losses = IdHead.Config().loss(logits, target)
         for name, m in self.modalities.items():
             if self._has_ids(name):
+                part = name + LENGTH if name in self.heads else name
                 of_modality = (target >= 0) & (modality == m)
-                sums[name + LENGTH if name in self.heads else name] = losses.masked_fill(~of_modality, 0.0).sum()
+                sums[part] = self._told(part, losses.masked_fill(~of_modality, 0.0), of_modality, context).sum()
         if self.z_loss:
             log_z = logits.logsumexp(-1).masked_fill(target < 0, 0.0)
-            sums[Z_LOSS] = log_z.square().sum()
+            sums[Z_LOSS] = self._told(Z_LOSS, log_z.square(), target >= 0, context).sum()
         return sums
+
+    @staticmethod
+    def _told(part: str, losses: Tensor, counted: Tensor, context: TokenContext) -> Tensor:
+        """`losses` of all positions but the first of each row, flat, after the trace has been told them."""
+        rows = context.shape[0]
+        if context.trace is not None:
+            padded = (nn.functional.pad(each.reshape(rows, -1), (1, 0)) for each in (losses, counted))
+            context.trace.add_terms(part, lambda: Terms(*padded))
+        return losses
 
     def before(self, context: TokenContext) -> dict[str, Tensor]:
         """For each modality with a head of its own the flat positions that stand before its own: where it is read."""
@@ -128,8 +148,12 @@ class Autoregressive(Objective, counter_noise=True):
         """The sum of a head's losses over the targets among the positions of its modality."""
         losses = self.heads[name].loss(prediction, batch.content[name])
         flat = nn.functional.pad(is_target, (1, 0)).reshape(-1)
-        kept = flat.index_select(0, batch.context.index(self.modalities[name]))
-        return losses.masked_fill(~kept, 0.0).sum()
+        places = batch.context.index(self.modalities[name])
+        kept = flat.index_select(0, places)
+        losses = losses.masked_fill(~kept, 0.0)
+        if batch.context.trace is not None:
+            batch.context.trace.add_terms(name, lambda: terms_at(batch.context, places, losses, kept))
+        return losses.sum()
 
     def combine(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> Tensor:
         """Σ w·S / Σ w·N over modalities + z_loss · S_z / N_z."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -24,7 +25,7 @@ from zoo.carries import Vectors
 from zoo.config import ConfigError
 from zoo.context import TokenContext
 from zoo.heads import HeadConfig
-from zoo.objectives.autoregressive import Autoregressive
+from zoo.objectives.autoregressive import Autoregressive, terms_at
 from zoo.objectives.processes import Diffusion, Process, RectifiedFlow
 from zoo.registry import Place, register
 from zoo.slots import Objective, TimedStem
@@ -114,6 +115,8 @@ class Denoising(Objective, abc.ABC):
     numbers; and the same by classes of times, `image@0.50` being the items whose time is about 0.50.
     """
 
+    tells_terms = True
+
     def __init__(self, config: DenoisingConfig, place: Place) -> None:
         super().__init__()
         self.next = Autoregressive(config, place)
@@ -196,6 +199,9 @@ class Denoising(Objective, abc.ABC):
         for name, head in self.heads.items():
             losses = head.loss(predictions[name], noisy[name].target) / times[name].size
             sums[name] = losses.sum()
+            if context.trace is not None:
+                places, begins = context.index(self.modalities.index(name)), times[name].begins
+                context.trace.add_terms(name, functools.partial(terms_at, context, places, losses, begins))
             for k in range(GRID):
                 sums[self._at(name, k)] = losses.detach().masked_fill(times[name].column != k, 0.0).sum()
         return sums

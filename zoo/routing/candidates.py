@@ -25,6 +25,9 @@ class RoutedBatch(Protocol):
     def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
         """A value that depends on the context alone: computed by the first layer that asks, kept for the others."""
 
+    def constant(self, name: Any, compute: Callable[[], Any]) -> Any:
+        """A value that depends on its name alone, such as a table of numbers that the host knows; as `shared`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:

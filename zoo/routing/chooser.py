@@ -57,18 +57,25 @@ class ExpertChoice(Chooser):
 
     def index(self, scores: Tensor, candidates: Candidates) -> Tensor:
         """(E, K) candidates that each expert takes, scope after scope, in each the best first."""
-        order = scores.sort(dim=0, descending=True, stable=True).indices  # (n, E)
         scopes, capacity = candidates.scopes, self.capacity
-        if len(scopes) == 1:
-            return order[: capacity_count(scopes[0], capacity)].T
+        if len(set(scopes)) == 1 and scopes[0]:
+            order = scores.view(len(scopes), scopes[0], -1).sort(dim=1, descending=True, stable=True).indices
+            best = order[:, : capacity_count(scopes[0], capacity)]
+            if len(scopes) > 1:
+                best = best + torch.arange(0, scores.shape[0], scopes[0], device=scores.device)[:, None, None]
+            return best.flatten(0, 1).T
+        order = scores.sort(dim=0, descending=True, stable=True).indices  # (n, E)
 
-        def host() -> tuple[Tensor, Tensor]:
-            scope = torch.repeat_interleave(torch.arange(len(scopes)), torch.tensor(scopes))
+        def scope_of() -> Tensor:
+            return send(torch.repeat_interleave(torch.arange(len(scopes)), torch.tensor(scopes)), scores.device)
+
+        def places() -> Tensor:
             starts = [sum(scopes[:i]) for i in range(len(scopes))]
             taken = [torch.arange(s, s + capacity_count(n, capacity)) for s, n in zip(starts, scopes, strict=True)]
-            return send(scope, scores.device), send(torch.cat(taken), scores.device)
+            return send(torch.cat(taken), scores.device)
 
-        scope, taken = candidates.context.shared(("expert choice", scopes, capacity), host)
+        scope = candidates.context.constant(("scope of", scopes), scope_of)
+        taken = candidates.context.constant(("best of", scopes, capacity), places)
         by_scope = scope[order].sort(dim=0, stable=True).indices  # best first inside each scope
         return order.gather(0, by_scope).index_select(0, taken).T
 

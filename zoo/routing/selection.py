@@ -4,10 +4,12 @@ skip."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.host import send
@@ -16,7 +18,7 @@ from zoo.routing.candidates import RoutedBatch
 SomeDecision = TypeVar("SomeDecision")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ExpertSelection:
     """R pairs of a candidate and an expert that takes it, expert by expert.
 
@@ -27,44 +29,63 @@ class ExpertSelection:
     """(R,) index into the n candidates."""
     expert: Tensor
     """(R,) expert of each pair."""
-    counts: tuple[int, ...]
-    """Pairs of each expert, on the host."""
+    experts: int
+    """Number of experts E."""
+    known: tuple[int, ...] | None = None
+    """Pairs of each expert, where they do not depend on the data."""
+    ends: Tensor | None = None
+    """(E,) int32 on the device: where the pairs of each expert end; None where `known` says it."""
 
     @classmethod
     def of_index(cls, index: Tensor) -> ExpertSelection:
         """From the K candidates that each expert chose, (E, K)."""
         experts, taken = index.shape
         expert = torch.arange(experts, device=index.device).repeat_interleave(taken)
-        return cls(index.reshape(-1), expert, (taken,) * experts)
+        return cls(index.reshape(-1), expert, experts, (taken,) * experts)
 
     @classmethod
     def of_columns(cls, chosen: Tensor, experts: int) -> ExpertSelection:
-        """From the k experts that each candidate chose, (n, k). The counts are copied to the host here, once."""
+        """From the k experts that each candidate chose, (n, k)."""
         expert, order = chosen.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True).tolist()
-        token = order.div(chosen.shape[1], rounding_mode="floor")
-        return cls(token, expert, tuple(b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)))
+        numbers = torch.arange(experts, device=expert.device)
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+        return cls(order.div(chosen.shape[1], rounding_mode="floor"), expert, experts, ends=ends)
 
     @classmethod
     def of_mask(cls, chosen: Tensor) -> ExpertSelection:
-        """From (n, E) bool. The counts depend on the data: copied to the host here, once."""
+        """From (n, E) bool. The number of pairs depends on the data: copied to the host here, once."""
         expert, token = chosen.T.nonzero(as_tuple=True)
-        return cls(token, expert, tuple(chosen.sum(0).tolist()))
+        return cls(token, expert, chosen.shape[1], tuple(chosen.sum(0).tolist()))
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Pairs of each expert, on the host. Where they depend on the data, the first to ask waits for their copy."""
+        if self.known is not None:
+            return self.known
+        assert self.ends is not None
+        ends = self.ends.tolist()
+        return tuple(b - a for a, b in zip([0, *ends[:-1]], ends, strict=True))
+
+    def sizes(self, dtype: torch.dtype) -> Tensor:
+        """(E,) pairs of each expert, on the device."""
+        if self.ends is None:
+            return send(self.counts, self.token.device, dtype)
+        return F.pad(self.ends, (1, 0)).diff().to(dtype)
 
     def first(self, experts: int) -> ExpertSelection:
-        """The pairs of the first `experts` experts alone: those of no-op experts, which come last, are dropped."""
-        if experts == len(self.counts):
+        """The pairs of the first `experts` experts alone: those of no-op experts, which come last, are dropped. The
+        host has to know how many are left."""
+        if experts == self.experts:
             return self
-        kept = sum(self.counts[:experts])
-        return ExpertSelection(self.token[:kept], self.expert[:kept], self.counts[:experts])
+        counts = self.counts[:experts]
+        return ExpertSelection(self.token[: sum(counts)], self.expert[: sum(counts)], experts, counts)
 
     def mask(self, tokens: int) -> Tensor:
         """(tokens, E) bool: which expert takes which of the `tokens` candidates."""
-        experts = len(self.counts)
-        if len(set(self.counts)) == 1:
-            return index_mask(self.token.view(experts, -1), tokens)
-        chosen = torch.zeros(experts * tokens, dtype=torch.bool, device=self.token.device)
-        return chosen.index_fill_(0, self.expert * tokens + self.token, True).view(experts, tokens).T
+        if self.known is not None and len(set(self.known)) == 1:
+            return index_mask(self.token.view(self.experts, -1), tokens)
+        chosen = torch.zeros(self.experts * tokens, dtype=torch.bool, device=self.token.device)
+        return chosen.index_fill_(0, self.expert * tokens + self.token, True).view(self.experts, tokens).T
 
     def gather(self, values: Tensor) -> Tensor:
         """(R,): of values (n, E) those of the pairs."""
@@ -95,9 +116,7 @@ class TokenSelection:
         """
         largest = max(least, *counts)
         index = kept.logical_not().sort(dim=1, stable=True).indices[:, :largest]  # kept columns first, in time order
-        valid = None
-        if min(counts) < largest:
-            valid = torch.arange(largest, device=kept.device) < send(counts, kept.device)[:, None]
+        valid = kept.gather(1, index) if min(counts) < largest else None
         return cls(taken, kept, counts, index, valid)
 
     @property

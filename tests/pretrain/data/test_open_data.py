@@ -4,15 +4,15 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pretrain.data import DataConfig, DataError, open_data
 from pretrain.data.cache import HIDDEN
+from tests.pretrain import forked
 from tests.pretrain.data.samples import IMAGE, TEXT, documents, keys, png, sample, write_shard
 from zoo.config import ConfigError, UserError
 from zoo.modalities import Bytes, parse_modalities
@@ -256,30 +256,23 @@ def test_cache_can_be_chosen_and_must_be_writable(config, folder, tmp_path):
         opened(config, cache=str(tmp_path / "file" / "below"))
 
 
+def open_and_tell(digits: Path, cache: Path, said: Path) -> None:
+    """Open the digits with a cache, and write down what was opened and what was logged."""
+    lines: list[str] = []
+    config = DataConfig.parse({"path": str(digits), "sequence_length": 64, "cache": str(cache)}, "data")
+    modalities = parse_modalities(MODALITIES | {"image": IMAGE | {"patch": 2, "codes": 64}})
+    data = open_data(config, modalities, seed=0, log=lines.append)
+    said.write_text(json.dumps([data.fingerprint, data.train.row(5).tokens.tolist(), lines]))
+
+
 def test_two_processes_at_once_build_once(digits, tmp_path):
-    command = f"""
-import json
-from pretrain.data import DataConfig, open_data
-from zoo.modalities import Bytes, parse_modalities
-lines = []
-config = DataConfig.parse(json.loads({
-        json.dumps(
-            json.dumps(
-                {
-                    "path": str(digits),
-                    "sequence_length": 64,
-                    "cache": str(tmp_path / "cache"),
-                }
-            )
-        )
-    }), "data")
-modalities = parse_modalities({MODALITIES | {"image": IMAGE | {"patch": 2, "codes": 64}}!r})
-data = open_data(config, modalities, seed=0, log=lines.append)
-print(json.dumps([data.fingerprint, data.train.row(5).tokens.tolist(), lines]))
-"""
-    processes = [subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) for _ in range(2)]
-    first, second = (json.loads(process.communicate(timeout=60)[0]) for process in processes)
-    assert all(process.returncode == 0 for process in processes)
+    said = [tmp_path / "first", tmp_path / "second"]
+    processes = [
+        forked.start(open_and_tell, (digits, tmp_path / "cache", file), os.environ, tmp_path / "printed")
+        for file in said
+    ]
+    assert [process.wait(60) for process in processes] == [0, 0], (tmp_path / "printed").read_text()
+    first, second = (json.loads(file.read_text()) for file in said)
     assert first[:2] == second[:2]
     assert sum(line.startswith("indexing") for line in first[2] + second[2]) == 1
     shutil.rmtree(tmp_path / "cache")

@@ -90,7 +90,7 @@ def test_the_judge_tells_words_apart(recordings: Path) -> None:
 
 @pytest.mark.parametrize("speech", [{"type": "dmel", "mels": 8}, {"type": "units", "units": 16, "mels": 8}])
 def test_a_model_is_asked(recordings: Path, tmp_path: Path, speech: dict[str, Any]) -> None:
-    """Figures and sounds of a model that has learned nothing; what positions carry decides whether it speaks."""
+    """Figures and sounds of a model that has learned nothing, whatever its positions carry."""
     write(recordings, tmp_path)
     recipe = recipes.resolve(
         {
@@ -115,8 +115,5 @@ def test_a_model_is_asked(recordings: Path, tmp_path: Path, speech: dict[str, An
     assert found.summary["classifier_accuracy_on_held_out"] == 1.0
     assert found.summary["positions_that_survive_a_round_trip"] > 0.5
     assert {label: len(pictures) for label, pictures in found.round_trip.items()} == {"recorded": 10, "positions": 10}
-    if speech["type"] == "units":
-        assert found.spoken == [] and "spoken_agreement" not in found.summary
-        return
     assert len(found.spoken) == 10 * SAMPLES and {each.word for each in found.spoken} == set(NAMES)
     assert all(each.sound.dtype == np.float32 and each.picture.dtype == np.uint8 for each in found.spoken)

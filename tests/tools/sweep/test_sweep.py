@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import subprocess
@@ -101,6 +102,9 @@ class Squares:
     def run(cls, folder: Path, settings: dict[str, Any]) -> Result:
         return {"square": settings["number"] ** 2}
 
+    def kept(self, folder: Path) -> list[Path]:
+        return [folder / "tries"]
+
     def summary(self, result: Result) -> str:
         return f"square {result['square']}"
 
@@ -170,6 +174,38 @@ def test_settings_that_change_before_a_run_is_finished(tmp_path: Path) -> None:
     (folder / "point.json").write_text(json.dumps({"number": 12, "base": "plain", "remark": 1}))
     command.run(Squares((13,)), out, only_report=True)
     assert not (folder / "tries").exists()
+
+
+def test_rows_of_finished_runs(tmp_path: Path) -> None:
+    """What one machine has finished another does not repeat; both report the same."""
+    rows, first, second = (tmp_path / name for name in ("rows", "first", "second"))
+    assert command.run(Squares((2, 13)), first, rows=rows) == 1
+    assert [path.name for path in rows.iterdir()] == ["a-2.json.gz"], "a failed run leaves nothing"
+    content = (rows / "a-2.json.gz").read_bytes()
+    (first / RUNS / "a-2" / "tries").write_text("a mark")
+    (rows / "a-2.json.gz").unlink()
+    command.run(Squares((2, 13)), first, only_report=True, rows=rows)
+    assert (rows / "a-2.json.gz").exists(), "what was finished by other means is kept, too"
+    assert command.run(Squares((2, 3)), second, rows=rows) == 0
+    assert (second / RUNS / "a-2" / "tries").read_text() == "a mark" and (rows / "a-3.json.gz").exists()
+    assert "| a | 2 | 4 |" in (second / "results.md").read_text()
+    assert content != (rows / "a-2.json.gz").read_bytes()
+
+
+def test_rows_that_do_not_fit(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    command.run(Squares((2,)), tmp_path / "a", rows=rows)
+    with pytest.raises(
+        UserError, match="a-2.json.gz is of a run of that name with other settings.*\n  base: 'plain' t"
+    ):
+        command.run(Squares((2,), base="other"), tmp_path / "b", rows=rows)
+    row = json.loads(gzip.decompress((rows / "a-2.json.gz").read_bytes()))
+    (rows / "a-2.json.gz").write_bytes(gzip.compress(json.dumps(row | {"files": {"../x": ""}}).encode()))
+    with pytest.raises(UserError, match="names a file outside the run's folder"):
+        command.run(Squares((2,)), tmp_path / "c", rows=rows)
+    (rows / "a-2.json.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="a-2.json.gz: cannot be read .*; restore it, or remove it"):
+        command.run(Squares((2,)), tmp_path / "d", rows=rows)
 
 
 SBATCH = """\

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.pretrain.ranks import run_ranks
 from tests.zoo.adapt.families import FAMILIES, small_text, small_vision
 from tests.zoo.adapt.test_conformance import METHODS
 from zoo import Trace, UserError
@@ -97,11 +98,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_trainer_weighs_the_auxiliary_loss_as_its_own(tmp_path: Path, parts: int) -> None:
-    """However many micro-batches a step is made of: the language loss is a mean over all their labels, and so is the
-    auxiliary one, each micro-batch's mean counted by its labels (`num_items_in_batch`)."""
-    data, model = samples(3, 8, 5, 4), model_of().train()
+def weighed_step(model: nn.Module, data: list[dict[str, Tensor]], parts: int) -> tuple[float, dict[str, Tensor]]:
+    """The loss of a step of so many micro-batches, and the weights after it: the language loss is a mean over all their
+    labels, and so is the auxiliary one, each micro-batch's mean counted by its labels."""
     size = len(data) // parts
     micro = [stack(data[start : start + size]) for start in range(0, len(data), size)]
     total = sum(int((one["labels"][:, 1:] != -100).sum()) for one in micro)
@@ -113,12 +112,41 @@ def test_trainer_weighs_the_auxiliary_loss_as_its_own(tmp_path: Path, parts: int
         language = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), own.flatten(), reduction="sum")
         share = int((own != -100).sum()) / total
         expected = expected + language / total + share * auxiliary_loss(trace, adaptation(model))
-    after = stepped(model, expected)
-    host = trainer(model, data, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=parts)
+    return float(expected.detach()), stepped(model, expected)
+
+
+def trained_in_order(model: nn.Module, data: list[dict[str, Tensor]], folder: Path, **options: Any) -> float:
+    """The loss that the Trainer says of one step over the data in its order."""
+    host = trainer(model, data, folder, **options)
     host._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
     host.train()
+    return host.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_trainer_weighs_the_auxiliary_loss_as_its_own(tmp_path: Path, parts: int) -> None:
+    """However many micro-batches a step is made of (`num_items_in_batch`)."""
+    data, model = samples(3, 8, 5, 4), model_of().train()
+    expected, after = weighed_step(model, data, parts)
+    options = {"per_device_train_batch_size": len(data) // parts, "gradient_accumulation_steps": parts}
+    assert trained_in_order(model, data, tmp_path, **options) == pytest.approx(expected, rel=1e-5)
     close(weights(model), after)
-    assert host.state.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def one_rank_of_two(folder: Path) -> tuple[float, dict[str, Tensor]]:
+    data, model = samples(3, 8, 5, 4), model_of().train()
+    loss = trained_in_order(model, data, folder, per_device_train_batch_size=2)
+    torch.distributed.destroy_process_group()  # accelerate's
+    return loss, weights(model)
+
+
+@pytest.mark.slow
+def test_trainer_on_two_ranks(tmp_path: Path) -> None:
+    """The step that one rank takes over the same samples as two micro-batches, on both ranks."""
+    expected, after = weighed_step(model_of().train(), samples(3, 8, 5, 4), 2)
+    for loss, found in run_ranks("tests.zoo.adapt.test_hosts:one_rank_of_two", 2, tmp_path, folder=tmp_path / "run"):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        close(found, after)
 
 
 def test_trainers_evaluation_is_of_the_language_loss_alone(tmp_path: Path) -> None:

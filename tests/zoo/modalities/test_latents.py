@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from zoo.config import ConfigError, UserError
 from zoo.modalities import Latents, Positions, Vectors, parse_modalities
@@ -109,6 +112,39 @@ def test_what_is_no_autoencoder(tmp_path):
         config().load(tmp_path / "file")
     with pytest.raises(UserError, match="an autoencoder is not trained here"):
         config().fit([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("one weight", "weights are missing, encoder.conv_in.bias among 1; save it again"),
+        ("more layers", r"weights are missing, decoder.up_blocks.0.resnets.2.\S+ among \d+;"),
+        ("another shape", r"is no AutoencoderKL of diffusers \(ValueError: "),
+        ("another class", "it is of class VQModel;"),
+        ("no weights", r"is no AutoencoderKL of diffusers \(OSError: "),
+    ],
+)
+def test_folders_that_are_spoiled(folder, tmp_path, change, message):
+    """diffusers itself would take the first two, and leave weights without a value."""
+    copy = tmp_path / "spoiled"
+    shutil.copytree(folder, copy)
+    file = copy / "diffusion_pytorch_model.safetensors"
+    said, weights = json.loads((copy / "config.json").read_text()), load_file(file)
+    match change:
+        case "one weight":
+            del weights["encoder.conv_in.bias"]
+        case "more layers":
+            said["layers_per_block"] = 2
+        case "another shape":
+            weights["encoder.conv_in.bias"] = torch.zeros(3)
+        case "another class":
+            said["_class_name"] = "VQModel"
+    (copy / "config.json").write_text(json.dumps(said))
+    save_file(weights, file, {"format": "pt"})
+    if change == "no weights":
+        file.unlink()
+    with pytest.raises(UserError, match=message):
+        config(copy).load(copy)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,19 @@ def test_transparency_is_white(file):
         assert all(np.array_equal(channel, expected) for channel in config.read(file).transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_picture_of_an_animation_counts(kind):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    read = COLOUR.read(content(frames[0], kind, save_all=True, append_images=frames[1:]))
+    assert np.abs(read.astype(int) - (255, 0, 0)).max() <= 3  # WebP is lossy
+
+
+@pytest.mark.parametrize("side", [None, 0], ids=["empty file", "no pixels"])
+def test_what_holds_no_picture_is_refused(side):
+    with pytest.raises(OSError, match="cannot identify image file"):
+        COLOUR.read(b"" if side is None else header(side))
+
+
 # --------------------------------------------------------------------------------------------------- strips and bombs
 
 

@@ -123,7 +123,7 @@ def train(folder: Path, recipe: dict[str, Any]) -> float | None:
     """
     path, run = folder / "recipe.yaml", Path(recipe["run_dir"])
     path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    code = attended([sys.executable, "-m", "pretrain.finetune", str(path)])
+    code = attended([sys.executable, "-m", "pretrain.finetune", str(path)], of_a_sweep=True)
     if code or not (run / MODEL).exists():
         raise UserError(f"the training ended with exit code {code} before its last step")
     lines = [json.loads(line) for line in (run / STEPS).read_text().splitlines()]

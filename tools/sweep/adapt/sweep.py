@@ -100,6 +100,9 @@ class AdaptSweep:
     def run(cls, folder: Path, settings: dict[str, Any]) -> Result:
         return work(folder, settings)
 
+    def kept(self, folder: Path) -> list[Path]:
+        return []
+
     def summary(self, result: Result) -> str:
         metric = METRICS[self.config.test.metric]
         before, after = (metric.show([metric.of(result[when])]) for when in ("before", "after"))

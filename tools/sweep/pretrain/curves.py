@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain import metrics
+from pretrain.document_losses import path_of
 from tools.sweep.pretrain.savings import Curve
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training steps"}
@@ -26,6 +27,8 @@ class Evaluation:
     """By the keys of AXES, and the `steps`."""
     values: dict[str, float]
     """The `eval/…` numbers."""
+    documents: Path
+    """Losses of single documents, where the run has kept them."""
 
 
 def evaluations(trained: Sequence[Path]) -> list[Evaluation]:
@@ -40,22 +43,29 @@ def evaluations(trained: Sequence[Path]) -> list[Evaluation]:
         for line in lines:
             values = {key: value for key, value in line.items() if key.startswith("eval/")}
             if values:
-                found.append(Evaluation({axis: before[axis] + line[axis] for axis in before}, values))
+                used = {axis: before[axis] + line[axis] for axis in before}
+                found.append(Evaluation(used, values, path_of(folder, line["step"])))
         if lines:
             before = {axis: before[axis] + lines[-1][axis] for axis in before}
     return found
 
 
-def losses(evaluation: Evaluation, start: str = CAUSAL) -> dict[str, float]:
-    """The whole loss as "all" and that of each modality by its name; parts of a modality's are left out."""
-    rest = {key.removeprefix(start): value for key, value in evaluation.values.items() if key.startswith(start)}
+def losses(values: Mapping[str, float], start: str = CAUSAL) -> dict[str, float]:
+    """The whole loss among the `eval/…` numbers as "all", and that of each modality by its name; parts of a modality's
+    are left out."""
+    rest = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
     names = {key.removeprefix("/") or "all": value for key, value in rest.items()}
     return {name: value for name, value in names.items() if not set(name) & set("/@")}
 
 
+def causal_ones(found: Sequence[Evaluation], axis: str) -> list[Evaluation]:
+    """Those that are points of a curve: causal, and past the beginning."""
+    return [each for each in found if CAUSAL in each.values and each.used[axis] > 0]
+
+
 def curves(found: Sequence[Evaluation], axis: str) -> dict[str, Curve]:
     """Causal validation loss against an axis, by modality and "all"; only what every causal evaluation has."""
-    causal = [(each.used[axis], losses(each)) for each in found if CAUSAL in each.values and each.used[axis] > 0]
+    causal = [(each.used[axis], losses(each.values)) for each in causal_ones(found, axis)]
     if not causal:
         return {}
     names = [name for name in causal[0][1] if all(each.get(name, 0) > 0 for _, each in causal)]

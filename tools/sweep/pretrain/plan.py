@@ -121,7 +121,8 @@ def _with_steps(data: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def plan(config: SweepConfig) -> list[PretrainPoint]:
-    """All points, arms in the order of the file.
+    """All points in the order in which they are run: size by size, seed by seed over all arms, so that what has been
+    run can be compared at any time.
 
     Raises:
         ConfigError: a recipe is wrong, arms cannot be paired, or do not match the baseline.
@@ -144,8 +145,8 @@ def plan(config: SweepConfig) -> list[PretrainPoint]:
         for seed in config.seeds:
             other = "" if earlier == arm else f"{earlier}-{size}-{seed}"
             points.append(PretrainPoint(arm, size, seed, each, same_as=other))
-    order = list(config.arms)
-    return sorted(points, key=lambda point: order.index(point.arm))
+    sizes, arms = list(config.sizes), list(config.arms)
+    return sorted(points, key=lambda p: (sizes.index(p.size), config.seeds.index(p.seed), arms.index(p.arm)))
 
 
 def steps_of(config: SweepConfig, arm: str, size: str) -> int | None:

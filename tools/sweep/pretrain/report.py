@@ -48,7 +48,7 @@ def write_hparams(run: Run, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    found = {f"eval/causal/loss/{name}": value for name, value in losses(run.evaluations[-1]).items()}
+    found = {f"eval/causal/loss/{name}": value for name, value in losses(run.evaluations[-1].values).items()}
     with SummaryWriter(str(folder)) as writer:
         file: Any = writer.file_writer
         for summary in hparams(_hyperparameters(run, run.recipe), found):

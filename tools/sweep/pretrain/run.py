@@ -43,10 +43,7 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
     for stage, run in zip(settings["stages"], trained, strict=True):
         recipe = run.with_suffix(".yaml")
         recipe.write_text(yaml.safe_dump(stage["recipe"], sort_keys=False, allow_unicode=True))
-        for words in commands(stage, run, before, settings["accelerators"]):
-            print("$", *words, flush=True)
-            if code := attended([sys.executable, "-m", *words[1:]] if words[0] == "python" else _program(words)):
-                raise UserError(f"{' '.join(words)} ended with exit code {code}")
+        train_stage(stage["kind"], run, before, settings["accelerators"], stage["overrides"], of_a_sweep=True)
         done, steps = int(run_folder.newest_checkpoint(run).name.rpartition("-")[2]), stage["steps"]
         if done < steps:
             raise UserError(f"{run} was told to stop after {done} of {steps} steps")
@@ -67,21 +64,45 @@ def work(folder: Path, settings: dict[str, Any]) -> Result:
     return result
 
 
-def commands(stage: Mapping[str, Any], run: Path, before: Path | None, accelerators: int) -> list[list[str]]:
+def train_stage(
+    kind: str,
+    run: Path,
+    before: Path | None,
+    accelerators: int,
+    overrides: Sequence[str] = (),
+    of_a_sweep: bool = False,
+) -> None:
+    """Do what is left of a stage; arguments as for `commands` and `attended`.
+
+    Raises:
+        UserError: a command failed.
+    """
+    for words in commands(kind, run, before, accelerators, overrides):
+        print("$", *words, flush=True)
+        full = [sys.executable, "-m", *words[1:]] if words[0] == "python" else _program(words)
+        if code := attended(full, of_a_sweep):
+            raise UserError(f"{' '.join(words)} ended with exit code {code}")
+
+
+def commands(
+    kind: str, run: Path, before: Path | None, accelerators: int, overrides: Sequence[str] = ()
+) -> list[list[str]]:
     """What a user would give for a stage; the same commands go on with it.
 
     Args:
+        kind: of the stage, see `plan.Stage`.
         run: its run folder; the recipe lies beside it under the same name.
         before: the run folder of the stage before.
+        overrides: of a stage that trains routers.
     """
     launcher = ["deepspeed", "--num_accelerators", f"{accelerators}", "--master_port", f"{_free_port()}", "--module"]
     recipe = str(run.with_suffix(".yaml"))
-    if stage["kind"] == "routers":
+    if kind == "routers":
         assert before is not None, "routers are trained after a model"
-        return [[*launcher, "tools.train_routers", str(before), f"run_dir={run}", *stage["overrides"]]]
+        return [[*launcher, "tools.train_routers", str(before), f"run_dir={run}", *overrides]]
     train = [*launcher, "pretrain.train", recipe]
     begun = (run / run_folder.RECIPE).exists() or (run / run_folder.INITIAL_POSITION).exists()
-    if stage["kind"] == "train" or begun:
+    if kind == "train" or begun:
         return [train]
     assert before is not None, "something is upcycled"
     return [["python", "tools.upcycle", str(before), recipe, "--rows", "0"], train]

@@ -8,6 +8,7 @@ ends it is not continued.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -19,8 +20,9 @@ from scipy import optimize, stats
 
 LEVEL = 0.95
 """Level of all intervals."""
-DRAWS = 2000
-"""Resamples of a bootstrap; where seeds are so few that there are fewer resamples, each is taken once."""
+DRAWS = 1000
+"""Resamples of a bootstrap; where seeds are so few that there are fewer resamples, and documents are not drawn with
+them, each is taken once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,32 +102,63 @@ def mean(curves: Sequence[Curve]) -> Curve:
     return Curve(x, loss)
 
 
-Pair = tuple[Curve, Curve]
-"""An arm's curve and the baseline's, of one seed."""
+@dataclasses.dataclass(frozen=True)
+class Redrawn:
+    """Losses of a pair's two curves on other choices of validation documents, the same for both."""
+
+    arm: np.ndarray
+    """(DRAWS, n), n points of the arm's curve."""
+    baseline: np.ndarray
+    """(DRAWS, m), m points of the baseline's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two runs of one seed."""
+
+    arm: Curve
+    baseline: Curve
+    redrawn: Redrawn | None = None
+    """None where losses of single documents were not kept."""
+
+    def on(self, draw: int) -> Pair:
+        """The same on another choice of documents."""
+        assert self.redrawn is not None, "documents were kept"
+        arm, baseline = self.redrawn.arm[draw], self.redrawn.baseline[draw]
+        return Pair(Curve(self.arm.x, arm), Curve(self.baseline.x, baseline))
+
+
+def over_documents(pairs: Sequence[Pair]) -> bool:
+    """Whether intervals can be over the choice of documents, too."""
+    return all(pair.redrawn is not None for pair in pairs)
+
+
+def _value(pairs: Sequence[Pair], statistic: Callable[[Curve, Curve], float]) -> float:
+    """The statistic of the mean curves."""
+    return statistic(mean([pair.arm for pair in pairs]), mean([pair.baseline for pair in pairs]))
 
 
 def bootstrap(pairs: Sequence[Pair], statistic: Callable[[Curve, Curve], float], seed: int = 0) -> Interval | None:
-    """Percentile interval of a statistic of the two mean curves, the pairs resampled together; None of a single pair.
+    """Percentile interval of a statistic of the two mean curves: pairs are drawn with replacement, and for all of them
+    the same validation documents, where losses of single ones were kept. None of a single pair without these.
 
     Args:
         statistic: of the arm's mean curve and the baseline's; infinite where it is not reached.
         seed: of the draws.
     """
     count = len(pairs)
-    if count < 2:
-        return None
-    if count**count <= DRAWS:
-        draws: Sequence[Sequence[int]] = list(itertools.product(range(count), repeat=count))
-    else:
+    if over_documents(pairs):
         draws = np.random.default_rng(seed).integers(0, count, (DRAWS, count)).tolist()
-    found: dict[tuple[int, ...], float] = {}
-    values = []
-    for draw in draws:
-        key = tuple(sorted(draw))
-        if key not in found:
-            arms, baselines = zip(*(pairs[i] for i in key), strict=True)
-            found[key] = statistic(mean(arms), mean(baselines))
-        values.append(found[key])
+        values = [_value([pairs[i].on(d) for i in draw], statistic) for d, draw in enumerate(draws)]
+    elif count < 2:
+        return None
+    else:
+        if count**count <= DRAWS:
+            draws = itertools.product(range(count), repeat=count)
+        else:
+            draws = np.random.default_rng(seed).integers(0, count, (DRAWS, count)).tolist()
+        times = collections.Counter(tuple(sorted(draw)) for draw in draws)
+        values = [v for draw, n in times.items() for v in [_value([pairs[i] for i in draw], statistic)] * n]
     low, high = (float(np.quantile(values, q, method="nearest")) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Interval(low, high)
 
@@ -137,19 +170,19 @@ class Saving:
     share: Share
     """What the mean curves say."""
     interval: Interval | None
-    """The share's, over seeds; None of a single seed. Its high end is infinite where resamples do not come down."""
+    """The share's, see `bootstrap`. Its high end is infinite where resamples do not come down."""
     seeds: int
 
 
 def saving(pairs: Sequence[Pair]) -> Saving:
     """The share of the mean curves and its interval."""
-    arms, baselines = zip(*pairs, strict=True)
 
     def value(arm: Curve, baseline: Curve) -> float:
         found = share(arm, baseline)
         return math.inf if found.bound == "above" else found.value
 
-    return Saving(share(mean(arms), mean(baselines)), bootstrap(pairs, value), len(pairs))
+    whole = share(mean([pair.arm for pair in pairs]), mean([pair.baseline for pair in pairs]))
+    return Saving(whole, bootstrap(pairs, value), len(pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +192,16 @@ class Gap:
     x: float
     difference: float
     """Mean over seeds, in the loss's unit."""
-    half: float
+    by_seed: float
     """Half the width of Student's interval over seeds; infinite of a single one."""
+    by_document: float
+    """Half the width of the interval over choices of validation documents, for these seeds; 0 where losses of single
+    documents were not kept."""
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval over both, which are independent."""
+        return math.hypot(self.by_seed, self.by_document)
 
 
 def gap(pairs: Sequence[Pair]) -> Gap:
@@ -169,12 +210,21 @@ def gap(pairs: Sequence[Pair]) -> Gap:
     Raises:
         ValueError: a curve begins only past that.
     """
-    x = float(min(curve.x[-1] for pair in pairs for curve in pair))
-    differences = [arm.at(x) - baseline.at(x) for arm, baseline in pairs]
-    count, half = len(differences), math.inf
+    x = float(min(curve.x[-1] for pair in pairs for curve in (pair.arm, pair.baseline)))
+
+    def difference(pair: Pair) -> float:
+        return pair.arm.at(x) - pair.baseline.at(x)
+
+    differences = [difference(pair) for pair in pairs]
+    count, by_seed, by_document = len(differences), math.inf, 0.0
     if count > 1:
-        half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(count)
-    return Gap(x, float(np.mean(differences)), half)
+        quantile = float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
+        by_seed = quantile * float(np.std(differences, ddof=1)) / math.sqrt(count)
+    if over_documents(pairs):
+        redrawn = [np.mean([difference(pair.on(draw)) for pair in pairs]) for draw in range(DRAWS)]
+        low, high = np.quantile(redrawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        by_document = float(high - low) / 2
+    return Gap(x, float(np.mean(differences)), by_seed, by_document)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,6 +75,8 @@ class SweepConfig(Config):
     """What is compared, by name."""
     baseline: str | None = None
     """The arm that others are compared with; default: the first."""
+    compare: dict[str, str] = Field(default_factory=dict)
+    """Arms whose difference in loss from another arm than the baseline is shown as well, such as moma: ec."""
     sizes: dict[str, Over] = Field(default_factory=lambda: {"one": {}}, min_length=1)
     """Laid over every arm's recipe, by the size's name; each arm is run at each of them."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
@@ -110,7 +112,9 @@ class SweepConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _known(self) -> SweepConfig:
-        for key, name in (("baseline", self.baseline), ("match.like", self.match.like)):
+        named = [(f"compare.{arm}", name) for arm, name in self.compare.items()]
+        named += [("compare", arm) for arm in self.compare]
+        for key, name in (("baseline", self.baseline), ("match.like", self.match.like), *named):
             if name is not None and name not in self.arms:
                 raise ValueError(
                     f"{key} {name!r} is no arm; give one of {', '.join(self.arms)}{suggestion(name, self.arms)}"

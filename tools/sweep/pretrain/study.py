@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from pretrain import recipe as recipes
 from pretrain import run_folder
+from pretrain.describe import objective_of
+from pretrain.document_losses import DocumentLosses
 from pretrain.recipe import Recipe
 from tools.sweep.folder import RUNS
 from tools.sweep.launch import LOG, TAIL
 from tools.sweep.pretrain import plan
-from tools.sweep.pretrain.curves import Evaluation, Speed, curves, evaluations, speed
+from tools.sweep.pretrain.curves import Evaluation, Speed, causal_ones, curves, evaluations, speed
+from tools.sweep.pretrain.documents import redrawn
 from tools.sweep.pretrain.plan import Facts, PretrainPoint
 from tools.sweep.pretrain.run import STAGES
-from tools.sweep.pretrain.savings import Curve, Pair
+from tools.sweep.pretrain.savings import Curve, Pair, Redrawn
 from tools.sweep.pretrain.settings import ArmConfig, MatchConfig, SweepConfig
 from tools.sweep.rows import gather
 from zoo.config import UserError
@@ -54,6 +59,17 @@ class Run:
         """As `curves.curves`."""
         return curves(self.evaluations, axis)
 
+    @functools.cached_property
+    def documents(self) -> list[DocumentLosses]:
+        """The losses of single documents at each point of the curves; empty where one of the points lacks them."""
+        paths = [each.documents for each in causal_ones(self.evaluations, "steps")]
+        return [DocumentLosses.load(path) for path in paths] if all(path.exists() for path in paths) else []
+
+    @functools.cached_property
+    def redrawn(self) -> dict[str, np.ndarray]:
+        """As `documents.redrawn`; empty as `documents` is."""
+        return redrawn(objective_of(self.recipe), self.documents) if self.documents else {}
+
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
@@ -78,18 +94,22 @@ class Study:
     """Paragraphs of Markdown, the first of them the table of costs."""
     notes: tuple[str, ...]
     """What is to be known of how it was done, a sentence or two each."""
+    compare: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Arms that are also compared with another than the baseline, by the arm."""
 
     def of(self, arm: str, size: str) -> list[Run]:
         """Finished runs, by seed."""
         return sorted((run for run in self.runs if (run.arm, run.size) == (arm, size)), key=lambda run: run.seed)
 
-    def pairs(self, arm: str, size: str, axis: str, name: str) -> list[Pair]:
+    def pairs(self, arm: str, size: str, axis: str, name: str, baseline: str | None = None) -> list[Pair]:
         """Curves of the arm and of the baseline for each seed that both have, of a modality or "all".
 
+        Args:
+            baseline: another arm, in the place of the baseline.
         Raises:
             UserError: they did not see the same data.
         """
-        theirs = {run.seed: run for run in self.of(self.baseline, size)}
+        theirs = {run.seed: run for run in self.of(baseline or self.baseline, size)}
         found = []
         for run in self.of(arm, size):
             other = theirs.get(run.seed)
@@ -98,7 +118,7 @@ class Study:
             check_paired(run, other)
             ours, base = run.curves(axis).get(name), other.curves(axis).get(name)
             if ours is not None and base is not None:
-                found.append((ours, base))
+                found.append(Pair(ours, base, _redrawn(run, other, name)))
         return found
 
     def losses(self) -> list[str]:
@@ -112,6 +132,16 @@ class Study:
             for arm in self.arms:
                 if runs := self.of(arm, size):
                     yield arm, size, runs
+
+
+def _redrawn(run: Run, other: Run, name: str) -> Redrawn | None:
+    """The two runs' losses of that name on other choices of documents; None where these were not kept, or differ."""
+    if not run.documents or not other.documents:
+        return None
+    ours, theirs = run.documents[0].documents, other.documents[0].documents
+    if not np.array_equal(ours, theirs) or name not in run.redrawn or name not in other.redrawn:
+        return None
+    return Redrawn(run.redrawn[name], other.redrawn[name])
 
 
 def check_paired(run: Run, other: Run) -> None:
@@ -150,6 +180,7 @@ def of_sweep(config: SweepConfig, points: Sequence[PretrainPoint], out: Path) ->
         tuple(failures),
         tuple(plan.show(config, facts).split("\n\n")),
         tuple(dict.fromkeys(notes)),
+        config.compare,
     )
 
 

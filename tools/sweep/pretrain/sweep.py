@@ -8,17 +8,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pretrain import document_losses, second_stage
 from pretrain import recipe as recipes
-from pretrain import second_stage
 from tools.sweep.kind import Result
 from tools.sweep.pretrain import plan, settings
-from tools.sweep.pretrain.curves import Evaluation, losses
+from tools.sweep.pretrain.curves import losses
 from tools.sweep.pretrain.plan import PretrainPoint
 from tools.sweep.pretrain.run import STAGES, work
 from tools.sweep.pretrain.settings import SweepConfig
 
-FREE = {"arms", "sizes", "seeds", "jobs", "keep_models", "baseline", "match", "vary", "steps", "over", "recipe"}
+FREE = {
+    "arms",
+    "sizes",
+    "seeds",
+    "jobs",
+    "keep_models",
+    "baseline",
+    "compare",
+    "match",
+    "vary",
+    "steps",
+    "over",
+    "recipe",
+}
 """Keys that may change between two calls for one folder; of a finished run its own recipe may not."""
+
+KEPT = ("recipe.yaml", "environment.json", "metrics.jsonl", f"{document_losses.FOLDER}/*.npz")
+"""Files of a run folder that a report reads, or a reader of it might want."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +100,11 @@ class PretrainSweep:
     def run(cls, folder: Path, settings: dict[str, Any]) -> Result:
         return work(folder, settings)
 
+    def kept(self, folder: Path) -> list[Path]:
+        return [file for name in STAGES.values() for path in KEPT for file in sorted(folder.glob(f"{name}/{path}"))]
+
     def summary(self, result: Result) -> str:
-        found = losses(Evaluation({}, result["last"]))
+        found = losses(result["last"])
         return "causal validation loss " + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
 
     def measure(self, points: Sequence[PretrainPoint], out: Path) -> None:

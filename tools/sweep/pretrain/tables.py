@@ -34,25 +34,30 @@ def tables(study: Study) -> list[Table]:
 
 
 def _savings(study: Study) -> Table:
-    rows = []
+    rows, over_documents = [], False
     for arm, size_, _ in study.cells():
         for name in study.losses() if arm != study.baseline else ():
             cells = []
             for axis in AXES:
                 pairs = study.pairs(arm, size_, axis, name)
+                over_documents |= bool(pairs) and savings.over_documents(pairs)
                 cells += [*shown(savings.saving(pairs)), f"{len(pairs)}"] if pairs else ["", "", ""]
             if any(cells):
                 seeds = next(cells[i] for i in range(2, 9, 3) if cells[i])
                 rows.append([arm, size_, name, *(c for i, c in enumerate(cells) if i % 3 < 2), seeds])
     heads = ["arm", "size", "loss of", *(head for short in SHORT.values() for head in (f"s, {short}", f"η, {short}"))]
+    documents = (
+        "validation documents, the same for all; with one seed it is over documents alone"
+        if over_documents
+        else "no validation documents, whose losses are not kept"
+    )
     text = (
         f"s: what the arm needs to come down to the causal validation loss that {study.baseline} ends with, over what "
         f"{study.baseline} needs; η = 1/s. Between evaluations loss and axis are interpolated in logarithms, and no "
         f"curve is continued past its end: what an arm has not reached is only bounded. In brackets the "
-        f"{savings.LEVEL:.0%} interval of a bootstrap over seeds, both runs of a seed drawn together; losses of single "
-        "documents are not kept, so that chance in the choice of validation documents is not in it. All seeds see the "
-        "same validation documents. Where the learning rate falls along a run, a loss in its middle is above that of a "
-        "run of that length, so that s is too high rather than too low."
+        f"{savings.LEVEL:.0%} interval of a bootstrap over seeds, both runs of a seed drawn together, and over "
+        f"{documents}. Where the learning rate falls along a run, a loss in its middle is above that of a run of that "
+        "length, so that s is too high rather than too low."
     )
     return Table("Savings", text, [*heads, "seeds"], rows)
 
@@ -79,29 +84,34 @@ def _end(value: float) -> str:
 
 
 def _gaps(study: Study) -> Table:
-    rows = []
+    rows, over_documents = [], False
     for arm, size_, _ in study.cells():
-        for name in study.losses() if arm != study.baseline else ():
-            cells = []
-            for axis in AXES:
-                pairs = study.pairs(arm, size_, axis, name)
-                begins = max((curve.x[0] for pair in pairs for curve in pair), default=0)
-                ends = min((curve.x[-1] for pair in pairs for curve in pair), default=0)
-                cells.append(_gap(savings.gap(pairs)) if pairs and begins <= ends else "")
-            if any(cells):
-                rows.append([arm, size_, name, *cells])
+        others = [study.baseline] if arm != study.baseline else []
+        for other in [*others, *([study.compare[arm]] if arm in study.compare else [])]:
+            for name in study.losses():
+                cells = []
+                for axis in AXES:
+                    pairs = study.pairs(arm, size_, axis, name, other)
+                    over_documents |= bool(pairs) and savings.over_documents(pairs)
+                    both = [curve for pair in pairs for curve in (pair.arm, pair.baseline)]
+                    there = both and max(curve.x[0] for curve in both) <= min(curve.x[-1] for curve in both)
+                    cells.append(_gap(savings.gap(pairs)) if there else "")
+                if any(cells):
+                    rows.append([f"{arm} − {other}", size_, name, *cells])
+    widened = ", widened by that over the choice of validation documents" if over_documents else ""
     text = (
-        f"Causal validation loss minus that of {study.baseline}, in nats a token, at the most tokens, FLOPs or seconds "
-        f"that both have used; mean over seeds with Student's {savings.LEVEL:.0%} interval of the paired differences. "
-        "What lies within it is not shown."
+        "Causal validation loss minus that of another arm, in nats a token, at the most tokens, FLOPs or seconds that "
+        f"both have used: mean over seeds with Student's {savings.LEVEL:.0%} interval of the paired "
+        f"differences{widened}. What lies within it is not shown."
     )
     return Table(
-        "Difference in loss", text, ["arm", "size", "loss of", *(f"at equal {a}" for a in SHORT.values())], rows
+        "Difference in loss", text, ["arms", "size", "loss of", *(f"at equal {a}" for a in SHORT.values())], rows
     )
 
 
 def _gap(gap: savings.Gap) -> str:
-    return f"{gap.difference:+.4f}" + ("" if math.isinf(gap.half) else f" ± {gap.half:.4f}")
+    single = f" (one seed; documents ± {gap.by_document:.4f})" if gap.by_document else ""
+    return f"{gap.difference:+.4f}" + (single if math.isinf(gap.half) else f" ± {gap.half:.4f}")
 
 
 def _losses(study: Study) -> Table:
@@ -109,7 +119,8 @@ def _losses(study: Study) -> Table:
     rows = []
     for arm, size_, runs in study.cells():
         last = [run.evaluations[-1] for run in runs if run.evaluations]
-        cells = [_mean(losses(each)[name] for each in last if name in losses(each)) for name in names]
+        found = [losses(each.values) for each in last]
+        cells = [_mean(each[name] for each in found if name in each) for name in names]
         both = [each.values[TOPK] - each.values[CAUSAL] for each in last if {TOPK, CAUSAL} <= each.values.keys()]
         right = [each.values.get("eval/auxiliary/accuracy") for each in last]
         never = [each.values.get("eval/auxiliary/always_skip") for each in last]

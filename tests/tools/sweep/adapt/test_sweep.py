@@ -212,7 +212,7 @@ def test_a_sweep_by_perplexity(folders: Path, monkeypatch: Any) -> None:
         (run / "metrics.jsonl").touch()
         return 1.0
 
-    def run(sweep: AdaptSweep, waiting: list[Path], jobs: int) -> list[Path]:
+    def run(sweep: AdaptSweep, waiting: list[Path], jobs: int, finished: Any) -> list[Path]:
         return [folder for folder in waiting if run_one([sweep.type, str(folder)])]
 
     monkeypatch.setattr("tools.sweep.adapt.run.train", train)
@@ -277,12 +277,12 @@ def test_a_killed_sweep_goes_on(folders: Path) -> None:
     }
     path, out = write_sweep(folders, "killed", arms=arms, train=train, jobs=2), folders / "killed"
     arguments = [sys.executable, "-m", "tools.sweep", str(path), str(out)]
-    first = Processes([(arguments, environment())], folders / "first")
+    first = Processes.of_commands([(arguments, environment())], folders / "first")
     checkpoint = out / "runs" / "dense-1-0" / "run" / "checkpoints" / "step-2"
     assert first.wait_until(checkpoint.exists), first.printed()
     os.kill(first.members[0].pid, signal.SIGKILL)
     first.members[0].wait()
-    again = Processes([(arguments, environment())], folders / "again")
+    again = Processes.of_commands([(arguments, environment())], folders / "again")
     assert again.wait(500) == [0], again.printed()
     results = {file.parent.name: json.loads(file.read_text()) for file in out.glob("runs/*/result.json")}
     assert {"dense-1-0", "arank-0.85-0", "fastv-0.85-0"} <= set(results)

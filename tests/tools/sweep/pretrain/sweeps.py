@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from pretrain import recipe as recipes
+from pretrain.document_losses import DocumentLosses, path_of
 from tests.pretrain.runs import EXPERTS, LAYER, tiny_recipe, write_recipe
 
 MOMA = {"model": {"layers": {"feedforward": EXPERTS | {"d_ff": 32}}}}
@@ -43,9 +45,21 @@ def write_sweep(folder: Path, data: Path | str, **changes: Any) -> Path:
 
 
 def write_run(
-    folder: Path, name: str, seed: int, scale: float, routers: bool = False, tokens: int = 1000, points: int = 5
+    folder: Path,
+    name: str,
+    seed: int,
+    scale: float,
+    routers: bool = False,
+    tokens: int = 1000,
+    points: int = 5,
+    documents: int = 0,
 ) -> Path:
-    """A run folder with a recipe and a curve: losses are `scale` times those of a power law, tokens `tokens` a step."""
+    """A run folder with a recipe and a curve: losses are `scale` times those of a power law, tokens `tokens` a step.
+
+    Args:
+        documents: how many have their losses kept, each with ten terms of both modalities; a document's losses are the
+            farther from the mean the higher its number, by the same factor in all runs.
+    """
     folder.mkdir(parents=True)
     recipe = recipes.resolve(tiny_recipe("data", folder, name=name, seed=seed))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.dump(), sort_keys=False))
@@ -54,6 +68,11 @@ def write_run(
         used = {"tokens": tokens * step, "flops": 1e6 * step, "seconds": 2.0 * step}
         lines.append({"step": step, **used, "loss": 1.0, "tokens_per_second": 500.0 + step, "memory": 2**28})
         loss = scale * (1 + 0.01 * seed) * step**-0.5
+        if documents:
+            factor = np.linspace(0.5, 1.5, documents)[:, None]
+            sums, counts = 10 * factor * [loss, 2 * loss, 0], np.full((documents, 3), 10)
+            kept = DocumentLosses(("text", "image", "z_loss"), np.arange(documents), sums, counts)
+            kept.save(path_of(folder, step))
         values = {"eval/causal/loss": loss, "eval/causal/loss/text": loss, "eval/causal/loss/image": 2 * loss}
         if routers:
             values |= {"eval/topk/loss": 0.9 * loss, "eval/auxiliary/accuracy": 0.9, "eval/auxiliary/always_skip": 0.7}

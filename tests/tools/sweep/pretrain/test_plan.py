@@ -50,8 +50,9 @@ def test_points_and_their_recipes(tmp_path: Path) -> None:
         },
     )
     points = plan(sweep)
-    assert [point.name for point in points[:4]] == ["dense-small-3", "dense-small-5", "dense-large-3", "dense-large-5"]
-    assert [point.same_as for point in points[8:]] == [point.name for point in points[4:8]], "the very same runs"
+    assert [point.name for point in points[:4]] == ["dense-small-3", "moma-small-3", "again-small-3", "dense-small-5"]
+    assert [point.size for point in points] == ["small"] * 6 + ["large"] * 6, "a size is finished before the next"
+    assert [point.same_as for point in points[2::3]] == [point.name for point in points[1::3]], "the very same runs"
     (stage,) = stages(sweep, "moma", "large")
     recipe = recipes.resolve(stage.recipe)
     assert recipe.optimizer.lr == 2e-3 and recipe.model.layers[0].feedforward.d_ff == 64

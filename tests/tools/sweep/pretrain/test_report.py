@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.tools.sweep.pretrain.sweeps import write_run
 from tools import compare
+from tools.sweep.pretrain import savings
 from tools.sweep.pretrain.curves import curves, evaluations
 from tools.sweep.pretrain.report import write
 from tools.sweep.pretrain.study import of_runs
@@ -44,11 +45,13 @@ def test_what_it_says(report: Path) -> None:
     row = r"\| sparse \| one \| all \| 0\.640 \[0\.6\d\d, 0\.6\d\d\] \| 1\.56\d \[1\.\d+, 1\.\d+\] \|"
     assert re.search(row, text), text
     assert "| worse | one | all | not reached: > 1.000 [not reached, not reached] | < 1.000" in text
-    assert re.search(r"\| sparse \| one \| text \| -0\.0903 ± 0\.\d+ \|", text), "0.2 of the dense model's 0.4517"
+    assert re.search(r"\| sparse − dense \| one \| text \| -0\.0903 ± 0\.\d+ \|", text), (
+        "0.2 of the dense model's 0.4517"
+    )
     assert "| dense | one | 0.4517 ± 0.0045 | 0.4517 ± 0.0045 | 0.9034 ± 0.0089 |  |  |  | 3 |" in text
     assert "| 90.0% ± 0.0% | 70.0% ± 0.0% | 3 |" in text
     assert "| sparse | one | 1 | all | text 1.500 | 0.800 ± 0.000 | 0.250 ± 0.000 |" in text
-    assert "256.0 MiB" in text and "documents are not kept" in text
+    assert "256.0 MiB" in text and "validation documents, whose losses are not kept" in text
     assert "Over sizes" not in text and "Not finished" not in text
 
 
@@ -122,3 +125,25 @@ def test_a_run_without_causal_evaluations_has_no_curve(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in renamed))
     written = write(of_runs([run], None), tmp_path / "out")
     assert "Savings" not in written[1].read_text()
+
+
+def test_other_documents(tmp_path: Path) -> None:
+    """Losses of redrawn documents are what an evaluation on them would have reported, the same draw for both runs."""
+    runs = [
+        write_run(tmp_path / f"{name}_{seed}", name, seed, scale, documents=20)
+        for name, scale in (("dense", 1.0), ("sparse", 0.8))
+        for seed in range(2)
+    ]
+    study = of_runs(runs, None)
+    dense, sparse = study.of("dense", "one")[0], study.of("sparse", "one")[0]
+    drawn = dense.redrawn
+    assert sorted(drawn) == ["all", "image", "text"] and drawn["text"].shape == (savings.DRAWS, 5)
+    assert drawn["text"].mean(0) == pytest.approx(dense.curves("tokens")["text"].loss, rel=0.02)
+    assert drawn["image"] == pytest.approx(2 * drawn["text"]) and drawn["all"] == pytest.approx(1.5 * drawn["text"])
+    assert sparse.redrawn["text"] == pytest.approx(0.8 * drawn["text"])
+    (pair, _) = study.pairs("sparse", "one", "tokens", "text")
+    found = savings.gap([pair])
+    assert found.difference == pytest.approx(-0.2 * 5**-0.5) and 0.01 < found.by_document < 0.05
+    assert savings.saving([pair]).interval is not None
+    text = write(study, tmp_path / "out")[1].read_text()
+    assert "and over validation documents, the same for all" in text and "widened by that over the choice" in text

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tools.sweep.pretrain import savings
-from tools.sweep.pretrain.savings import Curve, Interval, Share
+from tools.sweep.pretrain.savings import Curve, Interval, Pair, Redrawn, Share
 
 X = np.geomspace(1e6, 1e9, 13)
 positive = st.floats(0.05, 20)
@@ -82,7 +82,7 @@ def noisy(seed: int, factor: float, spread: float) -> savings.Pair:
     common = math.exp(spread * draw.normal())
     own = [math.exp(spread / 20 * draw.normal()) for _ in range(2)]
     arm, base = law(X, factor), law(X)
-    return Curve(X, common * own[0] * arm.loss), Curve(X, common * own[1] * base.loss)
+    return Pair(Curve(X, common * own[0] * arm.loss), Curve(X, common * own[1] * base.loss))
 
 
 def test_pairs_are_resampled_together() -> None:
@@ -92,7 +92,7 @@ def test_pairs_are_resampled_together() -> None:
     assert found.seeds == 6 and found.interval is not None
     assert found.interval.low < found.share.value < found.interval.high
     assert 0.5 == pytest.approx(found.share.value, rel=0.05) and found.interval.high / found.interval.low < 1.15
-    shifted = [(pairs[i][0], pairs[(i + 1) % 6][1]) for i in range(6)]
+    shifted = [Pair(pairs[i].arm, pairs[(i + 1) % 6].baseline) for i in range(6)]
     apart = savings.saving(shifted).interval
     assert apart is not None and apart.high / apart.low > 1.5
 
@@ -109,26 +109,51 @@ def test_the_interval_covers_what_it_says() -> None:
 
 
 def test_resamples_that_do_not_come_down_have_no_end() -> None:
-    pairs = [(law(X, 0.8), law(X)), (law(X, 3.0), law(X)), (law(X, 0.7), law(X))]
+    pairs = [Pair(law(X, factor), law(X)) for factor in (0.8, 3.0, 0.7)]
     found = savings.saving(pairs)
     assert found.interval is not None and found.interval.low < 0.8 and math.isinf(found.interval.high)
 
 
 def test_few_seeds() -> None:
-    assert savings.saving([(law(X, 0.5), law(X))]).interval is None
-    both = savings.saving([(law(X, 0.5), law(X)), (law(X, 0.6), law(X))])
+    assert savings.saving([Pair(law(X, 0.5), law(X))]).interval is None
+    both = savings.saving([Pair(law(X, 0.5), law(X)), Pair(law(X, 0.6), law(X))])
     assert both.interval == Interval(pytest.approx(0.5), pytest.approx(0.6)), "of four resamples the outermost"
     with pytest.raises(ValueError, match="not evaluated equally often"):
-        savings.saving([(law(X), law(X)), (law(X[:-1]), law(X))])
+        savings.saving([Pair(law(X), law(X)), Pair(law(X[:-1]), law(X))])
+
+
+def documents(spread: float, seeds: int, own: float) -> list[Pair]:
+    """Pairs 0.1 nats apart whose two runs lose the same on each draw of documents but for `own`."""
+    generator = np.random.default_rng(7)
+    common = spread * generator.normal(size=(savings.DRAWS, 1))
+    found = []
+    for _ in range(seeds):
+        arm, base = Curve(X, law(X).loss - 0.1), law(X)
+        apart = own * generator.normal(size=(savings.DRAWS, 1))
+        found.append(Pair(arm, base, Redrawn(arm.loss + common + apart, base.loss + common)))
+    return found
+
+
+def test_documents_are_drawn_with_seeds() -> None:
+    """What a draw does to both runs alike widens nothing; what it does to one does, and one seed has an interval."""
+    alike, apart = (savings.gap(documents(0.05, 3, own)) for own in (0.0, 0.02))
+    assert alike.by_document == pytest.approx(0, abs=1e-9) and alike.by_seed == pytest.approx(0, abs=1e-9)
+    assert apart.by_document == pytest.approx(1.96 * 0.02 / 3**0.5, rel=0.1)
+    assert apart.half == pytest.approx(math.hypot(apart.by_seed, apart.by_document))
+    single = savings.saving(documents(0.0, 1, 0.02))
+    assert single.interval is not None and single.interval.low < single.share.value < single.interval.high
+    assert math.isinf(savings.gap(documents(0.0, 1, 0.02)).half)
+    three = savings.saving(documents(0.0, 3, 0.02)).interval
+    assert three is not None and three.high / three.low < single.interval.high / single.interval.low
 
 
 def test_gaps() -> None:
     """0.1 and 0.3 nats apart everywhere: mean and Student's interval by hand; at the end of the shorter curve."""
     base = Curve(X, np.full(13, 2.0))
-    found = savings.gap([(Curve(X[:5], np.full(5, 2.1)), base), (Curve(X, np.full(13, 2.3)), base)])
+    found = savings.gap([Pair(Curve(X[:5], np.full(5, 2.1)), base), Pair(Curve(X, np.full(13, 2.3)), base)])
     assert found.x == X[4] and found.difference == pytest.approx(0.2)
-    assert found.half == pytest.approx(12.706 * 0.1, rel=1e-3)
-    assert math.isinf(savings.gap([(base, base)]).half)
+    assert found.half == found.by_seed == pytest.approx(12.706 * 0.1, rel=1e-3)
+    assert math.isinf(savings.gap([Pair(base, base)]).half)
     with pytest.raises(ValueError, match="is not within the curve"):
         base.at(X[-1] * 1.01)
 
