@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def _holds(task: Task, split: str) -> bool:
 
 def _drawn(
     run: Run, task: Task, split: str, cache: Path, random: np.random.Generator, broken: list[str]
-) -> Iterator[Sampled]:
+) -> Generator[Sampled]:
     """The documents of a shard that belong to the split, in random order."""
     mine = Split(split, task.split.held_out)
     with task.source.open(task.shard, cache) as opened:

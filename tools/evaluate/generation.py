@@ -99,13 +99,14 @@ def generate(
     check_causal(run)
     held_out = described(run, data, asked.modality, asked.documents, asked.seed)
     training = described(run, trained_on, asked.modality, TRAINING, asked.seed)
+    choosing: dict[str, Any] = {"seed": asked.seed, **asked.choosing}
     rows = run.generate_all(
         [[text] for _, text, _ in held_out],
         asked.modality,
         drawing=asked.drawing,
         batch=128,
         progress=True,
-        **{"seed": asked.seed, **asked.choosing},
+        **choosing,
     )
     made = [part.item for (part,) in rows]
     real, known = [item for _, _, item in held_out], [item for _, _, item in training]

@@ -48,7 +48,8 @@ class RunHarness(LM):
         found = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(self._ids(text), self.run.vocabulary.bos, self.run.length - 1, 1)
-            pairs = [tuple(map(self._piece, make_disjoint_window(window))) for window in windows]
+            parts = (make_disjoint_window(window) for window in windows)
+            pairs = [(self._piece(before), self._piece(after)) for before, after in parts]
             found.append(sum(each.nats for each in of_pieces(self.run, pairs, self.batch)))
         return found
 
@@ -86,7 +87,8 @@ def _alike(requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[
     """Options of generation, and the numbers of the requests that have them."""
     groups: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
-        groups.setdefault(json.dumps(options_of(request.args[1]), sort_keys=True), []).append(number)
+        _, said = request.args
+        groups.setdefault(json.dumps(options_of(said), sort_keys=True), []).append(number)
     for options, numbers in groups.items():
         yield json.loads(options), numbers
 

@@ -73,7 +73,7 @@ def picture_classifier(rows: np.ndarray, labels: np.ndarray) -> Callable[[np.nda
     """
     pixels = rows / 255
     components = PCA(min(COMPONENTS, *pixels.shape), random_state=0)
-    fitted = make_pipeline(components, SVC(C=3.0, class_weight="balanced")).fit(pixels, labels)
+    fitted: Any = make_pipeline(components, SVC(C=3.0, class_weight="balanced")).fit(pixels, labels)
     return lambda other: fitted.predict(other / 255)
 
 
@@ -100,7 +100,8 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a.astype(np.float64), b.astype(np.float64)
     first, second = (np.atleast_2d(np.cov(each, rowvar=False)) for each in (a, b))
     # tr (A B)^½ by the eigenvalues of A B, which are real and not negative
-    roots = np.sqrt(np.maximum(scipy.linalg.eigvals(first @ second).real, 0)).sum()
+    values: Any = scipy.linalg.eigvals(first @ second)
+    roots = np.sqrt(np.maximum(values.real, 0)).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * roots)
 
 

@@ -129,6 +129,7 @@ def samples(run: Run, folder: Path) -> list[tuple[int, list[tuple[str, list[str]
 
 def _own_figures(run: Run, folder: Path) -> dict[str, Path]:
     """Losses by modality, training and validation, and how well auxiliary routers foresee, over tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [item for item in metrics.read(run.folder / "metrics.jsonl") if "tokens" in item]
     losses = {f"{name}, training": f"loss/{name}" for name in run.modalities}
     for routing, words in ((CAUSAL, "causal"), (TOPK, "top-k")):
