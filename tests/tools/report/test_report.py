@@ -103,7 +103,7 @@ def test_the_page_stands_alone(folder: Path, trained_run: Path, capsys: Any) -> 
     page = (folder / "report" / "report.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:)|url\((?!data:)', page), "it needs no other file"
     for heading in (
-        "Training loss",
+        "Losses by modality",
         "Losses at the end",
         "Routers",
         "Auxiliary routers",
