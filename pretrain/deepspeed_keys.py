@@ -125,7 +125,7 @@ REFUSED: dict[str, str] = {
     "torch_autocast": "precision is `train.precision`; autocast is not supported",
     "amp": "precision is `train.precision`; DeepSpeed has removed amp",
     "activation_checkpointing": "use `train.activation_checkpointing`, which replays routing decisions",
-    "compile": "compiled graphs with data-dependent token groups are not supported",
+    "compile": "its graph passes are built for GPUs; write `train.compile: true` for PyTorch's compiler",
     "pipeline": "pipeline parallelism is not supported; use a ZeRO stage",
     "tensor_parallel": "tensor parallelism is not supported; use a ZeRO stage",
     "expert_parallel": "experts are stacked parameters, sharded by the ZeRO stage; remove it",

@@ -215,22 +215,3 @@ def repair_loaded_groups(optimizer: Any, settings: Sequence[Mapping[str, Any]]) 
     for state in getattr(optimizer, "optimizer", optimizer).state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
-
-
-def read_bf16_stage_1(files: Sequence[str], model_files: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Whole fp32 weights by name of a checkpoint of stage 1 in bf16 with fp32 accumulation.
-
-    It has an optimizer of its own, which DeepSpeed's converter does not know, though its flat groups are those of
-    stage 2.
-
-    Args:
-        files: of the optimizer's states, one a rank; read them under `tensors_only`.
-        model_files: of the model's states.
-    """
-    import deepspeed.utils.zero_to_fp32 as converter
-
-    states = [torch.load(file, map_location="cpu", mmap=True) for file in files]
-    groups = [state["optimizer_state_dict"]["single_partition_of_fp32_groups"] for state in states]
-    return converter._get_fp32_state_dict_from_zero2_checkpoint(
-        len(files), groups, converter.parse_model_states(model_files), False
-    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,8 @@ from typing import Any
 
 import torch
 
-from pretrain import deepspeed_patches, optim
+from pretrain import compiling, deepspeed_patches, optim
+from pretrain.consolidate import stored_in_checkpoint
 from pretrain.deepspeed_config import check_values
 from pretrain.process_group import join_processes, local_device
 from zoo.config import UserError
@@ -96,6 +96,7 @@ class Engine:
         seed: of the initial weights.
         device: "cpu" or "cuda"; see `choose_device`. `prepare_environment` has been called with it.
         timeout_seconds: how long a rank waits for the others before it gives up.
+        compile: run training steps as compiled graphs (`pretrain.compiling`).
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Engine:
         seed: int,
         device: str,
         timeout_seconds: float = 1800.0,
+        compile: bool = False,
     ) -> None:
         config = copy.deepcopy(dict(config))
         check_values(config)
@@ -135,6 +137,9 @@ class Engine:
             config=config,
             dist_init_required=False,
         )[0]
+        self.compiled = compile
+        if compile:
+            compiling.compile_model(self.module.module)
         deepspeed_patches.set_masters(masters)
         # The recipe's settings of each group: learning rates are these times a factor, and a loaded
         # checkpoint does not change them.
@@ -179,10 +184,14 @@ class Engine:
 
     def train(self) -> None:
         """Put the model into training mode."""
+        if self.compiled:
+            compiling.run_compiled(True)
         self.module.train()
 
     def eval(self) -> None:
         """Evaluation mode; call `module` under `torch.no_grad()`, on every rank equally often."""
+        if self.compiled:
+            compiling.run_compiled(False)
         self.module.eval()
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
@@ -316,18 +325,4 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     Frozen weights are not among them. No file runs code: raises UserError where one holds more than tensors and plain
     values.
     """
-    import deepspeed.utils.zero_to_fp32 as converter
-
-    path = str(folder / TAG)
-    models = converter.get_model_state_files(path)
-    silent = io.StringIO()
-    with deepspeed_patches.tensors_only(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-        if not list((folder / TAG).glob("*_optim_states.pt")):  # stage 0 keeps the optimizer beside the model
-            return torch.load(models[0], map_location="cpu")["module"]
-        parts = converter.get_optim_files(path)
-        first = torch.load(parts[0], map_location="cpu", mmap=True)["optimizer_state_dict"]
-        if "zero_stage" in first:
-            weights = converter.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-            assert weights is not None
-            return weights
-        return deepspeed_patches.read_bf16_stage_1(parts, models)
+    return {name: stored.read() for name, stored in stored_in_checkpoint(folder / TAG).items()}

@@ -13,7 +13,7 @@ from torch import nn
 from pretrain.data import Mixture, micro_batches
 from pretrain.document_losses import ByDocument
 from pretrain.process_group import ALONE, Ranks
-from pretrain.sums import Counts, Sums, Totals
+from pretrain.sums import Counts, Sums, Totals, by_source
 from zoo.auxiliary import RoutedBlock
 from zoo.batch import Batch
 from zoo.context import CAUSAL, TOPK
@@ -84,7 +84,8 @@ def evaluate(
         by_document: file for the losses of each document, causal where the model has it; see `document_losses`.
         bits_per_byte: report the loss of text in bits a byte, too.
     Returns:
-        `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; where asked for, `…/bits_per_byte`, the loss
+        `eval/<routing>/loss`, `…/loss/<modality>` in nats a target token; of several sources `…/source/<source>`, the
+        mean over the positions of one; where asked for, `…/bits_per_byte`, the loss
         of all text tokens, special ones too, over the UTF-8 bytes of the texts, which compares tokenizers; for sparse
         models, from the top-k pass, `eval/auxiliary/{accuracy,precision,recall,always_skip}` over all routers
         and `eval/auxiliary/<block>/…` of each, and from the causal pass `eval/causal/flops_per_token` really used,
@@ -105,12 +106,14 @@ def evaluate(
         documents = None
         if by_document is not None and routing == routings(model)[-1]:
             documents = ByDocument(stream, rows, ranks.rank * len(batches) * micro_batch)
-        totals = _pass(forward, objective, batches, routing, documents).over(ranks, device)
+        totals = _pass(forward, objective, batches, routing, documents, len(stream.streams)).over(ranks, device)
         if documents is not None:
             losses = documents.over(ranks, objective.parts, device)
             if ranks.first and by_document is not None:
                 losses.save(by_document)
         result |= _losses(totals, counts, routing, objective)
+        for source, loss in zip(stream.streams, totals.sources, strict=False):
+            result |= {} if loss is None else {f"eval/{routing}/source/{source}": loss}
         for block, usage in totals.routing.usage.items():
             found = usage.summary(model.modalities)
             result |= {f"eval/{routing}/router/{block}/{key}": value for key, value in found.items()}
@@ -132,16 +135,25 @@ def validation_loss(values: Mapping[str, float]) -> float:
 
 
 def _pass(
-    forward: nn.Module, objective: Objective, batches: Sequence[Batch], routing: str, documents: ByDocument | None
+    forward: nn.Module,
+    objective: Objective,
+    batches: Sequence[Batch],
+    routing: str,
+    documents: ByDocument | None,
+    sources: int,
 ) -> Sums:
     """What this rank's batches give under one routing, summed in fp64 on the host; `documents` gets its terms."""
     sums = Sums()
     for batch in batches:
-        trace = Trace(detailed=True, terms=None if documents is None else {})
+        trace = Trace(detailed=True, terms=None if documents is None and sources == 1 else {})
         parts = objective(forward, batch.under(routing=routing, trace=trace))
         if documents is not None and trace.terms is not None:
             documents.add(batch, trace.terms)
-        sums += Sums(parts={name: total.double().cpu() for name, total in parts.items()}, routing=trace.statistics)
+        sums += Sums(
+            parts={name: total.double().cpu() for name, total in parts.items()},
+            routing=trace.statistics,
+            sources=by_source(trace.terms, batch, sources),
+        )
     return sums
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from pretrain import document_losses, run_folder
+from pretrain import compiling, document_losses, run_folder
 from pretrain.data import Data, micro_batches, tokens_by_rank
 from pretrain.data.ratio import imbalance
 from pretrain.describe import blueprint, objective_of
@@ -21,7 +21,7 @@ from pretrain.optim import AUXILIARY_SCALE, freeze_main
 from pretrain.progress import Progress
 from pretrain.recipe import Recipe
 from pretrain.run_folder import Initial
-from pretrain.sums import Sums, Totals
+from pretrain.sums import Sums, Totals, by_source
 from pretrain.task import Forward, RunState, Step, Task
 from pretrain.updates import Updates
 from zoo.auxiliary import AuxiliaryRouter
@@ -67,6 +67,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         self, recipe: Recipe, data: Data, config: Mapping[str, Any], device: str, initial: Initial | None
     ) -> None:
         self.recipe, self.data = recipe, data
+        self.kernels = compiling.kernels_for(recipe.kernels, device) if recipe.train.compile else recipe.kernels
         trainable = recipe.train.trainable
         self.frozen = trainable == "auxiliary"
         if trainable != "all" and initial is None:
@@ -90,6 +91,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             optimizer=recipe.optimizer,
             seed=recipe.seed,
             device=device,
+            compile=recipe.train.compile,
         )
         self.updates = Updates(self.engine.module, self.engine.device, self.engine.ranks.sum)
         self.objective = objective_of(recipe)
@@ -98,7 +100,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
     def _build(self) -> zoo.Model:
         recipe, checkpointing = self.recipe, self.recipe.train.activation_checkpointing
         model = zoo.build(
-            "model", recipe.model, kernels=recipe.kernels, activation_checkpointing=checkpointing, seed=None
+            "model", recipe.model, kernels=self.kernels, activation_checkpointing=checkpointing, seed=None
         )
         if self.frozen:
             freeze_main(model)
@@ -125,7 +127,7 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         state.validation = self.data.validation_fingerprint
         notes = [
             f"kernels: {choice.operation} runs on {choice.backend}: {choice.reason}"
-            for choice in zoo.kernels.check(self.recipe.kernels, self.engine.device.type)
+            for choice in zoo.kernels.check(self.kernels, self.engine.device.type)
         ]
         if self.engine.ranks.first:
             keep_modalities(self.recipe.folder, self.data.modalities)
@@ -161,8 +163,12 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         return count_batches(self.objective, self.blueprint.modalities, batches)
 
     def forward(self, batch: Batch, step: Step[Batch, StepCounts], reporting: bool) -> Forward:
-        trace, counts = Trace(), step.counts
-        parts = self.objective(self.engine.module, batch.under(trace=trace).to(self.engine.device))
+        streams = self.data.train.streams
+        trace, counts = Trace(terms={} if reporting and len(streams) > 1 else None), step.counts
+        batch = batch.under(trace=trace).to(self.engine.device)
+        if self.engine.compiled:
+            batch.context.count_steps()
+        parts = self.objective(self.engine.module, batch)
         loss = main = self.objective.combine(parts, counts.by_part(self.objective))
         balance = auxiliary = None
         if trace.penalties:  # their mean over micro-batches and ranks
@@ -174,7 +180,10 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
             auxiliary = total / max(sum(counts.tokens), 1)
             loss = auxiliary if self.frozen else loss + AUXILIARY_SCALE * auxiliary
         self.updates.add(trace.updates)
-        return Forward(loss, Sums(main, parts, auxiliary, balance, trace.statistics) if reporting else Sums())
+        if not reporting:
+            return Forward(loss, Sums())
+        sources = by_source(trace.terms, batch, len(streams))
+        return Forward(loss, Sums(main, parts, auxiliary, balance, trace.statistics, sources))
 
     def applied(self, step: int, applied: bool) -> None:
         self.updates.apply(step, applied)
@@ -191,11 +200,11 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
 
     def report(self, state: PretrainingState, totals: Totals, counts: StepCounts) -> dict[str, float]:
         losses = self.objective.report(totals.parts, counts.by_part(self.objective), training=True)
-        return step_values(totals, losses) | self._mixture_values(state, counts)
+        return step_values(totals, losses) | self._mixture_values(state, totals, counts)
 
-    def _mixture_values(self, state: PretrainingState, counts: StepCounts) -> dict[str, float]:
-        """What a log step says of several sources: how often each has been gone through, the step's tokens by
-        modality, and how unlike those of its ranks are."""
+    def _mixture_values(self, state: PretrainingState, totals: Totals, counts: StepCounts) -> dict[str, float]:
+        """What a log step says of several sources: how often each has been gone through, the mean loss of its
+        positions, the step's tokens by modality, and how unlike those of its ranks are."""
         mixture, train = self.data.train, self.recipe.train
         if len(mixture.streams) == 1 and not self.data.balanced:
             return {}
@@ -205,6 +214,11 @@ class Pretraining(Task[Batch, StepCounts, PretrainingState]):
         shares = zip(self.blueprint.modalities, counts.tokens, strict=True)
         return {
             **{f"data/epochs/{name}": epochs for name, epochs in mixture.epochs(stop).items()},
+            **{
+                f"data/loss/{name}": loss
+                for name, loss in zip(mixture.streams, totals.sources, strict=False)
+                if loss is not None
+            },
             **{f"data/share/{name}": tokens / max(sum(counts.tokens), 1) for name, tokens in shares},
             "data/imbalance": imbalance(by_rank),
         }

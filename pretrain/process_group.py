@@ -47,16 +47,23 @@ def local_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def prepare_environment(device: str) -> None:
-    """Set the variables that DeepSpeed reads while it is imported; call it before the first `Engine` is made.
+def prepare_environment(device: str, compile: bool = False, deterministic: bool = False) -> None:
+    """Set the variables that DeepSpeed and CUDA read when they start; call it before the first `Engine` is made.
 
     Without the launcher this process becomes the only rank, on a free port.
+
+    Args:
+        compile: PyTorch's compiler is needed.
+        deterministic: every kernel of a GPU must give the same bits for the same inputs, see `be_deterministic`.
     """
+    if deterministic and device == "cuda":
+        be_deterministic()
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         # Halves the start: DeepSpeed decorates Muon with torch.compile whichever optimizer runs, which loads the
         # whole compiler. A value that the user has set stays.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if not compile:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind((LOOPBACK, 0))
@@ -64,6 +71,19 @@ def prepare_environment(device: str) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK}
         os.environ.update(alone | {"MASTER_PORT": str(port)})
     os.environ.setdefault("LOCAL_RANK", "0")
+
+
+def be_deterministic() -> None:
+    """Let PyTorch take kernels that give the same bits for the same inputs, and refuse those that have none.
+
+    cuBLAS gets a workspace of its own for each stream; sums by index and the backward passes of attention (flash and
+    flex), mamba-ssm and causal-conv1d go by their deterministic branches. An operation without one raises an error that
+    names it, in the first step, before any weight has moved: the backward pass of memory-efficient attention (xformers,
+    and PyTorch's own under a mask), sums along a dimension (`cumsum`) of floats.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 import zoo
 import zoo.kernels
+from pretrain import compiling
 from pretrain.data import DataConfig, check_length
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe_file import ImportsOfRun, read
@@ -35,13 +36,16 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 """Keys of old, and where they stand now."""
 
 RESUMABLE = re.compile(
-    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows)"
+    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows|compile|deterministic)"
     r"|(evaluate|kernels)(\..*)?|optimizer\.(muon_)?lr|train\.clip|deepspeed\.gradient_clipping"
     r"|data\.(path|train|validation|cache|workers|max_broken_samples|max_broken_documents)"
     r"|data\.sources\.[^.]+\.(path|files|validation)"
 )
 """Keys that may change when a run is resumed. Which data it is says their content, not where they lie."""
-CHANGES_TRAINING = re.compile(r"optimizer\.(muon_)?lr|train\.clip")
+MICRO_BATCH = re.compile(rf"{RESUMABLE.pattern}|train\.micro_batch")
+"""The same of a model in which every row is computed by itself, so that the split into micro-batches moves roundings
+alone."""
+CHANGES_TRAINING = re.compile(r"optimizer\.(muon_)?lr|train\.(clip|micro_batch)")
 """Those among them by which the run goes on otherwise."""
 
 
@@ -62,6 +66,10 @@ class LoopConfig(Config):
     """Largest global gradient norm; 0 turns clipping off."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more compute, the same results."""
+    deterministic: bool = False
+    """On a GPU take kernels alone that give the same bits for the same inputs, so that a resumed run is the
+    uninterrupted one bit for bit, on as many ranks of the same machine; slower, and a kernel that cannot is an error
+    that names it. On a CPU it is so anyway."""
     log_every: int = Field(10, gt=0)
     """Steps from one line of metrics.jsonl to the next."""
     evaluate_every: int = Field(0, ge=0)
@@ -91,6 +99,9 @@ Trainable = Annotated[Literal["all", "auxiliary"] | list[str], BeforeValidator(_
 class TrainConfig(LoopConfig):
     """How long, in which batches and how carefully a pretraining runs."""
 
+    compile: bool = False
+    """Compile the model's training steps into one graph (PyTorch's compiler): fewer passes over memory, fewer launches,
+    after minutes at the first step; results differ by rounding. Mixers of attention alone, ZeRO stages up to 2."""
     trainable: Trainable = "all"
     """"auxiliary": only the causal routers of a trained model learn, the rest is frozen; see `tools.train_routers`. A
     list of modalities: only weights learn that no token of another modality meets, such as their own projections,
@@ -150,6 +161,11 @@ class RunRecipe(Config):
     def folder(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
 
+    @property
+    def resumable(self) -> re.Pattern[str]:
+        """Keys that may change when a run of this recipe is resumed."""
+        return RESUMABLE
+
     def dump(self) -> dict[str, Any]:
         """As plain YAML data, defaults written out; parses to an equal recipe."""
         return self.model_dump(mode="json")
@@ -180,6 +196,14 @@ class Recipe(RunRecipe):
     def bidirectional(self) -> tuple[str, ...]:
         """Modalities whose positions see all of their item."""
         return tuple(name for name, modality in self.modalities.items() if modality.bidirectional)
+
+    @property
+    def resumable(self) -> re.Pattern[str]:
+        layers = self.model.layers
+        blocks = [block for layer in layers for block in (layer.feedforward, layer.depth) if block is not None]
+        by_row = all(block.type_name == "dense" or getattr(block, "scope", None) == "row" for block in blocks)
+        ours = all(layer.mixer.block.__module__.startswith("zoo.") for layer in layers)
+        return MICRO_BATCH if by_row and ours else RESUMABLE
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any] | None = None) -> Recipe:
@@ -227,6 +251,8 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     recipe.objective.check(place, "objective")
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
+    if recipe.train.compile:
+        compiling.check(recipe.model, recipe.kernels, recipe.train.activation_checkpointing)
     _check_trainable(recipe)
     if recipe.evaluate.documents and not recipe.objective.block.tells_terms:
         raise ConfigError(
@@ -310,7 +336,7 @@ def deepspeed_for(recipe: RunRecipe, world: int, d_model: int) -> dict[str, Any]
     from pretrain import deepspeed_config
 
     train = recipe.train
-    return deepspeed_config.effective(
+    config = deepspeed_config.effective(
         recipe.deepspeed,
         world=world,
         precision=train.precision,
@@ -320,6 +346,9 @@ def deepspeed_for(recipe: RunRecipe, world: int, d_model: int) -> dict[str, Any]
         optimizer=recipe.optimizer,
         d_model=d_model,
     )
+    if isinstance(train, TrainConfig) and train.compile:
+        compiling.check_stage(config["zero_optimization"]["stage"])
+    return config
 
 
 def differences(

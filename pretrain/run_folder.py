@@ -24,7 +24,7 @@ from pretrain.environment import environment
 from pretrain.optim import learning_rate_factor
 from pretrain.recipe import Recipe, RunRecipe
 from pretrain.watch import LOST
-from zoo.config import UserError
+from zoo.config import ConfigError, UserError
 from zoo.files import atomic_path, atomic_write, open_here, remove_leftovers
 from zoo.kept import different, kept_files
 from zoo.modality import Modality
@@ -86,10 +86,10 @@ def check_recipe(folder: Path, recipe: RunRecipe) -> None:
     if not path.exists():
         return
     try:
-        old = recipe_file.read(path)
+        old = _recorded(path, recipe)
     except UserError as error:
         raise UserError(f"{error}. Restore it, or choose another run_dir") from None
-    lines = recipes.differences(old, recipe.dump())
+    lines = recipes.differences(old, recipe.dump(), but=recipe.resumable)
     if lines:
         raise UserError(
             f"run_dir: {str(folder)!r} belongs to another recipe; choose another run_dir or name, or remove the folder."
@@ -97,12 +97,27 @@ def check_recipe(folder: Path, recipe: RunRecipe) -> None:
         )
 
 
+def _recorded(path: Path, recipe: RunRecipe) -> Mapping[str, Any]:
+    """The recipe of a run as plain data. A key that it lacks has its default: the run may be older than the key.
+
+    Args:
+        recipe: of the same kind.
+    Raises:
+        UserError: the file cannot be read.
+    """
+    old = recipe_file.read(path)
+    try:
+        return type(recipe).parse(old).dump()
+    except ConfigError:  # of another kind, or of an older library: the differences say in what
+        return old
+
+
 def changes(folder: Path, recipe: RunRecipe, step: int) -> list[str]:
     """By what a run that is resumed after `step` goes on otherwise than it would have, a line each."""
     path = folder / RECIPE
     if not path.exists():
         return [f"{path} is gone; that the checkpoint is of this recipe cannot be told but by its model and its data"]
-    old = recipe_file.read(path)
+    old = _recorded(path, recipe)
     lines = recipes.differences(old, recipe.dump(), only=recipes.CHANGES_TRAINING, but=None)
     now = recipe.train.steps
     before = old["train"].get("steps", now)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pretrain.process_group import Ranks
+from zoo.batch import Batch
 from zoo.routing.statistics import RoutingStatistics
+from zoo.trace import Terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Sums:
     balance: Tensor | None = None
     """Penalties that keep routers balanced."""
     routing: RoutingStatistics = dataclasses.field(default_factory=RoutingStatistics)
+    sources: Tensor | None = None
+    """(S, 2): of each source of a mixture the sum of the losses of its positions, and how many they are."""
 
     def __add__(self, other: Sums) -> Sums:
         parts = dict(self.parts)
@@ -64,18 +68,23 @@ class Sums:
             _plus(self.auxiliary, other.auxiliary),
             _plus(self.balance, other.balance),
             self.routing + other.routing,
+            _plus(self.sources, other.sources),
         )
 
     def over(self, ranks: Ranks, device: torch.device | str) -> Totals:
         """The sum over all ranks, as numbers on the host; collective, one all-reduce on `device`."""
         flat = [value.detach().double().to(device).reshape(1) for value in self._scalars()]
+        if self.sources is not None:
+            flat += list(self.sources.detach().double().to(device).reshape(-1, 1))
         sums = ranks.sum(torch.cat((*flat, self.routing.flat(device))))
         numbers = iter(sums[: len(flat)].tolist())
         parts = {name: next(numbers) for name in sorted(self.parts)}
         loss, auxiliary, balance = (
             None if value is None else next(numbers) for value in (self.loss, self.auxiliary, self.balance)
         )
-        return Totals(loss, parts, auxiliary, balance, self.routing.with_counts(sums[len(flat) :]))
+        pairs = [] if self.sources is None else [(next(numbers), next(numbers)) for _ in self.sources]
+        sources = [total / count if count else None for total, count in pairs]
+        return Totals(loss, parts, auxiliary, balance, self.routing.with_counts(sums[len(flat) :]), sources)
 
     def _scalars(self) -> list[Tensor]:
         """All losses there are, in an order that their names alone decide."""
@@ -92,6 +101,21 @@ class Totals:
     auxiliary: float | None
     balance: float | None
     routing: RoutingStatistics
+    sources: Sequence[float | None] = ()
+    """Mean loss of the positions of each source of a mixture; None for one without rows in this step."""
+
+
+def by_source(terms: Mapping[str, Terms] | None, batch: Batch, count: int) -> Tensor | None:
+    """(S, 2) without a gradient: the terms of the modalities' losses in a batch, summed by the source of each row, and
+    how many they are; None where they are not told, or there is one source."""
+    found = [each for part, each in (terms or {}).items() if part in batch.context.modalities]
+    if not found or batch.sources is None:
+        return None
+    losses, counted = (
+        torch.stack(each).sum((0, 2)) for each in zip(*((t.losses.detach(), t.counted) for t in found), strict=True)
+    )
+    rows = torch.stack([losses.float(), counted.float()], 1)
+    return rows.new_zeros(count, 2).index_add_(0, batch.sources, rows)
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -54,7 +54,7 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         check_routers(recipe)
         run_folder.check_recipe(recipe.folder, recipe)
         data = open_data(recipe.data, recipe.modalities, recipe.seed, log=print if rank == 0 else _silent)
-        prepare_environment(device)
+        prepare_environment(device, recipe.train.compile, recipe.train.deterministic)
         check_values(config)
         lock = run_folder.claim(recipe.folder) if rank == 0 else None  # last: until here nothing is written
         initial = begin(recipe) if begin else run_folder.load_initial(recipe.folder)

@@ -183,17 +183,67 @@ def test_the_subset_covers_all_pairs() -> None:
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-@pytest.mark.parametrize("combination", pairwise(), ids=name_of)
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ids": ("ids", "ids", {}),
+    "vectors": ("vectors", "vectors", {"width": 3}),
+    "channels": ("channels", "channels", {"count": 2, "size": 4}),
+    "vectors that see all of their item": ("noisy_vectors", "vectors", {"width": 3}),
+}
+"""What the positions of images carry: stem, head, and the keys of both."""
+ROWS = {
+    True: ("tt[ii]sst|[ii]t", "..stt|t[ii]ss", "ts[iii]......"),
+    False: ("ttiisst|iit", "..stt|tiiss", "tsiii......"),
+}
+"""By whether an image sees all of itself."""
+
+
 @torch.no_grad()
-def test_it_decodes(combination: Combination) -> None:
-    """Causal, a state carried from chunk to chunk, packed documents and padding."""
-    model: Any = zoo.build("model", model_config(combination)).double().eval()
-    context = stream("ttiisst|it", "..sti|tiss", "tsit......", modalities=MODALITIES, routing="causal")
+def decode(combination: Combination, kind: str) -> None:
+    """Causal, a state carried from piece to piece, packed documents, padding: as the whole rows at once."""
+    stem, head, keys = KINDS[kind]
+    ends = (
+        {} if kind == "ids" else {"stem": {"image": {"type": stem, **keys}}, "head": {"image": {"type": head, **keys}}}
+    )
+    model: Any = zoo.build("model", model_config(combination) | ends).double().eval()
+    context = stream(*ROWS["all" in kind], modalities=MODALITIES, routing="causal")
     tokens = torch.arange(context.modality.numel()).view(context.shape) % (IDS * len(MODALITIES))
-    full, states = model(tokens, context), model.init_state(*context.shape)
-    ends = [0, 1, 2, 6, 7, context.shape[1]]
-    parts = [model(tokens[:, a:b], columns(context, a, b), states) for a, b in itertools.pairwise(ends)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=1e-10)
+    column, count = context.index(1) % context.shape[1], context.totals[1]
+    images = torch.randn(count, 3).double() if "vectors" in kind else torch.randint(4, (count, 2))
+
+    def say(start: int, stop: int, states: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        content = {"image": images[(column >= start) & (column < stop)]} if ends else {}
+        part = columns(context, start, stop) if states is not None else context
+        read = {"image": part.index(1)} if ends else {}
+        logits, predicted = model(tokens[:, start:stop], part, states, content, read=read)
+        return logits, predicted.get("image", logits.new_zeros(0, 3))
+
+    full, heads = say(0, context.shape[1], None)
+    states = model.init_state(*context.shape)
+    cuts = [0, 1, 2, 5, 6, context.shape[1]]  # no image is cut
+    pieces = [say(start, stop, states) for start, stop in itertools.pairwise(cuts)]
+    torch.testing.assert_close(torch.cat([logits for logits, _ in pieces], dim=1), full, rtol=0, atol=1e-10)
+    if ends:  # row by row there, piece by piece here
+        place = torch.cat([torch.nonzero((column >= a) & (column < b))[:, 0] for a, b in itertools.pairwise(cuts)])
+        torch.testing.assert_close(torch.cat([each for _, each in pieces]), heads[place], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("combination", "kind"),
+    [(combination, list(KINDS)[number % len(KINDS)]) for number, combination in enumerate(pairwise())],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
+def test_it_decodes(combination: Combination, kind: str) -> None:
+    decode(combination, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixer", FACTORS["mixer"])
+def test_everything_decodes(mixer: str, kind: str) -> None:
+    for combination in product():
+        if combination[0] == mixer:
+            decode(combination, kind)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

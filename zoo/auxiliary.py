@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.config import ConfigError
+from zoo.config import ConfigError, UserError
 from zoo.context import CAUSAL, TokenContext
 from zoo.layers import wide_linear
 from zoo.registry import Place
@@ -117,3 +117,21 @@ def train_auxiliary(context: RoutedBatch, name: str, logits: Tensor, chosen: Ten
     predicted = logits.detach() > 0
     hits = RouterHits(chosen.numel(), chosen.sum(), predicted.sum(), (predicted & chosen).sum())
     context.trace.add_hits(name, hits)
+
+
+def check_causal(model: nn.Module, folder: object) -> None:
+    """Raise UserError where a block looks ahead and has no auxiliary router, so that nothing goes token by token.
+
+    Args:
+        folder: of the run, which begins the message.
+    """
+    blind = [
+        name
+        for name, block in model.named_modules()
+        if isinstance(block, RoutedBlock) and block.looks_ahead and block.auxiliary is None
+    ]
+    if blind:
+        raise UserError(
+            f"{folder}: {blind[0]} and {len(blind) - 1} other blocks choose among tokens that are still to come, "
+            f"and have no auxiliary router; train them: python -m tools.train_routers {folder}"
+        )

@@ -24,10 +24,14 @@ class Batch:
     """What the n positions of each modality that carries no ids carry, in row and time order, as `context.index` has
     them: vectors (n, width) float32 or channels (n, count) int64."""
 
+    sources: Tensor | None = None
+    """(B,) int64, the number of the source of each row, where there are several."""
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         content = {name: send(values, device) for name, values in self.content.items()}
-        return Batch(send(self.tokens, device), self.context.to(device), content)
+        sources = None if self.sources is None else send(self.sources, device)
+        return Batch(send(self.tokens, device), self.context.to(device), content, sources)
 
     def under(self, **changes: Any) -> Batch:
         """The same batch whose context has another `step`, `routing` or `trace`."""

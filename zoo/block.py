@@ -102,7 +102,7 @@ class Block(Component, counter_noise=True):
         if self.post and norm is not None:
             y = norm(y, group)
         if self.training and self.dropout:
-            y = noise.dropout(y, self.dropout, context.key, noise.salt(f"{self.name}.{slot}", context.step))
+            y = noise.dropout(y, self.dropout, context.key, context.salt(f"{self.name}.{slot}"))
         return y
 
     def _norm_for(self, part: Branch, place: Place) -> RMSNorm | None:

@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo import noise
 from zoo.host import send
-from zoo.noise import token_keys
 from zoo.spans import Span, Spans
 from zoo.trace import Trace
 
 TOPK, CAUSAL = "topk", "causal"
+
+_STEP = "step"
+"""Name of the step among `constants`."""
 
 TEXT_AND_IMAGE = ("text", "image")
 """The modalities where a caller in Python names none: those of the papers."""
@@ -51,21 +54,33 @@ class Kept:
         read: Callable[[], tuple[Counts, Spans | None]],
         counts: Counts | None = None,
     ) -> None:
-        self.row_counts = row_counts
-        self._counts, self._read = counts, functools.cache(read)
+        self.row_counts, self.total = row_counts, sum(row_counts)
+        self._read, self._counts = read, counts
+        self._totals = None if counts is None else _totals(counts)
+        self._found: tuple[Counts, Spans | None] | None = None
 
     @classmethod
     def of(cls, counts: Counts, spans: Spans | None = None) -> Kept:
         """What is known already."""
-        return cls(tuple(map(sum, counts)), lambda: (counts, spans))
+        return cls(tuple(map(sum, counts)), lambda: (counts, spans), counts)
 
     @property
     def counts(self) -> Counts:
-        return self._counts or self._read()[0]
+        return self._counts or self._numbers()[0]
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """Tokens of each modality."""
+        return self._totals or _totals(self.counts)
 
     @property
     def spans(self) -> Spans | None:
-        return self._read()[1]
+        return self._numbers()[1]
+
+    def _numbers(self) -> tuple[Counts, Spans | None]:
+        if self._found is None:
+            self._found = self._read()
+        return self._found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,7 +157,7 @@ class TokenContext:
         if position is None:
             position = send(_positions(spans, host_modality), modality.device)
         if key is None:
-            key = send(token_keys(0, np.arange(modality.shape[0]), modality.shape[1]), modality.device)
+            key = send(noise.token_keys(0, np.arange(modality.shape[0]), modality.shape[1]), modality.device)
         return cls(
             modalities=tuple(modalities),
             modality=modality,
@@ -177,11 +192,11 @@ class TokenContext:
     @property
     def totals(self) -> tuple[int, ...]:
         """Tokens of each modality in the batch."""
-        return tuple(sum(row[m] for row in self.counts) for m in range(len(self.modalities)))
+        return self.known.totals
 
     @property
     def padded(self) -> bool:
-        return sum(self.row_counts) < self.modality.numel()
+        return self.known.total < self.modality.numel()
 
     @property
     def document_spans(self) -> tuple[Span, ...]:
@@ -207,9 +222,20 @@ class TokenContext:
     def constant(self, name: Any, compute: Callable[[], Any]) -> Any:
         """A value that depends on its name alone, such as a table of numbers that the host knows: as `shared`, and also
         for the contexts narrowed from this one, so that a batch sends it to the device once."""
+        if torch.compiler.is_compiling():  # a graph must not look at the numbers in a name
+            return compute()
         if name not in self.constants:
             self.constants[name] = compute()
         return self.constants[name]
+
+    def count_steps(self) -> None:
+        """Put the step on the device, where a compiled graph may read it: noise that changes with it needs no other
+        graph."""
+        self.constants[_STEP] = send([self.step], self.modality.device)[0]
+
+    def salt(self, name: str) -> int | Tensor:
+        """Salt of the noise of the block `name` at this step (`zoo.noise`)."""
+        return noise.salt(name, self.constants.get(_STEP, self.step))
 
     @property
     def valid(self) -> Tensor:
@@ -231,7 +257,7 @@ class TokenContext:
         """Flat indices of all tokens that are not padding, in row and time order."""
         if not self.padded:
             return self.shared("tokens", lambda: torch.arange(self.modality.numel(), device=self.modality.device))
-        start = self.modality.numel() - sum(self.row_counts)
+        start = self.modality.numel() - self.known.total
         return self.shared("tokens", lambda: self.order[start:].sort().values)
 
     @property
@@ -331,6 +357,11 @@ def _positions(spans: Spans, like: Tensor) -> Tensor:
     for row, start, length in spans.documents:
         position[row, start : start + length] = torch.arange(length)
     return position
+
+
+def _totals(counts: Counts) -> tuple[int, ...]:
+    """Over the rows; of no rows there are none."""
+    return tuple(map(sum, zip(*counts, strict=True)))
 
 
 def _read(

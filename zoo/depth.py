@@ -23,7 +23,6 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from zoo import noise
 from zoo.auxiliary import AuxiliaryRouter, RoutedBlock, train_auxiliary
 from zoo.config import ConfigError
 from zoo.context import Counts, TokenContext
@@ -166,6 +165,8 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         passed = decide(context, self.name, lambda: self._select(ranking, logits, candidates, pools, context))
         selection, inner = passed.selection, passed.context.replace(trace=context.trace)
         self._report(logits, selection, sizes, context, inner)
+        if state is not None and not any(inner.row_counts) and self._may_skip:
+            return x
         flat_index, valid = selection.flat_index, selection.valid
         kept = pick(flat, flat_index).view(rows, -1, width)
         if valid is not None:
@@ -178,9 +179,15 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
             weight = weight * valid.reshape(-1, 1)
         return flat.index_add(0, flat_index, weight * delta.reshape(-1, width)).view_as(x)
 
+    @property
+    def _may_skip(self) -> bool:
+        """Whether the block may be left out of a decoding step in which no token passes: nothing is differentiated, and
+        its weights are whole, so that no other rank waits for this one to gather them (ZeRO-3)."""
+        return not torch.is_grad_enabled() and all(weight.numel() for weight in self.block.parameters())
+
     def _candidates(self, context: TokenContext) -> list[Candidates]:
         """Those of each pool."""
-        salt = noise.salt(self.name, context.step)
+        salt = context.salt(self.name)
         return [pool.candidates(context, salt) for pool in self.pools]
 
     def _joined(self, pools: list[Candidates]) -> Candidates:
@@ -191,7 +198,7 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         index = context.shared(("depth candidates", modalities), lambda: torch.cat([pool.index for pool in pools]))
         rows = tuple(sum(counts) for counts in zip(*(pool.row_counts for pool in pools), strict=True))
         scopes = tuple(size for pool in pools for size in pool.scopes)
-        return Candidates(context, index, rows, scopes, pools[0].salt)
+        return Candidates(context, index, rows, scopes, salt=pools[0].salt)
 
     def _select(
         self,

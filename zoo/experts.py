@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from zoo import kernels, noise
+from zoo import kernels
 from zoo.auxiliary import AuxiliaryRouter, RoutedBlock, train_auxiliary
 from zoo.config import ConfigError
 from zoo.context import TokenContext
@@ -153,7 +153,7 @@ class ExpertGroup(nn.Module, RoutedBlock):
         self.experts = StackedSwiGLU(experts, config.d_ff, place.child("experts"))
 
     def candidates(self, context: TokenContext) -> Candidates:
-        return self.pool.candidates(context, noise.salt(self.name, context.step))
+        return self.pool.candidates(context, context.salt(self.name))
 
     def route(self, x: Tensor, candidates: Candidates, context: TokenContext, state: State | None = None) -> Routed:
         """Decide who of the candidates x (n, D) goes where."""

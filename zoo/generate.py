@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tqdm
 
-from zoo.auxiliary import RoutedBlock
+from zoo import auxiliary
 from zoo.choosing import Choosing
 from zoo.config import UserError, suggestion
 from zoo.modalities.grammar import Grammar, Piece
@@ -42,23 +42,28 @@ class Part(NamedTuple):
     """As the modality encodes it and its `decode` gives it: text is a string, a picture an array or a Pillow image."""
 
 
-class Trained(Protocol):
-    """What generation needs to know of a run."""
+class Readable(Protocol):
+    """What a document needs to know of a run: its modalities, and how they stand in the stream."""
 
     @property
     def folder(self) -> Path: ...
     @property
-    def model(self) -> Model: ...
-    @property
     def modalities(self) -> Any: ...
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def length(self) -> int: ...
     @property
     def vocabulary(self) -> Vocabulary: ...
     @property
     def grammars(self) -> dict[str, Grammar]: ...
+
+
+class Trained(Readable, Protocol):
+    """What generation needs to know of a run."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def length(self) -> int: ...
 
 
 def generate(
@@ -101,7 +106,7 @@ def generate(
     return [written[number] for number in range(len(prompts))]
 
 
-def document(run: Trained, parts: Iterable[Part | str]) -> Piece:
+def document(run: Readable, parts: Iterable[Part | str]) -> Piece:
     """The beginning of a document that holds these parts.
 
     Raises:
@@ -111,7 +116,7 @@ def document(run: Trained, parts: Iterable[Part | str]) -> Piece:
     return Piece.join([begin, *(piece_of(run, part, f"part {number + 1}") for number, part in enumerate(parts))])
 
 
-def piece_of(run: Trained, part: Part | str, what: str) -> Piece:
+def piece_of(run: Readable, part: Part | str, what: str) -> Piece:
     """A part as it stands in the stream, markers included.
 
     Args:
@@ -135,7 +140,7 @@ def piece_of(run: Trained, part: Part | str, what: str) -> Piece:
     return content
 
 
-def read_part(run: Trained, part: str, path: str | Path) -> Part:
+def read_part(run: Readable, part: str, path: str | Path) -> Part:
     """The item in a file, for the run's modality that reads such parts.
 
     Args:
@@ -156,7 +161,7 @@ def read_part(run: Trained, part: str, path: str | Path) -> Part:
         raise UserError(f"{path}: is no {part} that {name} reads ({error})") from None
 
 
-def modality_of_part(run: Trained, part: str) -> str:
+def modality_of_part(run: Readable, part: str) -> str:
     """Name of the run's modality that reads parts of a type.
 
     Raises:
@@ -168,7 +173,7 @@ def modality_of_part(run: Trained, part: str) -> str:
     return found[0]
 
 
-def check_modality(run: Trained, name: str, what: str) -> None:
+def check_modality(run: Readable, name: str, what: str) -> None:
     """Raise UserError where the run has no modality of that name; `what` begins the message."""
     if name not in run.modalities:
         raise UserError(
@@ -179,16 +184,7 @@ def check_modality(run: Trained, name: str, what: str) -> None:
 
 def check_causal(run: Trained) -> None:
     """Raise UserError where a block looks ahead and has no auxiliary router, so that nothing goes token by token."""
-    blind = [
-        name
-        for name, block in run.model.named_modules()
-        if isinstance(block, RoutedBlock) and block.looks_ahead and block.auxiliary is None
-    ]
-    if blind:
-        raise UserError(
-            f"{run.folder}: {blind[0]} and {len(blind) - 1} other blocks choose among tokens that are still to come, "
-            f"and have no auxiliary router; train them: python -m tools.train_routers {run.folder}"
-        )
+    auxiliary.check_causal(run.model, run.folder)
 
 
 def _rules(run: Trained, then: str | Sequence[str] | None, stop: Sequence[str]) -> Rules:
@@ -235,7 +231,7 @@ def _room(run: Trained, prompt: int, needed: int, plan: Sequence[str] | None, ma
     return min(room, max_tokens)
 
 
-def _text(run: Trained, text: str) -> Piece:
+def _text(run: Readable, text: str) -> Piece:
     name = run.vocabulary.text
     if not isinstance(text, str):
         raise TypeError(f"a {type(text).__name__}")

@@ -14,8 +14,8 @@ from zoo.gather import spread
 from zoo.roles import ParameterOwner, Role
 
 
-class Linear(ParameterOwner):
-    """y = x Wᵀ, no bias.
+class Linear(ParameterOwner, nn.Linear):
+    """y = x Wᵀ, no bias. It is a linear layer of torch to those who look for such, as PEFT does.
 
     Args:
         d_in, d_out: widths.
@@ -24,14 +24,15 @@ class Linear(ParameterOwner):
     """
 
     def __init__(self, d_in: int, d_out: int, scale: float = 1.0, role: Role = Role.MATRIX) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # torch's own would draw first values
+        self.in_features, self.out_features, self.bias = d_in, d_out, None
         self.scale, self.roles = scale, {"weight": role}
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, self.scale * parameter.shape[-1] ** -0.5, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]  # shape letters
         """(..., d_in) → (..., d_out)."""
         return F.linear(x, self.weight)
 

@@ -195,7 +195,7 @@ class Model(nn.Module):
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
             for layer in self._components:
-                x = _recomputed(layer, x, context)
+                x = recomputed(layer, x, context)
         else:
             for i, layer in enumerate(self.layers):
                 x = layer(x, context, None if states is None else states[i])
@@ -256,7 +256,7 @@ class Model(nn.Module):
         return whole.expand(len(self.modalities))
 
 
-def _recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
+def recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
     """The layer's output; of all that the layer computes only x is kept, the backward pass computes the rest again."""
     assert context.trace is not None
     # taken out by the first pass: the trace's losses hold the autograd graph, so the graph must not hold the trace

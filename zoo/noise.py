@@ -51,13 +51,20 @@ def token_keys(seed: int, rows: np.ndarray, columns: int) -> np.ndarray:
     return hash32(state[:, None] ^ hash32(np.arange(columns, dtype=np.uint32))[None, :]).view(np.int32)
 
 
-def salt(name: str, step: int) -> int:
-    """A signed 32-bit number for the noise of the block `name` at `step`."""
-    mixed = hash32(np.array([zlib.crc32(name.encode()) ^ ((step * _GOLDEN) & 0xFFFFFFFF)], np.uint64))
+def salt(name: str, step: int | Tensor) -> int | Tensor:
+    """A signed 32-bit number for the noise of the block `name` at `step`; a tensor of it where `step` is one."""
+    if isinstance(step, Tensor):
+        return _mix(((step * _GOLDEN) ^ checksum(name)).to(torch.int32))
+    mixed = hash32(np.array([checksum(name) ^ ((step * _GOLDEN) & 0xFFFFFFFF)], np.uint64))
     return int(mixed.view(np.int32)[0])
 
 
-def uniform(key: Tensor, salt: int, width: int) -> Tensor:
+def checksum(name: str) -> int:
+    """CRC-32 of a name; a graph must take it as a constant (`pretrain.compiling`)."""
+    return zlib.crc32(name.encode())
+
+
+def uniform(key: Tensor, salt: int | Tensor, width: int) -> Tensor:
     """Uniform numbers in (0, 1), fp32.
 
     Args:
@@ -73,7 +80,7 @@ def uniform(key: Tensor, salt: int, width: int) -> Tensor:
     return ((value >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24).clamp_max_(1 - 2.0**-24)
 
 
-def normal(key: Tensor, salt: int, width: int) -> Tensor:
+def normal(key: Tensor, salt: int | Tensor, width: int) -> Tensor:
     """Draws of the normal distribution with mean 0 and variance 1 (Box and Muller, 1958): (..., width) fp32.
 
     Args:
@@ -85,13 +92,13 @@ def normal(key: Tensor, salt: int, width: int) -> Tensor:
     return torch.cat((radius * angle.cos(), radius * angle.sin()), -1)[..., :width]
 
 
-def logistic(key: Tensor, salt: int, width: int) -> Tensor:
+def logistic(key: Tensor, salt: int | Tensor, width: int) -> Tensor:
     """Draws of the logistic distribution, the difference of two independent Gumbel draws: (..., width) fp32."""
     value = uniform(key, salt, width)
     return value.log() - (-value).log1p()
 
 
-def dropout(x: Tensor, probability: float, key: Tensor, salt: int) -> Tensor:
+def dropout(x: Tensor, probability: float, key: Tensor, salt: int | Tensor) -> Tensor:
     """Inverted dropout of x (..., D): zero with `probability`, the rest scaled; a function of (key, salt)."""
     if probability == 0.0:
         return x

@@ -118,8 +118,8 @@ def load(folder: str | Path, *, imports: Iterable[str] = (), device: str = "cpu"
         UserError: the folder is no whole run, or its parts do not go together; names the file and the way out.
     """
     folder = Path(folder)
-    recipe = _recipe(folder / RECIPE)
-    _import(recipe.get("imports") or [], imports)
+    recipe = read_recipe(folder / RECIPE)
+    import_named(recipe.get("imports") or [], imports)
     try:
         config = ModelConfig.parse(recipe["model"], "model")
         model = build_model(config, seed=None)
@@ -145,7 +145,7 @@ def load(folder: str | Path, *, imports: Iterable[str] = (), device: str = "cpu"
     return Run(folder, model.to(device).eval(), modalities, objective, length)
 
 
-def _recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
     """A resolved recipe as plain data; it has no aliases, which could blow it up."""
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -163,7 +163,7 @@ def _recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); restore it") from None
 
 
-def _import(wanted: Any, named: Iterable[str]) -> None:
+def import_named(wanted: Any, named: Iterable[str]) -> None:
     """Import what the user has named; a module that the recipe alone wants must have been imported before."""
     named = list(named)
     missing = [module for module in wanted if module not in named and module not in sys.modules]

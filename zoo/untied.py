@@ -204,8 +204,9 @@ def grouped_bias(rows: Tensor, bias: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return _GroupedBias.apply(rows, bias, sizes)
 
 
-class ModalityLinear(ParameterOwner):
-    """y = x W_gᵀ with W_g of the token's group; no bias.
+class ModalityLinear(ParameterOwner, nn.Linear):
+    """y = x W_gᵀ with W_g of the token's group; no bias. It is a linear layer of torch to those who look for such: an
+    adapter of PEFT is shared by all groups.
 
     Args:
         groups: number of weights; 1 is an ordinary tied linear map.
@@ -213,7 +214,8 @@ class ModalityLinear(ParameterOwner):
     """
 
     def __init__(self, d_in: int, d_out: int, groups: int = 1, scale: float = 1.0) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # torch's own would draw first values
+        self.in_features, self.out_features, self.bias = d_in, d_out, None
         self.groups, self.scale = groups, scale
         self.roles = {"weight": Role.MATRIX if groups == 1 else Role.MODALITY_MATRIX}
         shape = (d_out, d_in) if groups == 1 else (groups, d_out, d_in)
@@ -222,7 +224,9 @@ class ModalityLinear(ParameterOwner):
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, self.scale * parameter.shape[-1] ** -0.5, generator=generator)
 
-    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(  # pyrefly: ignore[bad-override]  # rows come with their groups
+        self, rows: Tensor, sizes: Sequence[int]
+    ) -> Tensor:
         """rows (n, d_in) sorted by group, `sizes` of each → (n, d_out). Tied weights take rows of any order."""
         if self.groups == 1:
             return F.linear(rows, self.weight)

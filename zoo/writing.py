@@ -85,12 +85,7 @@ class Row:
         """Ranges [start, stop) of the tokens that may come next."""
         rules, item = self.rules, self.inside
         if item is not None:
-            assert item.end is not None
-            following, start = item.config.following(self.content), item.choice.start
-            end = [(item.end, item.end + 1)] if following.end else []
-            if following.ids is None or (following.end and len(self.content) >= self.most):
-                return end
-            return [(start + following.ids[0], start + following.ids[1]), *end]
+            return inside_choices(item, self.content, self.most)
         if self.plan and self.plan[0] != rules.text.name:
             return [_marker(rules.grammars[self.plan[0]])]
         items = [each for each in rules.grammars.values() if each.begin is not None]
@@ -185,6 +180,21 @@ class Row:
 
     def _count(self) -> None:
         self.room, self.position = self.room - 1, self.position + 1
+
+
+def inside_choices(item: Grammar, content: Sequence[Any], most: int) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of the tokens that may come next inside an item.
+
+    Args:
+        content: what its positions carry so far; ids are counted from 0.
+        most: positions after which it ends where it may.
+    """
+    assert item.end is not None
+    following, start = item.config.following(content), item.choice.start
+    end = [(item.end, item.end + 1)] if following.end else []
+    if following.ids is None or (following.end and len(content) >= most):
+        return end
+    return [(start + following.ids[0], start + following.ids[1]), *end]
 
 
 def _marker(item: Grammar) -> tuple[int, int]:

@@ -75,7 +75,8 @@ def _batch(stream: Mixture, numbers: np.ndarray, step: int, seed: int, end: int 
         key=torch.from_numpy(token_keys(seed, numbers, stream.sequence_length)),
     )
     content = {name: np.concatenate([row.content[name] for row in rows]) for name in rows[0].content}
-    return Batch(tokens, context, {name: _tensor(values) for name, values in content.items()})
+    sources = torch.tensor([stream.source(n) for n in numbers.tolist()]) if len(stream.streams) > 1 else None
+    return Batch(tokens, context, {name: _tensor(values) for name, values in content.items()}, sources)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

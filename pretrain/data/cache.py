@@ -126,19 +126,22 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def room_for(folder: Path) -> Iterator[None]:
+def room_for(folder: Path, key: str = "data.cache") -> Iterator[None]:
     """Say which disk it is where what is written into `folder` does not fit.
 
+    Args:
+        key: what names the folder.
     Raises:
-        DataError: the disk is full, or a quota is used up.
+        DataError: the disk is full, or a quota or a limit on the size of files is reached.
     """
     try:
         yield
     except OSError as error:
         # NumPy says what it could not write, but not why
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or re.search(r"\d+ requested and \d+ written", str(error)):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or re.search(r"\d+ requested and \d+ written", str(error)):
             raise DataError(
-                f"data.cache: the disk of {folder} is full ({error.strerror or error}); free space, or set "
-                "data.cache to a folder on another disk, and give the same command again"
+                f"{key}: the disk of {folder} is full ({error.strerror or error}); free space, or set {key} to a "
+                "folder on another disk, and give the same command again"
             ) from None
         raise

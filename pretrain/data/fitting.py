@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from pretrain.data.cache import cache_folder
+from pretrain.data.cache import cache_folder, room_for
 from pretrain.data.config import DataConfig
 from pretrain.data.errors import BrokenDocument, DataError, shown
 from pretrain.data.index import REASON, Listing, Split, list_shard
@@ -129,7 +129,9 @@ def fit_and_save(config: DataConfig, modalities: Modalities, out: Path, log: Cal
         raise UserError(f"modalities: {kinds}: none of them learns anything, there is nothing to do")
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, modality in _fit(modalities, _lessons(tasks, cache), names, cache, log).items():
+    with room_for(cache):
+        learned = _fit(modalities, _lessons(tasks, cache), names, cache, log)
+    for name, modality in learned.items():
         files.append(out / f"{name}{learning(modalities)[name].file}")
         modality.save(files[-1])
     return files

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
 import hashlib
 import json
+import mmap
 import re
 import zipfile
 import zlib
@@ -179,12 +181,12 @@ class TokenRecord:
         }
         forms = {name: stored(modality.config.carries) for name, modality in modalities.items()}
         content = {
-            name: _mapped(self.folder / f"{name}.content", form[0], (positions[name], *form[1]))
+            name: _mapped(self.folder / f"{name}.content", form[0], (positions[name], *form[1]), scattered=True)
             for name, form in forms.items()
             if form is not None
         }
         return ShardTokens(
-            _mapped(self.folder / "tokens", np.int32, (self.tokens,)),
+            _mapped(self.folder / "tokens", np.int32, (self.tokens,), scattered=True),
             _mapped(self.folder / "starts", np.int64, (self.documents + 1,)),
             _mapped(self.folder / "text_bytes", np.int64, (self.documents,)),
             items,
@@ -366,11 +368,14 @@ def _folder(listing: Listing, split: Split, cache: Path, fingerprint: str) -> Pa
     return cache / f"{listing.checksum[:32]}-{fingerprint[:16]}{part}.tokens"
 
 
-def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _mapped(path: Path, dtype: Any, shape: tuple[int, ...], scattered: bool = False) -> np.ndarray:
     """The array that a file holds and nothing else, read when it is needed. An empty file cannot be mapped.
 
     Python's own maps keep the file open, and a data set has more shards than a process may have open files.
 
+    Args:
+        scattered: it is read in short stretches that lie anywhere. Without this hint a system reads up to some
+            megabytes around each.
     Raises:
         DataError: the system allows no more maps.
     """
@@ -380,6 +385,9 @@ def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     except RuntimeError as error:
         raise DataError(f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]})") from None
+    if scattered:
+        place, size = ctypes.c_void_p(content.ctypes.data), ctypes.c_size_t(content.nbytes)
+        ctypes.CDLL(None).madvise(place, size, mmap.MADV_RANDOM)
     content.flags.writeable = False
     return content.view(dtype).reshape(shape)
 

@@ -112,6 +112,11 @@ class Mixture:
         source = int(sources[inside])
         return list(self.streams.values())[source], block * int(self.rows_per_block[source]) + int(rows[inside])
 
+    def source(self, number: int) -> int:
+        """The number of the source that a row comes from, in the order of `streams`."""
+        block, inside = divmod(number, BLOCK)
+        return 0 if len(self.streams) == 1 else int(self._block(block)[0][inside])
+
     def rows_before(self, number: int) -> dict[str, int]:
         """How many of the rows before row `number` come from each source."""
         block, inside = divmod(number, BLOCK)

@@ -219,6 +219,8 @@ class _Making:
         weights = {name: self.config.entries[name].config.weight for name in streams}
         if self.config.token_ratio is not None:
             weights = weights_for(self.config.token_ratio, weights, streams)
+            moved = ", ".join(f"{name} {weight:.2%}" for name, weight in weights.items())
+            self.log(f"data.token_ratio: {split}: rows come from {moved}")
         return Mixture(streams, weights, seed)
 
     def _stream(self, source: str, split: str, records: Sequence[TokenRecord], seed: int | None) -> TokenStream:

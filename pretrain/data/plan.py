@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+from pretrain.data.cache import room_for
 from pretrain.data.errors import DataError
 from pretrain.data.shuffle import MOST, Shuffle, chunks
 from zoo.files import atomic_path, remove_leftovers
@@ -104,20 +106,23 @@ class Plan:
         """The pieces of an epoch: those of each length at random in the places of that length, the rows at random.
 
         One process of a machine deals, the others wait for it; a plan in memory is dealt in memory.
+
+        Raises:
+            DataError: the disk is full.
         """
         if self.seed is None:
             return Deal(self.places, None)
         if self.folder is None:
             return self._dealt(self.seed, epoch, _memory)
         path = self.folder / f"epoch-{epoch}"
-        with filelock.FileLock(self.folder / "lock"):
+        with filelock.FileLock(self.folder / "lock"), room_for(self.folder.parent):
             if not path.exists():
                 remove_leftovers(self.folder)
                 for old in sorted(self.folder.glob("epoch-*"), key=lambda file: file.stat().st_mtime)[: 1 - EPOCHS]:
                     old.unlink()  # whoever has mapped it keeps it
                 with atomic_path(path) as temporary:
                     self._dealt(self.seed, epoch, functools.partial(_file, temporary))
-        both = np.memmap(path, np.uint32, "r", shape=(len(self.places) + len(self),))
+        both = _read(path, len(self.places) + len(self))
         return Deal(both[: len(self.places)], both[len(self.places) :])
 
     def _dealt(self, seed: int, epoch: int, allocate: Allocate) -> Deal:
@@ -140,7 +145,21 @@ def _memory(count: int) -> np.ndarray:
 
 
 def _file(path: Path, count: int) -> np.ndarray:
-    return np.memmap(path, np.uint32, "w+", shape=(count,)) if count else _memory(0)
+    """Room in a new file. All of it is taken now, so that a full disk is an error: a process that writes a page of a
+    map for which there is no room gets SIGBUS."""
+    if not count:
+        return _memory(0)
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 4 * count)
+        else:
+            file.truncate(4 * count)
+    return np.memmap(path, np.uint32, "r+", shape=(count,))
+
+
+def _read(path: Path, count: int) -> np.ndarray:
+    """A file of so many uint32, mapped; as a plain array, whose slices cost less than those of np.memmap."""
+    return np.memmap(path, np.uint32, "r", shape=(count,)).view(np.ndarray)
 
 
 # --------------------------------------------------------------------------------------------------------- making one
@@ -189,7 +208,7 @@ def _mapped(folder: Path, seed: int | None) -> Plan | None:
         sizes = {"pieces": count + 1, "places": count, "slots": count, "row_starts": rows + 1}
         if any((folder / what).stat().st_size != 4 * size for what, size in sizes.items()):
             return None
-        arrays = {what: np.memmap(folder / what, np.uint32, "r", shape=(size,)) for what, size in sizes.items()}
+        arrays = {what: _read(folder / what, size) for what, size in sizes.items()}
         wraps, stops = np.load(folder / "wraps.npy"), np.load(folder / "stops.npy")
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None

@@ -8,6 +8,7 @@ it is had by sorting the keys in place, and the order of any subset by sorting t
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class Shuffle:
     state: np.uint32
 
     @classmethod
+    @functools.lru_cache(maxsize=64)
     def of(cls, seed: int, stream: int) -> Shuffle:
         """That of a stream, one of many that share the seed."""
         state = hash32(np.array([seed & 0xFFFFFFFF], np.uint64))

@@ -164,7 +164,7 @@ def index_all(
         for done, task in enumerate(tasks):
             if workers > 1 and report.seconds_left > PATIENCE:
                 before = report.documents
-                for shards, documents in _in_processes(indexer, tasks[done:], workers):
+                for shards, documents in index_in_processes(indexer, tasks[done:], workers):
                     report.show(done + shards, before + documents)
                 return
             indexer.index(task, report.advance)
@@ -175,7 +175,7 @@ Reply = int | Exception | None
 """What a process says: so many documents have been read, an error, or that a shard is done."""
 
 
-def _in_processes(indexer: Indexer, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, int]]:
+def index_in_processes(indexer: Indexer, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, int]]:
     """Index `tasks` in processes; yields now and then how many are done, and how many documents have been read."""
     todo = iter(tasks)
     replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()

@@ -52,7 +52,7 @@ def work(recipe: FinetuneRecipe) -> None:
     """
     rank, world = rank_and_world()
     device = choose_device(recipe.train.device)
-    prepare_environment(device)
+    prepare_environment(device, deterministic=recipe.train.deterministic)
     from pretrain.finetune.model import open_base, quiet  # brings in libraries that bring in DeepSpeed
 
     quiet(rank)

@@ -19,7 +19,8 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, CheckpointStore
-from pretrain.engine import Writing, Written
+from pretrain.consolidate import stored_in_checkpoint
+from pretrain.engine import TAG, Writing, Written
 from pretrain.manifest import MANIFEST
 from pretrain.process_group import Ranks
 from tests.pretrain import tiny
@@ -76,8 +77,10 @@ def write_all(folder: Path) -> dict[Any, Any]:
         assert store.load_newest(engine) is None
         advance(engine, 0, 3)
         state = {"step": 3, "best": math.inf, "data": {"position": 12}}
-        save = store.begin if case in IN_BACKGROUND else store.save
+        save, whole = store.begin if case in IN_BACKGROUND else store.save, engine.full_state_dict()
         save(engine, 3, state, validation_loss=2.5)
+        if engine.ranks.first:
+            results["whole", case] = whole
         results[case] = (advance(engine, 3, 7), tiny.weights(engine))
         store.finish(engine)
         if case == (2, "fp32"):
@@ -332,6 +335,18 @@ def test_resumes_bit_for_bit(story: dict[str, Any], case: Any) -> None:
         assert resumed == results
         assert weights.keys() == resumed_weights.keys()
         assert all(torch.equal(weights[k], resumed_weights[k]) for k in weights)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_weights_come_from_the_files_one_by_one(story: dict[str, Any], case: Any) -> None:
+    whole = story["written"][0]["whole", case]
+    folder = story["stores"] / str(case).replace(" ", "") / "step-3" / TAG
+    stored = stored_in_checkpoint(folder)
+    assert stored.keys() == whole.keys()
+    for name, value in whole.items():
+        assert stored[name].shape == tuple(value.shape) and torch.equal(stored[name].read().to(value.dtype), value), (
+            name
+        )
 
 
 @pytest.mark.parametrize("case", CLIPPED)

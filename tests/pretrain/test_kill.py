@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 
 from pretrain import metrics
+from tests.pretrain.data.samples import png, sample, write_shard
 from tests.pretrain.runs import (
     Processes,
     assert_same_metrics,
     assert_tensorboard_agrees,
+    launch,
     start,
     steady,
     write_recipe,
@@ -102,13 +104,55 @@ def kill(processes: Processes, run: Path, from_step: int, while_saving: bool, di
     return f"after step {logged():>2} {'while saving' if while_saving else 'at random   '}"
 
 
+def test_a_mixture_under_the_launcher(tmp_path: Path, table: list[str]) -> None:
+    """Two sources whose weights a ratio of tokens has moved, on two ranks of `deepspeed`, killed and resumed."""
+    (tmp_path / "words").mkdir()
+    (tmp_path / "pictures").mkdir()
+    texts = [sample(f"w{n:03}", "a word " * (n % 7 + 1)) for n in range(60)]
+    shown = [sample(f"p{n:03}", png(n), f"{n}", png(n + 500)) for n in range(60)]
+    write_shard(tmp_path / "words" / "0.tar", texts)
+    write_shard(tmp_path / "pictures" / "0.tar", shown)
+    data = {
+        "path": str(tmp_path),
+        "sources": {
+            name: {"type": "documents", "path": name, "validation": 0.1, "weight": weight}
+            for name, weight in (("words", 3), ("pictures", 1))
+        },
+        "token_ratio": {"text": 2, "image": 1},
+    }
+    changed = changes("fp32", 2) | {"data": data}
+    recipes = {
+        name: write_recipe(tmp_path / f"of {name}", "", tmp_path / name, **changed) for name in ("whole", "killed")
+    }
+    whole = launch([recipes["whole"]], tmp_path / "whole.txt")
+    assert whole.wait(300) == [0], whole.printed()
+    dice = random.Random(7)
+    for from_step in (6, 17):
+        processes = launch([recipes["killed"]], tmp_path / "killed.txt")
+        moment = kill(processes, tmp_path / "killed", from_step, from_step == 17, dice)
+        table.append(f"a mixture  2 ranks of deepspeed  {moment}  {left(tmp_path / 'killed')}")
+    last = launch([recipes["killed"]], tmp_path / "killed.txt")
+    assert last.wait(300) == [0], last.printed()
+    assert_same_metrics(tmp_path / "killed", tmp_path / "whole")
+
+    steps = [item for item in steady(tmp_path / "killed") if "loss" in item]
+    assert "data.token_ratio: " in (tmp_path / "whole.txt").read_text()
+    for name in ("words", "pictures"):
+        epochs = [item[f"data/epochs/{name}"] for item in steps]
+        assert epochs == sorted(epochs) and epochs[-1] > 1
+        assert any(f"data/loss/{name}" in item for item in steps)
+    image = sum(item["data/share/image"] for item in steps) / len(steps)
+    assert image == pytest.approx(1 / 3, abs=0.05)
+
+
 def left(run: Path) -> str:
     return "left: " + " ".join(sorted(p.name for p in (run / "checkpoints").iterdir()))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_then_one_then_two(digit_shards: Path, tmp_path: Path, stage: int) -> None:
-    """A third of the way each, through universal checkpoints; every choice of tokens is a row's own."""
+    """A third of the way each, through universal checkpoints, in other micro-batches; every choice of tokens is a row's
+    own."""
     from tests.pretrain.runs import EXPERTS, LAYER
 
     by_row = LAYER | {"feedforward": EXPERTS | {"scope": "row"}}
@@ -118,8 +162,9 @@ def test_two_ranks_then_one_then_two(digit_shards: Path, tmp_path: Path, stage: 
     moved = write_recipe(tmp_path / "b", digit_shards, tmp_path / "moved", **changed)
     baseline = start([whole], tmp_path / "whole.txt", 2)
     assert baseline.wait(300) == [0, 0], baseline.printed()
-    for ranks, steps in ((2, 4), (1, 8), (2, 12)):
-        processes = start([moved, f"train.steps={steps}"], tmp_path / "moved.txt", ranks)
+    for ranks, steps, micro_batch in ((2, 4, 2), (1, 8, 4), (2, 12, 1)):
+        words = [moved, f"train.steps={steps}", f"train.micro_batch={micro_batch}"]
+        processes = start(words, tmp_path / "moved.txt", ranks)
         assert processes.wait(300) == [0] * ranks, processes.printed()
     items = [[item for item in steady(tmp_path / name) if "loss" in item] for name in ("moved", "whole")]
     assert [item["step"] for item in items[0]] == list(range(1, 13))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-from pretrain.process_group import Ranks
+from pretrain.process_group import Ranks, prepare_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,3 +28,15 @@ def test_deepspeed_is_imported_in_few_places() -> None:
     found = {str(path.relative_to(ROOT)) for path in files if pattern.search(path.read_text(encoding="utf-8"))}
     names = ("deepspeed_config", "deepspeed_patches", "engine", "process_group")
     assert found == {f"pretrain/{name}.py" for name in names}
+
+
+def test_deterministic_kernels_are_asked_for_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        prepare_environment("cpu", deterministic=True)
+        assert not torch.are_deterministic_algorithms_enabled()
+        prepare_environment("cuda", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 import zoo
 from pretrain import recipe as recipes
 from pretrain import run_folder
-from tests.pretrain.runs import tiny_recipe
+from tests.pretrain.runs import EXPERTS, LAYER, tiny_recipe
 from zoo.config import UserError
 
 
@@ -77,6 +78,55 @@ def test_every_difference_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_key_that_is_younger_than_the_run_has_its_default(tmp_path: Path) -> None:
+    """Keys that the user has not written may be absent from the recorded recipe; one that says otherwise may not."""
+    written = tiny_recipe("data", tmp_path)
+    recipe = recipes.resolve(written)
+    run_folder.write_recipe(tmp_path, recipe, {})
+    recorded = recipe.dump()
+    # a block's type says what its other keys are, and two keys of the model follow from other sections
+    apart = (("model", "modalities"), ("model", "vocab_size"))
+    defaults = [
+        path for path in leaves(recorded) if not has(written, path) and path[-1] != "type" and path not in apart
+    ]
+    assert ("data", "workers") in defaults and ("model", "layers", 0, "mixer", "qk_norm") in defaults
+
+    def without(*paths: tuple[str | int, ...]) -> None:
+        old = copy.deepcopy(recorded)
+        for path in paths:
+            section: Any = old
+            for key in path[:-1]:
+                section = section[key]
+            del section[path[-1]]
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
+        run_folder.check_recipe(tmp_path, recipe)
+        assert run_folder.changes(tmp_path, recipe, 12) == []
+
+    for section in {path[0] for path in defaults}:
+        without(*(path for path in defaults if path[0] == section))
+    for path in (("objective", "z_loss"), ("schedule", "type"), ("model", "d_model")):
+        with pytest.raises(UserError, match=rf"{path[0]}.{path[1]}: "):
+            without(path)
+
+
+def leaves(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Paths to all keys of a recipe that hold no section."""
+    if isinstance(value, dict) and value:
+        return [leaf for key, item in value.items() for leaf in leaves(item, (*path, key))]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [leaf for number, item in enumerate(value) for leaf in leaves(item, (*path, number))]
+    return [path]
+
+
+def has(value: Any, path: tuple[str | int, ...]) -> bool:
+    """Whether a recipe names this key."""
+    for key in path:
+        if not (key in value if isinstance(value, dict) else isinstance(value, list) and key < len(value)):
+            return False
+        value = value[key]
+    return True
+
+
 def test_what_may_change_and_matters_is_said(tmp_path: Path) -> None:
     cosine = {"schedule": {"type": "cosine", "decay_steps": None}}
     old = recipes.resolve(tiny_recipe("data", tmp_path, **cosine))
@@ -96,6 +146,24 @@ def test_what_may_change_and_matters_is_said(tmp_path: Path) -> None:
         "recipe.yaml is gone; that the checkpoint is of this recipe cannot be told"
         in run_folder.changes(tmp_path, new, 12)[0]
     )
+
+
+@pytest.mark.parametrize(("scope", "allowed"), [("row", True), ("microbatch", False)])
+def test_the_micro_batch_may_change_where_rows_are_computed_by_themselves(
+    tmp_path: Path, scope: str, allowed: bool
+) -> None:
+    layers = [{**LAYER, "feedforward": EXPERTS | {"scope": scope}}]
+    changes: dict[str, Any] = {"model": {"layers": [*layers, {**LAYER, "feedforward": {"type": "dense", "d_ff": 32}}]}}
+    old = recipes.resolve(tiny_recipe("data", tmp_path, **changes))
+    run_folder.write_recipe(tmp_path, old, {})
+    new = recipes.resolve(tiny_recipe("data", tmp_path, train={"micro_batch": 1}, **changes))
+    line = "train.micro_batch: 2 there, 1 here"
+    assert run_folder.changes(tmp_path, new, 12) == [f"from step 13 on: {line}"]
+    if allowed:
+        run_folder.check_recipe(tmp_path, new)
+    else:
+        with pytest.raises(UserError, match=line):
+            run_folder.check_recipe(tmp_path, new)
 
 
 def test_a_recipe_with_umlauts_stays_readable(tmp_path: Path) -> None:

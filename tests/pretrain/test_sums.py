@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from pretrain.process_group import Ranks
-from pretrain.sums import Counts, Sums
+from pretrain.sums import Counts, Sums, by_source
+from zoo.batch import Batch
+from zoo.context import TokenContext
 from zoo.routing.statistics import ExpertLoad, Load, RouterHits, RoutingStatistics
+from zoo.trace import Terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,21 @@ def test_sums_over_micro_batches_and_ranks(image_first: bool) -> None:
     assert found.balance == pytest.approx(0.6)
     assert found.routing.hits == {"b": RouterHits(16, 12, 8, 4)}
     assert found.routing.loads == {"a": Load(4, 8)} and found.routing.expert_loads == {"c": ExpertLoad((20, 24))}
+
+
+def test_terms_are_summed_by_the_source_of_their_row() -> None:
+    modality = torch.tensor([[0, 0, 1], [0, 0, -1], [0, 1, 1]])
+    batch = Batch(modality, TokenContext.from_modality(modality), sources=torch.tensor([2, 0, 2]))
+    text = torch.tensor([[0.0, 3.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    image = torch.tensor([[0.0, 0.0, 2.0], [0.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    terms = {"text": Terms(text, text > 0), "image": Terms(image, image > 0), "z_loss": Terms(text, text > 0)}
+    found = by_source(terms, batch, 3)
+    assert found is not None and not found.requires_grad
+    assert found.tolist() == [[5.0, 1.0], [0.0, 0.0], [7.0, 4.0]]
+    once = Sums(sources=found)
+    assert (Sums() + once + once).over(Twice(), "cpu").sources == [5.0, None, 7 / 4]
+    assert by_source(terms, Batch(modality, batch.context), 3) is None and by_source(None, batch, 3) is None
+    assert Sums().over(Ranks(), "cpu").sources == []
 
 
 def test_nothing_sums_to_nothing() -> None:

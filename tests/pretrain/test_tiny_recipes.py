@@ -77,6 +77,10 @@ def test_it_trains(runs: tuple[Path, dict[str, float]], name: str) -> None:
     said = re.search(r"Expected: .*; validation loss (\d\.\d\d)( nats a token\.|, text in nats)", header(name))
     assert said and (name in SPEECH or last["eval/causal/loss"] == pytest.approx(float(said[1]), abs=0.15))
     assert runs[1][name] < 60
+    sources = recipes.load(FOLDER / f"{name}.yaml").data.sources
+    step = next(item for item in reversed(items) if "loss" in item)
+    assert {key.removeprefix("data/loss/") for key in step if key.startswith("data/loss/")} == set(sources)
+    assert {f"data/epochs/{source}" for source in sources} <= step.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)

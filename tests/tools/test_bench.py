@@ -6,12 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from tests.pretrain.data.samples import png, sample, write_shard
 from tools.bench import __main__ as bench
-from tools.bench import benchmark, measure, report, repositories
+from tools.bench import benchmark, data, measure, report, repositories
 from tools.bench.benchmark import HIGHER, LOWER, Comparison, Goal, Group, Settings, TableRow, Unavailable, goals
 from tools.bench.measure import BOTH, FORWARD, Sample, Variant
 from zoo import UserError
@@ -218,6 +220,8 @@ def test_json_page_and_profile(
             ["--peer", "mixture_of_mamba=/nowhere"],
             "/nowhere is not a folder; give a checkout of github.com/Weixin-Liang",
         ),
+        (["data.real", *QUICK], "nothing was measured"),
+        (["data.real", "--data", "/nowhere"], "--data /nowhere: is not a folder; give one of tar shards"),
         (["--read", "/nowhere.json"], "/nowhere.json: No such file or directory"),
     ],
 )
@@ -257,6 +261,36 @@ def test_a_checkout_is_loaded_without_a_trace(tmp_path: Path) -> None:
         repositories.load(settings, "mixture_of_depths", "MoD.other")
     with pytest.raises(Unavailable, match="--peer mixture_of_mamba=FOLDER"):
         repositories.load(settings, "mixture_of_mamba", "MixtureOfMamba")
+
+
+def test_a_rank_at_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the benchmark of the data path asks of a process, the first and another, here on few documents."""
+    monkeypatch.setattr(data, "SHARD", 100)
+    monkeypatch.setattr(data, "SAMPLING", 0.0)
+    monkeypatch.setattr("pretrain.data.plan.IN_MEMORY", 0)
+    lines = [json.dumps(vars(record) | {"folder": ""}) for record in data.synthetic(tmp_path, 250)]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    figures = []
+    for _ in range(2):
+        data.measure_rank(str(tmp_path))
+        figures.append(data.Figures.parse(capsys.readouterr().out))
+    first, other = figures
+    assert len(lines) == 3 and first.pieces == other.pieces > 250 and first.shared == other.shared > 4 * 4 * 250
+    assert 0 < first.padding < 0.1 and first.start.wall > 0 and other.row.wall > 0 and first.peak >= first.private
+
+
+@pytest.mark.slow
+def test_real_documents(tmp_path: Path) -> None:
+    """Documents and rows of a folder are measured; the numbers are of this machine."""
+    random = np.random.default_rng(0)
+    for shard in range(3):
+        parts = [(" ".join(map(str, random.integers(0, 999, 80))), png(n + 50 * shard, 32)) for n in range(40)]
+        write_shard(tmp_path / f"{shard}.tar", [sample(f"{n}", *part) for n, part in enumerate(parts)])
+    rows, skipped = bench.run(
+        benchmark.select(["data.real"], "cpu"), Settings(quick=True, data=tmp_path), 1, False, Console(quiet=True)
+    )
+    assert not skipped and {row.name.partition(": ")[2] for row in rows} >= {"a document: 2 workers, 1 worker"}
+    assert all(row.ratio > 0 for row in rows)
 
 
 @pytest.mark.gpu

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
+import filelock
 import pytest
 import yaml
 from PIL import Image
 
-from tests.pretrain.data.samples import png, sample, write_shard
+from tests.pretrain.data.samples import png, sample, small_files, write_shard
 from tests.pretrain.data.sources.reading import everything, source
 from tools.make_shards import writing
 from tools.make_shards.__main__ import main
@@ -132,6 +135,41 @@ def test_mistakes(
     assert main([str(captions), str(tmp_path / "out"), *words, "--workers", "1"]) == 2
     assert re.search(reason, capsys.readouterr().err)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*writing*"))
+
+
+def test_a_full_disk_is_one_error_that_leaves_nothing(
+    captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = tmp_path / "out", [str(captions), str(tmp_path / "out"), "type=captions", "--workers", "1"]
+    with small_files(4096):
+        assert main(words) == 2
+    assert re.fullmatch(
+        rf"OUT: the disk of {re.escape(str(tmp_path))} is full \(File too large\); free space, or set OUT to a folder "
+        "on another disk, and give the same command again\n",
+        capsys.readouterr().err,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["captions"]
+    assert main(words) == 0 and {path.name for path in out.iterdir()} >= {"train-00000.tar", "summary.json"}
+
+
+def test_what_a_killed_one_has_left_is_not_believed(captions: Path, tmp_path: Path) -> None:
+    """Half of it is there under another name; the same command begins anew and removes that."""
+    script = "import os, sys; from tools.make_shards import run, __main__ as main; "
+    script += "run.draw_sheet = lambda *_: os.kill(os.getpid(), 9); main.main(sys.argv[1:])"
+    words = [str(captions), str(tmp_path / "out"), "type=captions", "--workers", "1"]
+    killed = subprocess.run([sys.executable, "-c", script, *words], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -9
+    (left,) = tmp_path.glob("out*")
+    assert re.fullmatch(r"out\.\d+\.writing", left.name) and (left / "train-00000.tar").exists()
+    assert main(words) == 0 and not left.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"captions", "out"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tar", ".json", ".png"}
+
+
+def test_one_at_a_time(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with filelock.FileLock(tmp_path / ".out.lock"):
+        assert main([str(captions), str(tmp_path / "out"), "type=captions", "--workers", "1"]) == 2
+    assert "out: another process is writing it; wait for it, or give another folder" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_is_left_alone(captions: Path, tmp_path: Path) -> None:

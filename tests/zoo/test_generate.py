@@ -102,27 +102,36 @@ SPARSE = {
 LAYERS = {"dense": [ATTENTION, ATTENTION], "sparse": [ATTENTION, SPARSE, ATTENTION | {"depth": SPARSE["depth"]}]}
 
 
-def make_run(kind: str, layers: str = "dense", length: int = 40) -> Run:
-    """An untrained run of text and one modality, in float64."""
-    section = parse_modalities({"text": {"type": "bytes"}, "x": KINDS[kind]})
+def make_recipe(kind: str, layers: str | list[dict[str, Any]] = "dense", length: int = 40) -> dict[str, Any]:
+    """What a resolved recipe says of a run of text and one modality."""
+    sections = {"text": {"type": "bytes"}, "x": KINDS[kind]}
+    section = parse_modalities(sections)
     config = section["x"]
     ends: dict[str, Any] = {}
     if not isinstance(config.carries, Ids):
         assert config.positions is not None
-        ends["stem"] = {"x": default_stem(config.carries, config.bidirectional)}
-        ends["head"] = {"x": default_head(config.carries, not config.positions.fixed)}
-    words = vocabulary(section)
-    model = zoo.build(
-        "model",
-        {"modalities": list(section), "d_model": 16, "vocab_size": words.size, "layers": LAYERS[layers], **ends},
-        seed=5,
-    )
-    name = {"diffusion": "transfusion", "flow": "flow"}.get(kind, "autoregressive")
+        ends["stem"] = {"x": default_stem(config.carries, config.bidirectional).model_dump(mode="json")}
+        ends["head"] = {"x": default_head(config.carries, not config.positions.fixed).model_dump(mode="json")}
+    network = {"modalities": list(section), "d_model": 16, "vocab_size": vocabulary(section).size, **ends}
+    return {
+        "name": "untrained",
+        "modalities": sections,
+        "model": network | {"layers": LAYERS[layers] if isinstance(layers, str) else layers},
+        "objective": {"type": {"diffusion": "transfusion", "flow": "flow"}.get(kind, "autoregressive")},
+        "data": {"path": "data/somewhere", "sequence_length": length},
+    }
+
+
+def make_run(kind: str, layers: str | list[dict[str, Any]] = "dense", length: int = 40) -> Run:
+    """An untrained run of text and one modality, in float64."""
+    recipe = make_recipe(kind, layers, length)
+    section = parse_modalities(recipe["modalities"])
+    config = section["x"]
     objective = zoo.build(
         "objective",
-        {"type": name},
+        recipe["objective"],
         modalities=tuple(section),
-        heads=ends.get("head"),
+        heads=zoo.ModelConfig.parse(recipe["model"]).own_heads,
         bidirectional=("x",) if config.bidirectional else (),
     )
     modalities: dict[str, Modality] = {"text": section["text"].open()}
@@ -130,6 +139,7 @@ def make_run(kind: str, layers: str = "dense", length: int = 40) -> Run:
         modalities["x"] = config.block(config, np.arange(20, dtype=np.uint8).reshape(5, 4) * 12)
     else:
         modalities["x"] = config.open()
+    model = zoo.build("model", recipe["model"], seed=5)
     return Run(Path("run"), model.double().eval(), modalities, objective, length)
 
 

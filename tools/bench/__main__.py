@@ -20,7 +20,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.profiler import ProfilerActivity, profile
 
 # the benchmarks register themselves
-from tools.bench import adapted, cuda, data, depth, experts, kernels, models, recurrent, report, repositories  # noqa: F401
+from tools.bench import (  # noqa: F401
+    adapted,
+    cuda,
+    data,
+    depth,
+    documents,
+    experts,
+    generating,
+    kernels,
+    models,
+    recurrent,
+    report,
+    repositories,
+)
 from tools.bench.benchmark import Benchmark, Group, Settings, TableRow, Unavailable, known, select
 from tools.bench.measure import measure
 from zoo.config import UserError, suggestion
@@ -41,9 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             facts, rows, skipped = report.read_json(options.read)
         else:
             _check_device(options.device)
+            if options.data is not None and not options.data.is_dir():
+                raise UserError(f"--data {options.data}: is not a folder; give one of tar shards, see docs/data.md")
             if options.threads:
                 torch.set_num_threads(options.threads)
-            settings = Settings(options.device, options.quick, dict(map(_peer, options.peer)))
+            settings = Settings(options.device, options.quick, dict(map(_peer, options.peer)), options.data)
             rows, skipped = run(
                 select(options.names, options.device), settings, options.rounds, options.profile, console
             )
@@ -74,6 +89,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="print where each computation's CPU time goes, too")
     kinds = "; ".join(f"{kind}: {place}" for kind, place in repositories.KINDS.items())
     parser.add_argument("--peer", action="append", default=[], metavar="KIND=FOLDER", help=f"a checkout. {kinds}")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="shards with texts and pictures, for data.real")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--read", type=Path, metavar="FILE", help="take the rows of an earlier --json, measure nothing")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the tables between the page's markers")

@@ -174,6 +174,8 @@ class Settings:
     """Shapes shrunk by `SHRINK`: for tests that it runs, not for figures."""
     peers: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     """Repositories by kind."""
+    data: Path | None = None
+    """A folder of shards of our documents."""
 
     SHRINK = 16
 
@@ -190,6 +192,16 @@ class Settings:
         if kind not in self.peers:
             raise Unavailable(f"needs a checkout of the repository: --peer {kind}=FOLDER")
         return self.peers[kind]
+
+    def documents(self) -> Path:
+        """The folder of shards.
+
+        Raises:
+            Unavailable: it was not given.
+        """
+        if self.data is None:
+            raise Unavailable("needs a folder of shards with texts and pictures: --data FOLDER")
+        return self.data
 
 
 @dataclasses.dataclass(frozen=True)

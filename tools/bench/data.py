@@ -1,18 +1,22 @@
-"""The data path: what a start, a rank and a change of epoch cost by the number of documents, rows a second, tokenising.
+"""The data path at scale: what a start, a rank and a change of epoch cost by the number of documents.
 
-Documents at scale are synthetic: lengths of interleaved pages (log-normal, median 250 tokens), whose tokens are a file
-with a hole. Everything else is what a run does.
+Documents are synthetic: lengths of interleaved pages (log-normal, median 250 tokens), whose tokens are a file with a
+hole. Everything else is what a run does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +24,7 @@ from pretrain.data.documents import Documents
 from pretrain.data.index import OpenShards, TokenRecord
 from pretrain.data.packing import TokenStream
 from tools.bench.benchmark import HIGHER, LOWER, Group, Settings, TableRow, benchmark
+from tools.bench.measure import STEP
 from zoo.modalities import Vocabulary
 
 LENGTH = 1024
@@ -28,6 +33,25 @@ SHARD = 100_000
 DEMAND = 50.0
 """Rows of 1,024 tokens a second that one rank takes at most: a model of 1.4 B parameters at 40 % of an H100's 989
 TFLOP/s in bf16 (6 FLOPs a parameter and token) needs 46."""
+ROWS = 300
+"""Rows that are read before any are timed, and that are timed."""
+SAMPLING = 0.02
+"""Seconds from one look at the memory to the next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Seconds of something done once, by the clock and of this process's CPU time."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def of(cls, work: Callable[[], Any]) -> Cost:
+        """What a call costs."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        return cls(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +59,29 @@ class Figures:
     """What one process that opens a stream measures."""
 
     pieces: int
-    rows: int
     padding: float
-    start: float
-    """Seconds until the stream is there; the first process of a machine makes the plan."""
-    first_row: float
-    """Seconds until a row of epoch 0 is there: the deal of an epoch, made by the first process."""
-    epoch_change: float
-    """Seconds of the first row of the next epoch."""
-    rows_per_second: float
-    anonymous: int
+    start: Cost
+    """Until the stream is there; the first process of a machine makes the plan."""
+    deal: Cost
+    """Until a row of epoch 0 is there: the deal of an epoch, made by the first process."""
+    epoch_change: Cost
+    """The first row of the next epoch."""
+    row: Cost
+    """A row, when the files it needs have been opened."""
+    private: int
     """Bytes that the process holds alone when it has read rows of two epochs, beyond what it held before."""
-    mapped: int
-    """Bytes of files that have come into its memory, which processes share."""
+    peak: int
+    """The most of them that it held at any time."""
+    shared: int
+    """Bytes of the files of plan and epochs, which processes share."""
+
+    @classmethod
+    def parse(cls, text: str) -> Figures:
+        """What `measure_rank` printed."""
+        found: dict[str, Any] = json.loads(text)
+        for name, value in found.items():
+            found[name] = Cost(**value) if isinstance(value, dict) else value
+        return cls(**found)
 
 
 def synthetic(folder: Path, documents: int) -> list[TokenRecord]:
@@ -82,29 +116,54 @@ def measure_rank(folder: str) -> None:
     records = [
         TokenRecord(**json.loads(line) | {"folder": Path(folder, str(n) + ".tokens")}) for n, line in enumerate(lines)
     ]
-    before, begun = _memory(), time.perf_counter()
-    stream = open_synthetic(Path(folder), records)
-    start = time.perf_counter() - begun
-    first_row = _seconds(stream, 0)
-    change = _seconds(stream, stream.rows_per_epoch)
-    numbers = np.random.default_rng(0).integers(0, stream.rows_per_epoch, 300)
-    begun = time.perf_counter()
-    for number in numbers.tolist():
-        stream.row(number)
-    rate = len(numbers) / (time.perf_counter() - begun)
-    memory = _memory()
+    before = private_bytes()
+    with Peak() as peak:
+        streams: list[TokenStream] = []
+        start = Cost.of(lambda: streams.append(open_synthetic(Path(folder), records)))
+        (stream,) = streams
+        deal, change = (Cost.of(lambda row=row: stream.row(row)) for row in (0, stream.rows_per_epoch))
+        numbers = np.random.default_rng(0).integers(0, stream.rows_per_epoch, 2 * ROWS).tolist()
+        for number in numbers[:ROWS]:
+            stream.row(number)
+        rows = Cost.of(lambda: [stream.row(number) for number in numbers[ROWS:]])
+    files = (path for path in Path(folder).glob("*.plan/*") if path.is_file())
     figures = Figures(
         len(stream.plan.pieces),
-        stream.rows_per_epoch,
         stream.share_of_padding,
         start,
-        first_row,
+        deal,
         change,
-        rate,
-        memory["Anonymous"] - before["Anonymous"],
-        memory["Rss"] - memory["Anonymous"] - before["Rss"] + before["Anonymous"],
+        Cost(rows.wall / ROWS, rows.cpu / ROWS),
+        private_bytes() - before,
+        peak.bytes - before,
+        sum(path.stat().st_size for path in files),
     )
     print(json.dumps(dataclasses.asdict(figures)))
+
+
+class Peak:
+    """The most memory that this process held alone while this lasted."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._over = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(SAMPLING):
+            self.bytes = max(self.bytes, private_bytes())
+
+
+def private_bytes() -> int:
+    """Bytes of this process's memory that are no file's, as Linux says."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, "Linux has it"
+    return int(found[1]) * 1024
 
 
 def measure_scale(documents: int) -> tuple[Figures, Figures]:
@@ -115,54 +174,56 @@ def measure_scale(documents: int) -> tuple[Figures, Figures]:
         (Path(folder) / "records.jsonl").write_text("\n".join(lines))
         words = [sys.executable, "-c", f"from tools.bench.data import measure_rank; measure_rank({folder!r})"]
         first, second = (
-            Figures(**json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)) for _ in range(2)
+            Figures.parse(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout) for _ in range(2)
         )
     return first, second
 
 
-def _seconds(stream: TokenStream, row: int) -> float:
-    begun = time.perf_counter()
-    stream.row(row)
-    return time.perf_counter() - begun
-
-
-def _memory() -> dict[str, int]:
-    """Bytes of this process's memory by kind, as Linux says."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-
-
 @benchmark("data.scale.10k", documents=10_000)
 @benchmark("data.scale.1m", documents=1_000_000)
+@benchmark("data.scale.10m", documents=10_000_000)
 @benchmark("data.scale.100m", documents=100_000_000)
 def scale(settings: Settings, documents: int) -> Group:
-    """Start-up, memory of a rank and change of epoch with so many synthetic documents; see tools/bench/data.py."""
+    """Start, memory of a rank and change of epoch with so many synthetic documents, and what they grow to from a tenth
+    of them; "first" is the process that makes the plan of a machine, "next" any other. 10m takes half a minute of CPU
+    time, 100m six minutes and 9 GB of disk."""
     count = min(documents, 10_000) if settings.quick else documents
-    first, other = measure_scale(count)
+    (tenth, _), (first, other) = measure_scale(count // 10), measure_scale(count)
     note = f"{count:,} documents, {first.pieces:,} pieces"
 
-    def row(name: str, ours: float, others: float, ratio: float, target: float, better: str = LOWER) -> TableRow:
-        return TableRow(name, "start", ours, others, ratio, better, target, None, note=note)
+    def pair(name: str, ours: Cost, than: Cost, target: float) -> TableRow:
+        cpu = f"{note}; {ours.cpu:.3g} and {than.cpu:.3g} s of CPU time"
+        ratio, of_cpu = ours.wall / than.wall, ours.cpu / max(than.cpu, 1e-9)
+        return TableRow(
+            name, STEP, 1e3 * ours.wall, 1e3 * than.wall, ratio, LOWER, target, None, cpu_ratio=of_cpu, note=cpu
+        )
 
-    return Group(
-        figures=[
-            row(
-                "start, first process and the next, ms; the next over the first",
-                1e3 * first.start,
-                1e3 * other.start,
-                other.start / first.start,
-                1.0,
-            ),
-            row(
-                "change of epoch, first process and the next, ms; seconds",
-                1e3 * first.epoch_change,
-                1e3 * other.epoch_change,
-                first.epoch_change,
-                60.0,
-            ),
-            row("bytes a document that a rank holds alone", 0.0, 0.0, other.anonymous / count, 20.0),
-            row("bytes a document that ranks share", 0.0, 0.0, other.mapped / count, 40.0),
-            row("rows a second over the demand of a rank", 0.0, 0.0, other.rows_per_second / DEMAND, 5.0, HIGHER),
-            row("share of padding", 0.0, 0.0, first.padding, 0.03),
-        ]
-    )
+    def figure(
+        name: str, ratio: float, target: float | None, better: str = LOWER, aim: float | None = None
+    ) -> TableRow:
+        return TableRow(name, STEP, None, None, ratio, better, target, aim, note=note)
+
+    rows = [
+        pair("start of the first, over that with a tenth of the documents", first.start, tenth.start, 12.0),
+        pair("start of the next, over that of the first", other.start, first.start, 1.0),
+        pair("deal of an epoch by the first, over that of a tenth", first.deal, tenth.deal, 12.0),
+        pair("change of epoch of the next, over that of the first", other.epoch_change, first.epoch_change, 1.0),
+        figure("MB that a rank holds alone", other.private / 1e6, max(20 * count, 16e6) / 1e6),
+        figure("MB that the first holds alone, at most", first.peak / 1e6, None),
+        TableRow(
+            "rows a second over the demand of a rank",
+            STEP,
+            1e3 * other.row.wall,
+            1e3 / DEMAND,
+            1 / other.row.wall / DEMAND,
+            HIGHER,
+            5.0,
+            None,
+            cpu_ratio=1 / other.row.cpu / DEMAND,
+            note=note,
+        ),
+        figure("share of padding", first.padding, 0.03),
+    ]
+    if first.shared:
+        rows.insert(6, figure("bytes a document in files that ranks share", first.shared / count, 40.0, aim=20.0))
+    return Group(figures=rows)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tools.bench.benchmark import Unavailable
@@ -58,3 +60,55 @@ def mixtral_block(width: int, hidden: int, experts: int) -> nn.Module:
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     return block
+
+
+def llama(width: int, hidden: int, layers: int, ids: int, heads: int) -> Any:
+    """A Llama with first weights, in evaluation."""
+    module = _model("llama")
+    config = module.LlamaConfig(
+        vocab_size=ids,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return module.LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def llama_prefill(model: Any, prompt: Tensor) -> Any:
+    """Its cache after a prompt (B, T); logits of the last token are computed, too."""
+    return model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.no_grad()
+def llama_decode(model: Any, cache: Any, following: Tensor) -> None:
+    """Go on token by token."""
+    for n in range(following.shape[1]):
+        model(following[:, n : n + 1], past_key_values=cache, use_cache=True)
+
+
+def exported(config: Mapping[str, Any], length: int) -> Any:
+    """A model of text alone as `zoo.hf` opens it, with first weights, in evaluation, without a grammar and an end.
+
+    Args:
+        config: section `model` of a recipe.
+        length: longest context.
+    """
+    _model("llama")
+    from zoo.hf import ZooConfig, ZooForCausalLM
+    from zoo.modalities import Vocabulary
+
+    described = ZooConfig(
+        network=dict(config),
+        modalities={
+            "text": {"type": "bpe", "vocab_size": config["vocab_size"] - len(Vocabulary({"text": 1}).specials)}
+        },
+        max_position_embeddings=length,
+        eos_token_id=None,
+        pad_token_id=None,
+        grammar=False,
+    )
+    return ZooForCausalLM(described).eval()

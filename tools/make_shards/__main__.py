@@ -4,8 +4,9 @@
 
 SOURCE is what stands in `path` of a source (docs/data.md): a file, a folder, a URL, `pipe:COMMAND`, braces. The keys
 are those of the source's type. OUT gets `train-00000.tar`, …, `val-00000.tar`, …, `summary.json` and
-`contact_sheet.png`, a look at some of the documents. It is there as a whole or not at all, and the same for any number
-of workers. Which documents are held out is decided by a hash of what they hold, so that equal ones are on one side.
+`contact_sheet.png`, a look at some of the documents. It is there as a whole or not at all, also after a kill, when the
+same command begins anew; and it is the same for any number of workers. Which documents are held out is decided by a
+hash of what they hold, so that equal ones are on one side.
 
 With a recipe, tokens are counted, and the sheet shows pictures as its modalities see them.
 """

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import heapq
 import json
 import multiprocessing
-import tempfile
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import filelock
 import tqdm
 
+from pretrain.data.cache import room_for
 from pretrain.data.errors import DataError
 from pretrain.data.sources import SourceConfig
 from tools.make_shards.measure import Measure, Summary
 from tools.make_shards.sheet import ROWS, Drawn, draw_sheet
 from tools.make_shards.writing import Job, Joined, Piece, Worker, Written, pieces
 from zoo.config import UserError
-from zoo.files import atomic_path
+from zoo.files import atomic_path, remove_leftovers
 
 
 def make_shards(
@@ -31,21 +35,22 @@ def make_shards(
         megabytes: of a shard, about, in millions of bytes.
         workers: processes.
     Raises:
-        UserError: `out` is not empty, the source cannot be read, or nothing of it can be used.
+        UserError: `out` is not empty or somebody is writing it, the source cannot be read, nothing of it can be used,
+            or the disk is full. Nothing of `out` is there then, and nothing after a kill.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; give another folder, or remove it")
     source = config.block(config)
     shards = source.shards()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out) as folder, tempfile.TemporaryDirectory(dir=out.parent) as cache:
-        folder.mkdir()
+    with _alone(out), room_for(out.parent, "OUT"), atomic_path(out) as folder:
+        cache = folder / "cache"  # of copies of what is remote
+        cache.mkdir(parents=True)
         job = Job(source, shards, folder, hold_out, measure)
         joined = {split: Joined(folder, split, megabytes * 10**6) for split in ("train", "val")}
         total, lowest = Summary(), list[Drawn]()
         todo = pieces(shards)
         with tqdm.tqdm(total=len(todo), desc="writing", unit="piece", disable=None, leave=False) as bar:
-            for written in _written(job, Path(cache), todo, workers):
+            for written in _written(job, cache, todo, workers):
                 for split, piece in written.files.items():
                     joined[split].add(piece)
                 total.add(written.summary)
@@ -56,9 +61,26 @@ def make_shards(
             each.close()
         if not total.of("documents"):
             raise DataError("none of the documents can be used:\n  " + "\n  ".join(total.lines()))
+        shutil.rmtree(cache)
         draw_sheet(lowest, folder / "contact_sheet.png")
         (folder / "summary.json").write_text(json.dumps(total.dump(), indent=1, ensure_ascii=False) + "\n")
     return total
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Let one process at a time write `out`, and remove what a killed one has left."""
+    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{out}: another process is writing it; wait for it, or give another folder") from None
+    try:
+        remove_leftovers(out.parent, re.escape(out.name))
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _written(job: Job, cache: Path, todo: Sequence[Piece], workers: int) -> Iterator[Written]:

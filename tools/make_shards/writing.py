@@ -180,7 +180,7 @@ def members(key: str, document: Document) -> Iterator[tuple[str, bytes]]:
         if part.type == "text":
             parts.append({"type": "text", "text": content.decode()})
         else:
-            file = f"{number}.{_ending(content, part.name)}"
+            file = f"{number}.{ending(content, part.name)}"
             parts.append({"type": part.type, "file": file})
             files.append((f"{key}.{file}", content))
     described = {"parts": parts, "source": document.key.encode("utf-8", "replace").decode()}
@@ -194,7 +194,7 @@ def digest(contents: Contents) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _ending(content: bytes, name: str) -> str:
+def ending(content: bytes, name: str) -> str:
     """What a file is called, by its first bytes, else as it was."""
     if content[:4] == b"RIFF" and content[8:12] in RIFF:
         return RIFF[content[8:12]]

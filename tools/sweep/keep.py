@@ -21,7 +21,7 @@ from tools.sweep.kind import Sweep
 from zoo.config import UserError
 from zoo.files import atomic_write
 
-PLACES = re.compile(r".*\.(run_dir|data\.path|data\.cache)")
+PLACES = re.compile(r".*\.(run_dir|data\.path|data\.cache|modalities\.[^.]+\.path)")
 """Settings that say where things lie on a machine; which data they are is known by content."""
 SUFFIX = ".json.gz"
 

@@ -60,14 +60,14 @@ class AdaptContext:
         """Whether any token may be skipped."""
         return self.competing.numel() + self.by_threshold.numel() > 0
 
-    def candidates(self, salt: int = 0) -> Candidates:
+    def candidates(self, salt: int | Tensor = 0) -> Candidates:
         """The n + m tokens that may be skipped: `competing`, then `by_threshold`.
 
         Args:
             salt: of a layer's noise.
         """
         index = self.shared("candidates", lambda: torch.cat((self.competing, self.by_threshold)))
-        return Candidates(self, index, (), self.pools, salt)
+        return Candidates(self, index, (), self.pools, len(self.pools) == 1, salt)
 
     @property
     def dense(self) -> Tensor:

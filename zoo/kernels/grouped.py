@@ -15,7 +15,7 @@ def grouped_swiglu(x: Tensor, counts: tuple[int, ...], w_in: Tensor, w_out: Tens
     `unbind`: indexing them expert by expert would make each gradient a zero tensor the size of all experts.
     """
     experts = len(counts)
-    if len(set(counts)) == 1:
+    if all(count == counts[0] for count in counts):
         gate, up = torch.bmm(x.view(experts, counts[0], x.shape[-1]), w_in).chunk(2, dim=-1)
         return torch.bmm(F.silu(gate) * up, w_out).reshape(x.shape)
     outputs = []

@@ -41,7 +41,9 @@ class Candidates:
     """Candidates of each row, on the host."""
     scopes: tuple[int, ...]
     """How many candidates compete with each other, on the host: the first so many, the next so many, and so on."""
-    salt: int = 0
+    even: bool = False
+    """All scopes are known to be of the same size."""
+    salt: int | Tensor = 0
     """Salt of this layer's noise at this step (`zoo.noise`)."""
 
     @property

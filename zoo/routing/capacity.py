@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 from typing import Annotated, Any
 
@@ -41,4 +40,4 @@ Capacity = Annotated[float | str, pydantic.BeforeValidator(_capacity)]
 
 def capacity_count(tokens: int, capacity: Fraction) -> int:
     """k = ⌈tokens · capacity⌉."""
-    return math.ceil(tokens * capacity)
+    return -(-tokens * capacity.numerator // capacity.denominator)

@@ -58,8 +58,8 @@ class ExpertChoice(Chooser):
     def index(self, scores: Tensor, candidates: Candidates) -> Tensor:
         """(E, K) candidates that each expert takes, scope after scope, in each the best first."""
         scopes, capacity = candidates.scopes, self.capacity
-        if len(set(scopes)) == 1 and scopes[0]:
-            order = scores.view(len(scopes), scopes[0], -1).sort(dim=1, descending=True, stable=True).indices
+        if candidates.even:
+            order = scores.unflatten(0, (len(scopes), scopes[0])).sort(dim=1, descending=True, stable=True).indices
             best = order[:, : capacity_count(scopes[0], capacity)]
             if len(scopes) > 1:
                 best = best + torch.arange(0, scores.shape[0], scopes[0], device=scores.device)[:, None, None]
@@ -67,7 +67,7 @@ class ExpertChoice(Chooser):
         order = scores.sort(dim=0, descending=True, stable=True).indices  # (n, E)
 
         def scope_of() -> Tensor:
-            return send(torch.repeat_interleave(torch.arange(len(scopes)), torch.tensor(scopes)), scores.device)
+            return send(torch.cat([torch.full((n,), number) for number, n in enumerate(scopes)]), scores.device)
 
         def places() -> Tensor:
             starts = [sum(scopes[:i]) for i in range(len(scopes))]

@@ -93,6 +93,6 @@ class LinearScorer(Scorer, counter_noise=True):
         return logits.sigmoid() if self.activation == "sigmoid" else logits
 
 
-def gumbel(key: Tensor, salt: int, width: int) -> Tensor:
+def gumbel(key: Tensor, salt: int | Tensor, width: int) -> Tensor:
     """Gumbel draws, a function of (key, salt): (..., width) fp32."""
     return -(-noise.uniform(key, salt, width).log()).log()

@@ -32,7 +32,7 @@ class Pool:
         """Members of each row, on the host."""
         return context.row_counts if self.modality is None else tuple(row[self.modality] for row in context.counts)
 
-    def candidates(self, context: TokenContext, salt: int = 0) -> Candidates:
+    def candidates(self, context: TokenContext, salt: int | Tensor = 0) -> Candidates:
         """The members as candidates.
 
         Args:
@@ -40,4 +40,5 @@ class Pool:
         """
         counts = self.row_counts(context)
         scopes = counts if self.scope == "row" else (sum(counts),)
-        return Candidates(context, self.members(context), counts, scopes, salt)
+        even = self.scope != "row" or (self.modality is None and not context.padded)
+        return Candidates(context, self.members(context), counts, scopes, even, salt)

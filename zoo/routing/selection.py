@@ -4,7 +4,6 @@ skip."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -57,14 +56,16 @@ class ExpertSelection:
         expert, token = chosen.T.nonzero(as_tuple=True)
         return cls(token, expert, chosen.shape[1], tuple(chosen.sum(0).tolist()))
 
-    @functools.cached_property
+    @property
     def counts(self) -> tuple[int, ...]:
         """Pairs of each expert, on the host. Where they depend on the data, the first to ask waits for their copy."""
-        if self.known is not None:
-            return self.known
-        assert self.ends is not None
-        ends = self.ends.tolist()
-        return tuple(b - a for a, b in zip([0, *ends[:-1]], ends, strict=True))
+        if self.known is None:
+            assert self.ends is not None
+            ends = self.ends.tolist()
+            counts = tuple(b - a for a, b in zip([0, *ends[:-1]], ends, strict=True))
+            object.__setattr__(self, "known", counts)
+            return counts
+        return self.known
 
     def sizes(self, dtype: torch.dtype) -> Tensor:
         """(E,) pairs of each expert, on the device."""
@@ -82,7 +83,7 @@ class ExpertSelection:
 
     def mask(self, tokens: int) -> Tensor:
         """(tokens, E) bool: which expert takes which of the `tokens` candidates."""
-        if self.known is not None and len(set(self.known)) == 1:
+        if self.known is not None and all(count == self.known[0] for count in self.known):
             return index_mask(self.token.view(self.experts, -1), tokens)
         chosen = torch.zeros(self.experts * tokens, dtype=torch.bool, device=self.token.device)
         return chosen.index_fill_(0, self.expert * tokens + self.token, True).view(self.experts, tokens).T

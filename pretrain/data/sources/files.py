@@ -25,7 +25,6 @@ import braceexpand
 import fsspec
 from fsspec.callbacks import TqdmCallback
 
-from pretrain.data.cache import room_for
 from pretrain.data.errors import DataError, shown
 from zoo.files import atomic_path
 
@@ -78,14 +77,15 @@ class Shard:
         an uncompressed copy in `cache`, which stays there until `release`.
 
         Raises:
-            DataError: it cannot be read, ends too early, or does not fit on the disk.
+            DataError: it cannot be read, or ends too early.
+            OSError: it does not fit on the disk; see `room_for`.
         """
         if not self.remote and _compression(Path(self.url)) is None:
             return Path(self.url)
         copy = self._copy(cache)
         if not copy.exists():
             copy.parent.mkdir(exist_ok=True)
-            with room_for(cache), atomic_path(copy) as temporary:
+            with atomic_path(copy) as temporary:
                 if not self.remote:
                     self._uncompress(Path(self.url), temporary)
                 else:
@@ -115,7 +115,7 @@ class Shard:
                 filesystem.get_file(path, str(target), callback=TqdmCallback(tqdm_kwargs={**options, "disable": None}))
                 return
             except Exception as error:  # every protocol has its own
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise
                 if attempt == TRIES or isinstance(error, FileNotFoundError | ImportError | ValueError):
                     why = str(error) or type(error).__name__

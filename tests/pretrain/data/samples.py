@@ -1,7 +1,10 @@
 """Small documents and shards, written on the spot, for the tests of the data path."""
 
+import contextlib
 import io
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,17 @@ def write_shard(path: Path, samples: list[dict]) -> Path:
         for each in samples:
             shard.write(each)
     return path
+
+
+@contextlib.contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: a disk that is full, as the system says it of one file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def documents(data: Data, split: str = "train") -> Documents:

@@ -269,7 +269,7 @@ def test_files_of_a_plan_are_shared_and_made_again_where_damaged(monkeypatch, tm
     monkeypatch.setattr(plan, "_made", None)  # another process of the machine makes nothing
     monkeypatch.setattr(plan.Plan, "_dealt", None)
     second = TokenStream(documents, 40, 3, tmp_path)
-    assert epoch_pieces(second, 2) == rows and isinstance(second.plan.places, np.memmap)
+    assert epoch_pieces(second, 2) == rows and isinstance(second.plan.places.base, np.memmap)
     monkeypatch.undo()
     monkeypatch.setattr(plan, "IN_MEMORY", 0)
     (folder,) = tmp_path.glob("*.plan")

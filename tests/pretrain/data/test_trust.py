@@ -16,7 +16,7 @@ from pretrain import recipe as recipes
 from pretrain.data import DataConfig, DataError, open_data
 from pretrain.data.cache import HIDDEN
 from pretrain.data.strings import Strings
-from tests.pretrain.data.samples import IMAGE, TEXT, documents, keys, png, sample, write_shard
+from tests.pretrain.data.samples import IMAGE, TEXT, documents, keys, png, sample, small_files, write_shard
 from zoo.modalities import parse_modalities
 from zoo.modalities.pictures import open_picture
 
@@ -197,6 +197,38 @@ def test_a_full_disk_is_one_error(config, folder, monkeypatch, function, error):
         opened(config)
     monkeypatch.undo()
     assert len(documents(opened(config))) == 10
+
+
+def test_a_file_that_may_not_grow_is_one_error(config, folder):
+    """The system's own error while a shard is tokenised; no half of it stays."""
+    message = (
+        rf"^data.cache: the disk of .*{HIDDEN} is full \(File too large\); free space, or set data.cache to a folder"
+    )
+    with small_files(256), pytest.raises(DataError, match=message):
+        opened(config)
+    assert not list((folder / HIDDEN).glob("*.writing"))
+    assert len(documents(opened(config))) == 10
+
+
+def test_no_room_for_a_plan_is_an_error_and_no_signal(config, folder, monkeypatch):
+    monkeypatch.setattr("pretrain.data.plan.IN_MEMORY", 0)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    message = rf"^data.cache: the disk of .*{HIDDEN} is full \(No space left on device\)"
+
+    def no_room(*_arguments):
+        raise full
+
+    monkeypatch.setattr("os.posix_fallocate", no_room)
+    with pytest.raises(DataError, match=message):
+        opened(config)
+    monkeypatch.undo()
+    monkeypatch.setattr("pretrain.data.plan.IN_MEMORY", 0)
+    data = opened(config)
+    monkeypatch.setattr("os.posix_fallocate", no_room)
+    with pytest.raises(DataError, match=message):
+        data.train.row(0)
+    monkeypatch.undo()
+    assert len(data.train.row(0).tokens) == 32
 
 
 # ----------------------------------------------------------------------------------------------------------- identity

@@ -24,7 +24,7 @@ from tools.sweep.pretrain.plan import Facts, PretrainPoint
 from tools.sweep.pretrain.run import STAGES
 from tools.sweep.pretrain.savings import Curve, Pair, Redrawn
 from tools.sweep.pretrain.settings import ArmConfig, MatchConfig, SweepConfig
-from tools.sweep.rows import gather
+from tools.sweep.rows import ArmResults, gather
 from zoo.config import UserError
 
 
@@ -54,6 +54,12 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe of its last training."""
         return recipes.load(self.trained[-1] / run_folder.RECIPE)
+
+    @property
+    def commit(self) -> str:
+        """The library's commit that made it; "" where it is not known."""
+        path = self.trained[-1] / run_folder.ENVIRONMENT
+        return (json.loads(path.read_text()).get("commit") or "") if path.exists() else ""
 
     def curves(self, axis: str) -> dict[str, Curve]:
         """As `curves.curves`."""
@@ -158,9 +164,15 @@ def check_paired(run: Run, other: Run) -> None:
 
 
 def of_sweep(config: SweepConfig, points: Sequence[PretrainPoint], out: Path) -> Study:
-    """What a sweep has run so far in `out`."""
-    runs, failures = [], []
-    for row in gather(points, out):
+    """What a sweep has run so far in `out`.
+
+    Raises:
+        UserError: runs that are to be compared were trained or evaluated on different data.
+    """
+    runs, failures, rows = [], [], gather(points, out)
+    if not config.vary:
+        check_data(rows)
+    for row in rows:
         for point, _ in row.results:
             folder = out / RUNS / (point.same_as or point.name)
             trained = tuple(folder / name for name in STAGES.values() if (folder / name).is_dir())
@@ -169,6 +181,9 @@ def of_sweep(config: SweepConfig, points: Sequence[PretrainPoint], out: Path) ->
         failures += [Failure(name, _tail(out / RUNS / name / LOG)) for name in row.missing()]
     facts = {(point.arm, point.size): point.facts for point in points}
     notes = [f"{point.arm} is the same as {point.same_as.partition('-')[0]}." for point in points if point.same_as]
+    commits = sorted({run.commit for run in runs if run.commit})
+    if len(commits) > 1:
+        notes.append(f"Runs were made by the commits {', '.join(each[:7] for each in commits)}.")
     if config.jobs > 1:
         notes.append(f"{config.jobs} runs went on side by side, so that seconds are those of a shared machine.")
     return Study(
@@ -182,6 +197,23 @@ def of_sweep(config: SweepConfig, points: Sequence[PretrainPoint], out: Path) ->
         tuple(dict.fromkeys(notes)),
         config.compare,
     )
+
+
+def check_data(rows: Sequence[ArmResults[PretrainPoint]]) -> None:
+    """Raise UserError where the runs of a size have not the same data, by content: they may come from several
+    machines."""
+    for what, done in (("data", "trained"), ("validation", "evaluated")):
+        found: dict[str, dict[str, list[str]]] = {}
+        for row in rows:
+            for point, result in row.results:
+                found.setdefault(row.setting, {}).setdefault(result[what][:8], []).append(point.name)
+        for size, groups in found.items():
+            if len(groups) > 1:
+                named = "; ".join(f"{content} {', '.join(names)}" for content, names in groups.items())
+                raise UserError(
+                    f"size {size}: runs were {done} on different data: {named}; shards or tokenizers differ, so give "
+                    "modalities.NAME.path the files of one of them, and do the others anew"
+                )
 
 
 def of_runs(folders: Sequence[Path], baseline: str | None) -> Study:

@@ -141,6 +141,8 @@ def test_upcycling_shares_the_steps(tmp_path: Path) -> None:
         ({"over": {"train": {"evaluate_every": 0}}}, "train.evaluate_every: 0; savings are read off curves"),
         ({"match": {}}, "match: says nothing|says nothing; give flops"),
         ({"match": {"flops": 0.1, "like": "denes"}}, "match.like 'denes' is no arm.*did you mean 'dense'"),
+        ({"compare": {"moma": "dens"}}, "compare.moma 'dens' is no arm; give one of dense, moma .did you mean 'dense'"),
+        ({"compare": {"mama": "dense"}}, "compare 'mama' is no arm"),
         ({"baseline": "none"}, "baseline 'none' is no arm; give one of dense, moma"),
         ({"seeds": [1, 1]}, "names a seed twice"),
         ({"arms": {"a-b": {}}}, "a name must be letters"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,12 +13,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.tools.sweep.pretrain.sweeps import config as sweep_config
 from tests.tools.sweep.pretrain.sweeps import write_run
 from tools import compare
 from tools.sweep.pretrain import savings
 from tools.sweep.pretrain.curves import curves, evaluations
+from tools.sweep.pretrain.plan import plan
 from tools.sweep.pretrain.report import write
-from tools.sweep.pretrain.study import of_runs
+from tools.sweep.pretrain.settings import parse
+from tools.sweep.pretrain.study import of_runs, of_sweep
+from tools.sweep.pretrain.tables import tables
 from zoo.config import UserError
 
 
@@ -53,6 +58,30 @@ def test_what_it_says(report: Path) -> None:
     assert "| sparse | one | 1 | all | text 1.500 | 0.800 ± 0.000 | 0.250 ± 0.000 |" in text
     assert "256.0 MiB" in text and "validation documents, whose losses are not kept" in text
     assert "Over sizes" not in text and "Not finished" not in text
+
+
+def test_arms_that_are_compared_with_each_other(folders: list[Path]) -> None:
+    study = dataclasses.replace(of_runs(folders, None), compare={"sparse": "worse"})
+    gaps = next(table for table in tables(study) if table.heading == "Difference in loss")
+    found = {(row[0], row[2]): row[3] for row in gaps.rows}
+    assert sorted({arms for arms, _ in found}) == ["sparse − dense", "sparse − worse", "worse − dense"]
+    both = [float(found[f"{arm} − dense", "text"].partition(" ")[0]) for arm in ("sparse", "worse")]
+    assert float(found["sparse − worse", "text"].partition(" ")[0]) == pytest.approx(both[0] - both[1], abs=2e-4)
+
+
+def test_runs_on_other_data_are_not_mixed(tmp_path: Path) -> None:
+    """A row that another machine made with tokenizers that it fitted itself."""
+    config = parse({k: v for k, v in sweep_config(tmp_path, "data").items() if k != "type"}, tmp_path)
+    points = plan(config)
+    for number, point in enumerate(points):
+        folder = tmp_path / "out" / "runs" / point.name
+        write_run(folder / "trained", point.arm, 0, 1.0)
+        (folder / "trained" / "environment.json").write_text(json.dumps({"commit": f"{number}234567890"}))
+        (folder / "result.json").write_text(json.dumps({"data": f"abc{number}", "validation": "x", "last": {}}))
+    with pytest.raises(UserError, match="size one: runs were trained on different data: abc0 dense-one-0; abc1 moma"):
+        of_sweep(config, points, tmp_path / "out")
+    study = of_sweep(config.model_copy(update={"vary": ["data"]}), points, tmp_path / "out")
+    assert len(study.runs) == 2 and "Runs were made by the commits 0234567, 1234567." in study.notes
 
 
 def test_the_page_stands_alone(report: Path) -> None:
