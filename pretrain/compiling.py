@@ -14,9 +14,13 @@ import torch
 
 from zoo import noise
 from zoo.attention import Attention
+from zoo.block import LayerConfig
 from zoo.config import ConfigError
+from zoo.depth import MixtureOfDepths
+from zoo.experts import ExpertConfig
 from zoo.kernels import flex
 from zoo.model import ModelConfig
+from zoo.routing.scorer import Router
 
 BACKEND = "inductor"
 HOST_BOUND = ("per_document", "xformers")
@@ -36,10 +40,35 @@ def check(model: ModelConfig, kernels: Mapping[str, str], activation_checkpointi
                 f"model.layers[{index}].mixer.type: {layer.mixer.type_name!r} does not go with train.compile: its "
                 "kernels step through rows by index, outside of any graph; remove train.compile"
             )
+        _check_routing(layer, f"model.layers[{index}]")
     if kernels.get("attention") in HOST_BOUND:
         raise ConfigError(
             f"kernels.attention: {kernels['attention']!r} does not go with train.compile: it reads the lengths of "
             "documents on the host, and every batch would need a graph of its own; use auto"
+        )
+
+
+def _check_routing(layer: LayerConfig, path: str) -> None:
+    """Raise ConfigError where how many tokens go somewhere depends on the data: no graph may hold such a number."""
+    inner, depth = layer.feedforward, layer.depth
+    if isinstance(inner, ExpertConfig) and issubclass(inner.router.block, Router):
+        raise ConfigError(
+            f"{path}.feedforward.router.type: {inner.router.type_name!r} does not go with train.compile: how many "
+            "tokens choose an expert depends on the data; let experts choose (type: linear), or remove train.compile"
+        )
+    if depth is None:
+        return
+    if not isinstance(depth, MixtureOfDepths.Config) or depth.scope != "row" or isinstance(depth.capacity, dict):
+        raise ConfigError(
+            f"{path}.depth: only one capacity for all tokens of a row (scope: row) goes with train.compile; remove "
+            "train.compile, or change the layer"
+        )
+    untied = any(getattr(part, "untied", None) for part in (layer.mixer, inner)) or layer.untied_norms
+    if untied or (isinstance(inner, ExpertConfig) and list(inner.group_sizes()) != ["all"]):
+        raise ConfigError(
+            f"{path}.depth: does not go with train.compile where the layer treats modalities apart (moma, untied "
+            "weights): how many tokens of each are kept depends on the data; remove train.compile, or make the layer's "
+            "feed-forward dense"
         )
 
 

@@ -101,7 +101,8 @@ class TrainConfig(LoopConfig):
 
     compile: bool = False
     """Compile the model's training steps into one graph (PyTorch's compiler): fewer passes over memory, fewer launches,
-    after minutes at the first step; results differ by rounding. Mixers of attention alone, ZeRO stages up to 2."""
+    after minutes at the first step; results differ by rounding. Attention, dense feed-forwards, expert choice, one
+    capacity for all tokens of a row, ZeRO stages up to 2; the rest is refused with the reason."""
     trainable: Trainable = "all"
     """"auxiliary": only the causal routers of a trained model learn, the rest is frozen; see `tools.train_routers`. A
     list of modalities: only weights learn that no token of another modality meets, such as their own projections,

@@ -7,7 +7,6 @@ were held out, and the classifier is asked about captions, not about beauty.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import webdataset
-from PIL import Image
 
 from pretrain.data.shards import find_shards
 from tools.evaluate.judging import (
@@ -67,7 +65,7 @@ def read_captioned(folder: str, pattern: str, run: Run) -> Captioned:
             document = json.loads(item["json"])
             parts = {part["type"]: part for part in document["parts"]}
             if set(parts) == {"text", "image"} and len(document["parts"]) == 2 and "category" in document:
-                images.append(config.square(Image.open(io.BytesIO(item[parts["image"]["file"]]))))
+                images.append(config.read(item[parts["image"]["file"]]))
                 captions.append(parts["text"]["text"])
                 categories.append(document["category"])
     if not images:

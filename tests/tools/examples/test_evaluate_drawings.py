@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,15 @@ def test_figures_by_hand() -> None:
     names = np.array(["dark"] * 40 + ["bright"] * 40)
     classify = classifier(Captioned(images.astype(np.uint8), [""] * 80, names))
     assert (classify(images.astype(np.uint8)[::7]) == names[::7]).all()
+
+
+def test_drawings_are_read_as_the_modality_sees_them(folder: Path) -> None:
+    """Also by tokenizers that have sizes of their own, and no file is asked for."""
+    config = zoo.modalities.VQ.Config(path="nowhere", sizes=[(4, 8)], aspect="pad", patch=4, codes=8)
+    run: Any = SimpleNamespace(modalities={"image": SimpleNamespace(config=config)})
+    found = read_captioned(str(folder), "*val*.tar", run)
+    assert found.images.shape == (24, 4, 8, 3) and found.categories[:3].tolist() == list(COLOURS)
+    assert (found.images[:, :, [0, 7]] == 255).all(), "padded with white"
 
 
 def test_errors(runs: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
