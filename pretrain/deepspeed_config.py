@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.deepspeed_keys import REFUSED, SCALARS, SECTIONS
 from pretrain.optim import OptimizerConfig
-from pretrain.recipe_file import MAX_BYTES, check_bounds
+from pretrain.recipe_file import MAX_BYTES, check_bounds, shipped
 from zoo.config import ConfigError, explain, suggestion
 
 ROOT = "deepspeed"
@@ -32,7 +32,7 @@ def read(section: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
         return {}
     if isinstance(section, Mapping):
         return copy.deepcopy(dict(section))
-    path = Path(section)
+    path = shipped(section)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{ROOT}: {str(path)!r} is larger than {MAX_BYTES:,} bytes; give the path of a JSON file")

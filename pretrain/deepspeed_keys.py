@@ -128,8 +128,11 @@ REFUSED: dict[str, str] = {
     "compile": "its graph passes are built for GPUs; write `train.compile: true` for PyTorch's compiler",
     "pipeline": "pipeline parallelism is not supported; use a ZeRO stage",
     "tensor_parallel": "tensor parallelism is not supported; use a ZeRO stage",
-    "expert_parallel": "experts are stacked parameters, sharded by the ZeRO stage; remove it",
-    "sequence_parallel_size": "sequence parallelism is not supported; remove it",
+    "expert_parallel": "experts are stacked parameters, sharded by the ZeRO stage; an exchange of tokens between "
+    "ranks, over which experts could choose, is missing: remove it",
+    "sequence_parallel_size": "a row stays on one rank: an exchange of heads for attention (Ulysses), and of states "
+    "and scores for scans and for routers that choose over a row, are missing. Remove it, and for longer rows set "
+    "train.activation_checkpointing: true and train.micro_batch: 1",
     "data_efficiency": "the `data` section decides what is read; remove it",
     "autotuning": "not supported; set the sizes in the recipe",
     "hybrid_engine": "not supported; remove it",

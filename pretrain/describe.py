@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 import zoo
-from pretrain import recipe as recipes
+from pretrain import memory
 from pretrain.recipe import Recipe
 from zoo.modalities import vocabulary
 from zoo.roles import Role, parameter_roles
-
-BYTES = {"fp32": 4, "bf16": 2}
 
 
 def blueprint(recipe: Recipe) -> zoo.Model:
@@ -35,8 +33,12 @@ def objective_of(recipe: Recipe) -> zoo.Objective:
     )
 
 
-def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
-    """Figures of the model at the recipe's sequence length; `memory_per_rank` in bytes for its ZeRO stage."""
+def describe(recipe: Recipe, model: zoo.Model, ranks: int, with_activations: bool = True) -> dict[str, Any]:
+    """Figures of the model at the recipe's sequence length.
+
+    Args:
+        with_activations: whether `memory_per_rank`, in bytes, has those of a micro-batch, see `pretrain.memory`.
+    """
     cost = model.cost(recipe.data.sequence_length)
     total = sum(p.numel() for p in model.parameters())
     modalities = recipe.model.modalities
@@ -52,7 +54,7 @@ def describe(recipe: Recipe, model: zoo.Model, ranks: int) -> dict[str, Any]:
         "router_flops_per_token": dict(zip(modalities, cost.router, strict=True)),
         "auxiliary_flops_per_token": dict(zip(modalities, cost.auxiliary, strict=True)),
         "vocabulary": vocabulary_ranges(recipe),
-        "memory_per_rank": memory(recipe, total, ranks),
+        "memory_per_rank": memory.of_rank(recipe, objective_of(recipe), total, ranks, with_activations).facts(),
     }
 
 
@@ -68,27 +70,6 @@ def vocabulary_ranges(recipe: Recipe) -> dict[str, Any]:
     words = vocabulary(recipe.modalities)
     ranges = {name: list(words.range(name)) for name in words.modalities}
     return {"special": words.specials, "ranges": ranges, "size": words.size}
-
-
-def memory(recipe: Recipe, parameters: int, ranks: int) -> dict[str, Any]:
-    """Bytes of weights, gradients and optimizer state on one rank under the recipe's ZeRO stage; activations apart.
-
-    fp32 weights are their own master copy at stage 0; ZeRO keeps a partitioned fp32 copy for the optimizer.
-    """
-    zero = recipes.launch_config(recipe, ranks)["zero_optimization"]
-    stage = zero["stage"]
-    element = BYTES[recipe.train.precision]
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    states = parameters * 4 * (2 if recipe.optimizer.type == "adamw" else 1)
-    master = parameters * 4 if stage > 0 or recipe.train.precision == "bf16" else 0
-    share = ranks if stage >= 1 else 1
-    result = {
-        "weights": parameters * element // (ranks if stage == 3 else 1),
-        "gradients": parameters * 4 // (ranks if stage >= 2 else 1),
-        "optimizer": (states + master) // share,
-    }
-    device = sum(result.values()) - (result["optimizer"] if offloaded else 0)
-    return {"zero_stage": stage, "ranks": ranks, **result, "optimizer_offloaded": offloaded, "on_device": device}
 
 
 def _auxiliary(model: nn.Module) -> int:

@@ -29,6 +29,7 @@ from zoo.heads import default_head
 from zoo.modalities import ModalitiesSection, default_modalities, in_order, vocabulary
 from zoo.model import MAX_IDS, ModelConfig
 from zoo.objectives.autoregressive import Autoregressive
+from zoo.recompute import Recompute
 from zoo.registry import BlockConfig, ObjectiveSlot
 from zoo.stems import default_stem
 
@@ -36,7 +37,8 @@ MOVED = {"data.text": "modalities.text", "data.image": "modalities.image"}
 """Keys of old, and where they stand now."""
 
 RESUMABLE = re.compile(
-    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows|compile|deterministic)"
+    r"train\.(steps|(log|evaluate|checkpoint)_every|checkpoint_in_background|keep_checkpoints|max_bad_steps|calibrate_rows)"
+    r"|train\.(activation_checkpointing|compile|deterministic)"
     r"|(evaluate|kernels)(\..*)?|optimizer\.(muon_)?lr|train\.clip|deepspeed\.gradient_clipping"
     r"|data\.(path|train|validation|cache|workers|max_broken_samples|max_broken_documents)"
     r"|data\.sources\.[^.]+\.(path|files|validation)"
@@ -64,8 +66,10 @@ class LoopConfig(Config):
     """"auto": the accelerator where there is one."""
     clip: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory, a third more compute, the same results."""
+    activation_checkpointing: Recompute = False
+    """true: keep only what enters each layer and compute the rest again in the backward pass: least memory, a third
+    more compute. "selective": also keep what matrix products and attention give, and compute again what is cheap. The
+    results are the same."""
     deterministic: bool = False
     """On a GPU take kernels alone that give the same bits for the same inputs, so that a resumed run is the
     uninterrupted one bit for bit, on as many ranks of the same machine; slower, and a kernel that cannot is an error
@@ -253,7 +257,7 @@ def resolve(data: Mapping[str, Any]) -> Recipe:
     zoo.kernels.check(recipe.kernels)
     check_batches(recipe.train)
     if recipe.train.compile:
-        compiling.check(recipe.model, recipe.kernels, recipe.train.activation_checkpointing)
+        compiling.check(recipe.model, recipe.kernels, bool(recipe.train.activation_checkpointing))
     _check_trainable(recipe)
     if recipe.evaluate.documents and not recipe.objective.block.tells_terms:
         raise ConfigError(

@@ -26,7 +26,19 @@ def read(path: str | Path, overrides: Iterable[str] = (), over: Mapping[str, Any
     Raises:
         ConfigError: a file that cannot be read or is not YAML, or an override that does not fit.
     """
-    return overridden(merge(_read(Path(path), ()), over or {}), overrides)
+    return overridden(merge(_read(shipped(path), ()), over or {}), overrides)
+
+
+INSTALLED = Path(__file__).parents[1]
+"""Where this project lies: its checkout, or the folder that it has been installed into."""
+
+
+def shipped(path: str | Path) -> Path:
+    """`path`; where there is no such file here, and it begins with `recipes`, that of the recipes installed beside the
+    code."""
+    path = Path(path)
+    beside = INSTALLED / path
+    return beside if not path.exists() and path.parts[:1] == ("recipes",) and beside.exists() else path
 
 
 def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+import torch
+
+from pretrain import memory, run_folder
 from pretrain import recipe as recipes
-from pretrain import run_folder
 from pretrain.data import open_data
 from pretrain.deepspeed_config import check_values
-from pretrain.describe import blueprint
+from pretrain.describe import blueprint, objective_of
 from pretrain.loop import command, train
 from pretrain.pretraining import Pretraining, auxiliary_routers
 from pretrain.process_group import choose_device, leave, prepare_environment, rank_and_world
@@ -51,6 +53,7 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         rank, world = rank_and_world()
         device = choose_device(recipe.train.device)
         config = recipes.launch_config(recipe, world)
+        check_memory(recipe, world, device)
         check_routers(recipe)
         run_folder.check_recipe(recipe.folder, recipe)
         data = open_data(recipe.data, recipe.modalities, recipe.seed, log=print if rank == 0 else _silent)
@@ -62,6 +65,14 @@ def launch(load: Callable[[], Recipe], begin: Callable[[Recipe], Initial | None]
         del lock
 
     return command(load, work)
+
+
+def check_memory(recipe: Recipe, world: int, device: str) -> None:
+    """Raise `ConfigError` where a rank needs more memory than the GPU has that it would run on."""
+    if device == "cuda":
+        parameters = sum(parameter.numel() for parameter in blueprint(recipe).parameters())
+        needed = memory.of_rank(recipe, objective_of(recipe), parameters, world)
+        memory.check_fits(needed, torch.cuda.get_device_properties(0).total_memory, spare=0.0)
 
 
 def check_routers(recipe: Recipe) -> None:
@@ -76,9 +87,14 @@ def check_routers(recipe: Recipe) -> None:
             )
 
 
+def script() -> None:
+    """The command `zoo-train`: as `python -m pretrain.train`."""
+    leave(main())
+
+
 def _silent(text: str) -> None:
     pass
 
 
 if __name__ == "__main__":
-    leave(main())
+    script()

@@ -14,6 +14,7 @@ OURS = {"zoo", "pretrain", "tools", "tests"}
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Import name to package name, where they differ by more than a dash."""
 NOT_IMPORTED = {
+    "causal-conv1d": "imported by name, where a GPU runs it",
     "bitsandbytes": "Transformers quantises with it",
     "aiohttp": "fsspec opens URLs with it",
     "ninja": "a program: PyTorch and DeepSpeed compile their extensions with it",

@@ -9,6 +9,7 @@ import zoo.kernels
 from zoo.config import Config, ConfigError
 from zoo.context import TEXT_AND_IMAGE
 from zoo.model import Model, ModelConfig, initialise
+from zoo.recompute import Recompute
 from zoo.registry import SLOTS, BlockConfig, Place, parse_block
 from zoo.slots import Part
 
@@ -34,7 +35,7 @@ def build_model(
     config: Mapping[str, Any] | Config,
     *,
     kernels: Mapping[str, str] | None = None,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Recompute = False,
     seed: int | None = 0,
 ) -> Model:
     """Build a whole model.
@@ -42,7 +43,7 @@ def build_model(
     Args:
         config: a mapping, as the section `model` of a recipe, or a validated `ModelConfig`.
         kernels: backend of each operation, see `zoo.kernels`.
-        activation_checkpointing: recompute layers in the backward pass.
+        activation_checkpointing: recompute layers in the backward pass, wholly or what is cheap; see `zoo.recompute`.
         seed: first weights are a function of (seed, parameter name); None leaves them unset.
     Raises:
         ConfigError: naming the dotted key, the value, the rule and the way out.

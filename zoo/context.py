@@ -7,6 +7,7 @@ the device to learn one.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -211,6 +212,21 @@ class TokenContext:
     def _known_spans(self) -> Spans:
         return self.known.spans or self.shared("spans", lambda: Spans.of(self.document, self.item))
 
+    @property
+    def most_documents(self) -> int | None:
+        """Documents of the row that has most; of a sub-sequence at most so many. None where the host would have to
+        wait."""
+        if self.narrowed:
+            return self.constants.get("most documents")
+
+        def compute() -> int | None:
+            spans = self.known.spans
+            if spans is None:
+                return None
+            return max(collections.Counter(row for row, *_ in spans.documents).values(), default=1)
+
+        return self.constant("most documents", compute)
+
     # ------------------------------------------------------------------------------------------- derived once, shared
 
     def shared(self, name: Any, compute: Callable[[], Any]) -> Any:
@@ -314,6 +330,7 @@ class TokenContext:
             taken = values.gather(1, index)
             return taken if valid is None else taken.masked_fill(~valid, padding)
 
+        _ = self.most_documents  # a constant, which is handed on
         modality = take(self.modality, -1)
         kept = kept or Kept.of(_on_host(_counts(modality, len(self.modalities))))
         return dataclasses.replace(

@@ -21,7 +21,8 @@ from zoo.build import build_block, build_model
 from zoo.carries import Channels, Vectors
 from zoo.config import ConfigError
 from zoo.context import CAUSAL, TOPK, TokenContext
-from zoo.model import Model, ModelConfig, initialise, recomputed
+from zoo.model import Model, ModelConfig, initialise
+from zoo.recompute import recomputed
 from zoo.registry import BlockConfig
 from zoo.slots import Component
 from zoo.trace import Trace

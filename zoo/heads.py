@@ -7,12 +7,15 @@ as denoising does) the objective says.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from zoo.carries import Carries, Channels, Ids, Vectors
+from zoo.cross_entropy import TokenLosses, linear_losses
 from zoo.flops import Cost
 from zoo.layers import Linear
 from zoo.registry import BlockConfig, Place, register
@@ -65,6 +68,14 @@ class IdHead(Linear, Head):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__(place.d_model, place.vocab_size, role=Role.HEAD)
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, target: Tensor, log_z: bool = True) -> TokenLosses: ...
+    def forward(self, x: Tensor, target: Tensor | None = None, log_z: bool = True) -> Tensor | TokenLosses:
+        """x (…, D) → logits (…, V); with `target` (…), ids or negative where there is none, what is lost instead."""
+        return super().forward(x) if target is None else linear_losses(x, self.weight, target, log_z)
 
     def cost(self) -> Cost:
         return Cost.matmul(self.weight.numel())

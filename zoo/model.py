@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.block import LayerConfig
 from zoo.carries import nothing
 from zoo.config import Config, ConfigError
 from zoo.context import TokenContext
+from zoo.cross_entropy import TokenLosses
 from zoo.flops import Cost
 from zoo.heads import HeadConfig, IdHead
 from zoo.layers import RMSNorm
+from zoo.recompute import Recompute, recomputed
 from zoo.registry import HeadSlot, Place, StemSlot
 from zoo.roles import ParameterOwner
-from zoo.slots import Component, Head, Part, Stem, TimedStem
+from zoo.slots import Component, Head, Stem, TimedStem
 from zoo.states import State
 from zoo.stems import IdStem, StemConfig
 from zoo.trace import Trace
@@ -116,10 +117,12 @@ class Model(nn.Module):
     Args:
         config: validated and checked.
         kernels: backend of each operation, see `zoo.kernels`.
-        activation_checkpointing: recompute layers in the backward pass. Never changes results: routes are replayed.
+        activation_checkpointing: what of a layer is computed again in the backward pass, see `zoo.recompute`.
     """
 
-    def __init__(self, config: ModelConfig, kernels: Mapping[str, str], activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: Mapping[str, str], activation_checkpointing: Recompute = False
+    ) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size: not set; give it, or a section `modalities` that decides it")
@@ -165,6 +168,20 @@ class Model(nn.Module):
         logits_at: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        context: TokenContext,
+        states: Sequence[State] | None = None,
+        content: Mapping[str, Tensor] | None = None,
+        *,
+        time: Mapping[str, Tensor] | None = None,
+        read: Mapping[str, Tensor],
+        target: Tensor,
+        log_z: bool = True,
+    ) -> tuple[TokenLosses, dict[str, Tensor]]: ...
+
     def forward(
         self,
         tokens: Tensor,
@@ -175,7 +192,9 @@ class Model(nn.Module):
         time: Mapping[str, Tensor] | None = None,
         read: Mapping[str, Tensor] | None = None,
         logits_at: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        target: Tensor | None = None,
+        log_z: bool = True,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]] | tuple[TokenLosses, dict[str, Tensor]]:
         """tokens (B, T) int64 → logits (B, T, V); 0 at padding.
 
         Args:
@@ -186,8 +205,12 @@ class Model(nn.Module):
                 noise (1), (n,); default: data.
             read: for each modality with a head of its own the flat positions (r,) at which that head is wanted.
             logits_at: the flat positions (n,) at which logits are wanted; default: all.
+            target: (B, T) the id that each position is to predict, negative where there is none. What the logits lose
+                against it is returned in their place; large logits then never exist whole (`zoo.cross_entropy`).
+            log_z: whether log Z is wanted beside the cross-entropy.
         Returns:
-            The logits, (n, V) at `logits_at`; with `read` also what each head predicts there, {modality: (r, …)}.
+            The logits, (n, V) at `logits_at`, or with `target` `TokenLosses` (B, T); with `read` also what each head
+            predicts there, {modality: (r, …)}.
         Raises:
             ValueError: content that does not fit the context.
         """
@@ -195,16 +218,19 @@ class Model(nn.Module):
         if self.activation_checkpointing and self.training and states is None:
             context = context if context.trace is not None else context.replace(trace=Trace())
             for layer in self._components:
-                x = recomputed(layer, x, context)
+                x = recomputed(layer, x, context, selective=self.activation_checkpointing == "selective")
         else:
             for i, layer in enumerate(self.layers):
                 x = layer(x, context, None if states is None else states[i])
         x = self.norm(x)
         flat = x.reshape(-1, x.shape[-1])
-        logits = self.head(x if logits_at is None else F.embedding(logits_at, flat))
+        if target is None:
+            said = self.head(x if logits_at is None else F.embedding(logits_at, flat))
+        else:
+            said = self.head(x, target, log_z)
         if read is None:
-            return logits
-        return logits, {name: head(F.embedding(read[name], flat)) for name, head in self.heads.items()}
+            return said
+        return said, {name: head(F.embedding(read[name], flat)) for name, head in self.heads.items()}
 
     def _enter(
         self, tokens: Tensor, context: TokenContext, content: Mapping[str, Tensor], time: Mapping[str, Tensor]
@@ -254,24 +280,6 @@ class Model(nn.Module):
             own = cast(Stem | Head, end).cost()
             whole = whole + own.scaled(*(float(name == other) for other in self.modalities))
         return whole.expand(len(self.modalities))
-
-
-def recomputed(layer: Component, x: Tensor, context: TokenContext) -> Tensor:
-    """The layer's output; of all that the layer computes only x is kept, the backward pass computes the rest again."""
-    assert context.trace is not None
-    # taken out by the first pass: the trace's losses hold the autograd graph, so the graph must not hold the trace
-    first = [context]
-    again = context.replace(trace=context.trace.replay())
-
-    def run(x: Tensor) -> Tensor:
-        return layer(x, first.pop() if first else again)
-
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=not counter_noise_alone(layer))
-
-
-def counter_noise_alone(layer: Component) -> bool:
-    """Whether a recomputation of the layer draws the same noise without torch's random state; blocks say so."""
-    return all(part.counter_noise for part in layer.modules() if isinstance(part, Part))
 
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]

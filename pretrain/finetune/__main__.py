@@ -1,6 +1,5 @@
 """`python -m pretrain.finetune`; see `pretrain.finetune.train`."""
 
-from pretrain.finetune.train import main
-from pretrain.process_group import leave
+from pretrain.finetune.train import script
 
-leave(main())
+script()

@@ -12,7 +12,7 @@ from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.recipe import DeepSpeedSection, LoopConfig, RunRecipe
 from pretrain.recipe_kind import FINE_TUNING, check_kind
 from zoo.adapt import AdaptConfig
-from zoo.config import Config
+from zoo.config import Config, ConfigError
 
 
 class LoraConfig(Config):
@@ -94,4 +94,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
     check_kind(data, path, FINE_TUNING, FinetuneRecipe)
     recipe = FinetuneRecipe.parse(data)
     recipes.check_batches(recipe.train)
+    if recipe.train.activation_checkpointing == "selective":
+        raise ConfigError(
+            "train.activation_checkpointing: 'selective' is for models of this library; layers of Transformers' models "
+            "are recomputed whole or not at all: true or false"
+        )
     return recipe

@@ -26,7 +26,7 @@ from pretrain.finetune.recipe import FinetuneRecipe
 from pretrain.finetune.samples import open_questions, too_many, usable
 from pretrain.finetune.task import FineTuning
 from pretrain.loop import command, train
-from pretrain.process_group import choose_device, prepare_environment, rank_and_world
+from pretrain.process_group import choose_device, leave, prepare_environment, rank_and_world
 from zoo.config import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     options = parser.parse_intermixed_args(arguments)
     return command(lambda: finetune_recipe.load(options.recipe, options.overrides), work)
+
+
+def script() -> None:
+    """The command `zoo-finetune`: as `python -m pretrain.finetune`."""
+    leave(main())
 
 
 def work(recipe: FinetuneRecipe) -> None:

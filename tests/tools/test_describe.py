@@ -90,11 +90,13 @@ def test_memory_by_stage(file: Path, capsys: pytest.CaptureFixture[str]) -> None
     for stage in (1, 2, 3):
         alone, shared = held(stage, 1), held(stage, 4)
         assert shared["optimizer"] == alone["optimizer"] // 4
-        assert shared["gradients"] == alone["gradients"] // (4 if stage > 1 else 1)
+        assert shared["gradients"] == (alone["gradients"] // 4 if stage > 1 else 5 * total)
         assert shared["weights"] == alone["weights"] // (4 if stage > 2 else 1)
     assert held(1, 1, "train.precision=bf16")["weights"] == 2 * total
     offloaded = held(2, 2, "deepspeed.zero_optimization.offload_optimizer={device: cpu}")
-    assert offloaded["on_device"] == offloaded["weights"] + offloaded["gradients"]
+    assert offloaded["on_device"] == sum(offloaded[key] for key in ("weights", "gradients", "buckets"))
+    activations = plain["activations"]
+    assert 0 < activations["held"] < activations["peak"] < plain["peak"] - plain["on_device"] + 1
 
 
 def test_a_model_larger_than_this_machine(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +111,12 @@ def test_the_tree(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert describe.main([str(file), "model.repeat=3"]) == 0
     printed = capsys.readouterr().out
     parts = ["tiny  ", "layers.0,2…4  ", "layers.1,3…5  MixtureOfDepths", "capacity 0.5 of each row"]
-    parts += ["FLOPs a token", "memory a rank, ZeRO stage 2 on 1 rank(s)", "left out of FLOPs: norms"]
+    parts += [
+        "FLOPs a token",
+        "memory a rank, ZeRO stage 2 on 1 rank(s)",
+        "activations of a micro-batch",
+        "left out of FLOPs: norms",
+    ]
     for part in parts:
         assert part in printed, part
 

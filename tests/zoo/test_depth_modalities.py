@@ -30,6 +30,7 @@ from tests.zoo.test_model import decisive, effect
 from tests.zoo.test_states import CHUNKS, decode
 from tests.zoo.test_states import ROWS as DECODED
 from zoo import ConfigError, Trace
+from zoo.recompute import Recompute
 
 IMAGES = {"text": 1.0, "image": 0.25}
 CAPACITIES = [IMAGES, {"text": "1/2", "image": 0.25}, {"text": "1/3", "image": 1.0}, {"text": 0.125, "image": 0.5}]
@@ -205,7 +206,7 @@ def test_activation_checkpointing_changes_no_bit(scope, routing):
     warm = {"over_steps": {"type": "warm_down", "steps": 8}, "scope": scope}
     layers = [mod(dropout=0.2, **warm), mod(BOTH, norm="post", router=TANH, scope=scope)]
 
-    def run(checkpointing: bool) -> dict:
+    def run(checkpointing: Recompute) -> dict:
         model = build_model(*layers, activation_checkpointing=checkpointing).float()
         context = stream(*random_rows(3, 24), trace=Trace(), routing=routing, step=4)
         logits = model(ids(context), context)
@@ -213,7 +214,9 @@ def test_activation_checkpointing_changes_no_bit(scope, routing):
         counts = {"statistics": context.trace.statistics.flat()}
         return {"logits": logits, "loss": loss} | gradients(loss, model) | counts
 
-    assert_equal(run(checkpointing=True), run(checkpointing=False))
+    plain = run(checkpointing=False)
+    for checkpointing in (True, "selective"):
+        assert_equal(run(checkpointing), plain)
 
 
 # --------------------------------------------------------------------------------------------------------- weighting

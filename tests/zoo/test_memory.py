@@ -47,7 +47,7 @@ def step(model: torch.nn.Module) -> list[weakref.ref]:
     return [weakref.ref(value) for value in (context, trace, tokens, logits)]
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_a_step_is_gone_with_its_references(layers, activation_checkpointing, no_collector):
     model = build_model(*LAYERS[layers], activation_checkpointing=activation_checkpointing)

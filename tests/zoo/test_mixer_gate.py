@@ -22,6 +22,7 @@ from tests.zoo.helpers import (
 )
 from zoo import ConfigError, Trace
 from zoo.mixer_gate import MixerGate, PrefixState, prefix_means
+from zoo.recompute import Recompute
 from zoo.routing.candidates import Candidates
 
 
@@ -236,7 +237,7 @@ def test_causal_routing_is_top_k_routing_and_decoding_is_the_whole(pooling):
 
 
 def test_activation_checkpointing_changes_no_bit_and_counts_once():
-    def run(checkpointing: bool) -> dict:
+    def run(checkpointing: Recompute) -> dict:
         layers = [
             {"mixer": ATTENTION, "feedforward": moma(context=c, weight="probability")} for c in ("token", "document")
         ]
@@ -248,7 +249,9 @@ def test_activation_checkpointing_changes_no_bit_and_counts_once():
         assert len(sums) == 8
         return {"loss": loss} | grads | sums
 
-    assert_equal(run(checkpointing=True), run(checkpointing=False))
+    plain = run(checkpointing=False)
+    for checkpointing in (True, "selective"):
+        assert_equal(run(checkpointing), plain)
 
 
 def test_a_gate_and_noop_experts_are_refused():

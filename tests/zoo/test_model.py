@@ -27,6 +27,7 @@ from tests.zoo.helpers import (
 from zoo import TokenContext, Trace, noise
 from zoo.batch import Batch
 from zoo.kernels import available
+from zoo.recompute import Recompute
 
 EVERYTHING = [layer(), mod(), untied(), layer(feedforward=MOMA, norm="post"), mod(norm="post")]
 EXPERTS = [layer(feedforward={"type": "experts", "experts": 3, "d_ff": 12}), mod()]
@@ -124,7 +125,7 @@ def test_activation_checkpointing_changes_no_bit(scope, routing):
         mod(norm="post"),
     ]
 
-    def run(checkpointing: bool) -> dict:
+    def run(checkpointing: Recompute) -> dict:
         model = build_model(*layers, activation_checkpointing=checkpointing).float()
         context = stream(*random_rows(3, 24), trace=Trace(), routing=routing, step=4)
         logits = model(ids(context), context)
@@ -134,7 +135,9 @@ def test_activation_checkpointing_changes_no_bit(scope, routing):
         auxiliary = {f"loss of {name}": total for name, (total, _) in context.trace.losses.items()}
         return {"logits": logits, "loss": loss} | grads | counts | auxiliary
 
-    assert_equal(run(checkpointing=True), run(checkpointing=False))
+    plain = run(checkpointing=False)
+    for checkpointing in (True, "selective"):
+        assert_equal(run(checkpointing), plain)
 
 
 def test_dropout_of_a_branch_is_the_noise_of_its_name_step_and_tokens():

@@ -9,17 +9,18 @@ import zoo
 from tests.zoo.helpers import VOCABULARY, build_model, ids, layer, stream
 from zoo import ConfigError
 from zoo.batch import Batch
+from zoo.cross_entropy import of_logits
 
 
 class Fixed(torch.nn.Module):
-    """A model whose logits are its only parameter."""
+    """A model whose logits are its only parameter, under objectives without heads of modalities."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.logits = torch.nn.Parameter(torch.randn(*shape, VOCABULARY, dtype=torch.float64))
 
-    def forward(self, tokens: torch.Tensor, context: zoo.TokenContext) -> torch.Tensor:
-        return self.logits
+    def forward(self, tokens, context, *, target, log_z, **rest):
+        return of_logits(self.logits, target, log_z), {}
 
 
 def objective(**config):

@@ -12,7 +12,7 @@ from pydantic import Field
 import zoo
 from tests.zoo.helpers import ATTENTION, assert_equal, build_model, columns, ids, layer, mod, stream
 from zoo import BlockConfig, ConfigError, Cost, FeedForward, Place, TokenContext, register, registry
-from zoo.model import counter_noise_alone
+from zoo.recompute import counter_noise_alone
 
 
 @pytest.fixture(autouse=True)

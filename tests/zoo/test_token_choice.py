@@ -24,6 +24,7 @@ from tests.zoo.helpers import (
 from zoo import ConfigError, TokenContext, Trace, build
 from zoo.batch import Batch
 from zoo.kernels import grouped
+from zoo.recompute import Recompute
 
 THREE = ("text", "image", "speech")
 
@@ -218,7 +219,7 @@ def test_causal_routing_is_top_k_routing_and_decoding_is_the_whole():
 
 
 def test_activation_checkpointing_changes_no_bit_and_counts_once():
-    def run(checkpointing: bool) -> dict:
+    def run(checkpointing: Recompute) -> dict:
         config = layers(balance={"type": "loss"})[:1] + layers(balance={"type": "bias"}, noise="gumbel")
         model = build_model(*config, activation_checkpointing=checkpointing).float()
         context = stream(*random_rows(3, 24), trace=Trace(), step=4)
@@ -230,7 +231,9 @@ def test_activation_checkpointing_changes_no_bit_and_counts_once():
         sums["statistics"] = trace.statistics.flat()
         return {"logits": logits, "loss": loss} | grads | sums | trace.penalties
 
-    assert_equal(run(checkpointing=True), run(checkpointing=False))
+    plain = run(checkpointing=False)
+    for checkpointing in (True, "selective"):
+        assert_equal(run(checkpointing), plain)
 
 
 # ----------------------------------------------------------------------------------------------------------- balancing

@@ -56,7 +56,10 @@ def _recipe(options: argparse.Namespace) -> None:
 
 
 def _folder(options: argparse.Namespace) -> None:
-    every = [describe(r, blueprint(r), options.ranks) for r in folder(options.recipe, options.overrides)]
+    every = [
+        describe(r, blueprint(r), options.ranks, with_activations=False)
+        for r in folder(options.recipe, options.overrides)
+    ]
     print(json.dumps(every, indent=1) + "\n" if options.json else table(every, Papers.read(options.papers)), end="")
 
 

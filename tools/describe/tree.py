@@ -45,9 +45,17 @@ def show(recipe: Recipe, model: zoo.Model, facts: dict[str, Any]) -> None:
         )
     held = facts["memory_per_rank"]
     console.print(
-        f"memory a rank, ZeRO stage {held['zero_stage']} on {held['ranks']} rank(s), activations apart: weights "
+        f"memory a rank, ZeRO stage {held['zero_stage']} on {held['ranks']} rank(s): weights "
         f"{size(held['weights'])}, gradients {size(held['gradients'])}, optimizer {size(held['optimizer'])}"
         + (" (offloaded to the host)" if held["optimizer_offloaded"] else "")
+    )
+    kept = held["activations"]
+    console.print(
+        "activations of a micro-batch: not known, a block's shapes depend on the data"
+        if kept is None
+        else f"activations of a micro-batch with a GPU's kernels: {size(kept['held'])} after the forward pass, "
+        f"{size(kept['peak'])} at most; logits {size(kept['logits'])}, made in parts where they are large; "
+        f"all together {size(held['peak'])}"
     )
     console.print(
         "left out of FLOPs: norms, activations, rotary embedding, softmax, top-k, gathers; active: weights a token "

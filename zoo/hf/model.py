@@ -273,7 +273,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.model.activation_checkpointing
+        return bool(self.model.activation_checkpointing)
 
 
 def _lengths(valid: np.ndarray, begins: np.ndarray, before: np.ndarray) -> np.ndarray:

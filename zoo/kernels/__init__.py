@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping
 
 from zoo.config import ConfigError, suggestion
-from zoo.kernels import chunked, cpu, flex, grouped, mamba_ssm, per_document, reference, sdpa, xformers
+from zoo.kernels import chunked, cpu, flex, grouped, mamba_ssm, outlines, per_document, reference, sdpa, xformers
 
 _ATTENTION: dict[str, types.ModuleType] = {
     "reference": reference,
@@ -34,6 +34,8 @@ OPERATIONS: dict[str, dict[str, types.ModuleType]] = {
     "ssd": _RECURRENT,
     "conv": _RECURRENT,
 }
+OUTLINES, OUTLINED = "outlines", "there is nothing to compute; what a GPU's kernels would hold is made"
+"""The backend of attention on the meta device, for which nobody can ask by name; and why it is taken."""
 OPTIONAL = (cpu, mamba_ssm, flex, xformers)
 """Backends that do not work everywhere: each has a `missing()`, which says why it does not work here, or None."""
 
@@ -48,10 +50,12 @@ class ChosenBackend:
 
     @property
     def module(self) -> types.ModuleType:
-        return OPERATIONS[self.operation][self.backend]
+        return outlines if self.backend == OUTLINES else OPERATIONS[self.operation][self.backend]
 
 
 def _attention(device: str) -> tuple[str, str]:
+    if device == "meta":
+        return OUTLINES, OUTLINED
     saved = "no work on pairs of tokens of different documents; plain causal sdpa where a row is one document"
     if device != "cuda":
         return "per_document", saved
@@ -69,6 +73,8 @@ def _experts(device: str) -> tuple[str, str]:
 
 
 def _recurrent(device: str) -> tuple[str, str]:
+    if device == "meta":
+        return "mamba_ssm", OUTLINED
     if device == "cuda":
         reason = mamba_ssm.missing()
         return ("mamba_ssm", "fused CUDA kernels") if reason is None else ("chunked", f"no mamba_ssm: {reason}")
@@ -103,7 +109,7 @@ def choose(operation: str, backend: str = "auto", device: str = "cpu") -> Chosen
 
     Args:
         backend: its name, as in a recipe's `kernels`; "auto" takes the best that works here.
-        device: type of the device it shall run on ("cpu", "cuda"); matters to `auto` alone.
+        device: type of the device it shall run on ("cpu", "cuda", "meta"); matters to `auto` alone.
     Raises:
         ConfigError: the name is not known, or what was asked for does not load here.
     """

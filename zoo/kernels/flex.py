@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -18,6 +20,8 @@ from zoo.kernels import sdpa
 from zoo.kernels.sdpa import masked_attention  # noqa: F401  decoding is a few queries: nothing to pass over
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPILERS = ("cc", "gcc", "clang")
+"""Where triton looks for a C compiler, after the variable CC."""
 NARROWEST = 16
 """Least head width K of the compiled kernel."""
 
@@ -29,6 +33,10 @@ def missing() -> str | None:
         return "it needs a CUDA device"  # on a CPU PyTorch has no backward for it
     if importlib.util.find_spec("triton") is None:
         return "it needs triton, into which it is compiled; pip install triton"
+    if not os.environ.get("CC") and not any(map(shutil.which, COMPILERS)):
+        return (
+            f"triton needs a C compiler for what starts its kernels; install one of {', '.join(COMPILERS)}, or set CC"
+        )
     return None
 
 

@@ -42,6 +42,8 @@ class Layout:
     """Row b·T + t is step t of sequence b: values need no gather."""
     many_documents: bool
     """Some sequence may hold more than one document; known on the host."""
+    most_documents: int | None = None
+    """Documents of the sequence that holds most of them, or a bound of that; None where the host does not know."""
 
     @classmethod
     def of(cls, context: TokenContext, grouping: Grouping = TIED, before: Tensor | None = None) -> Layout:
@@ -85,9 +87,10 @@ class Layout:
     @functools.cached_property
     def apart(self) -> tuple[Tensor, int]:
         """(B, T) column of each step when an empty one stands before every document but a sequence's first, and the
-        number of columns that makes, for which the host waits once."""
+        number of columns that makes, for which the host waits once where it does not know the documents."""
         place = torch.arange(self.row.shape[1], device=self.row.device) + self.document - self.document[:, :1]
-        return place, int(place.max()) + 1
+        known = self.most_documents
+        return place, int(place.max()) + 1 if known is None else self.row.shape[1] + known - 1
 
     def biased(self, values: Tensor, bias: Tensor) -> Tensor:
         """values (R, W) + the bias of each row's group, of bias (G, W); one bias is every row's."""
@@ -151,6 +154,7 @@ def _lay_out(context: TokenContext, grouping: Grouping) -> Layout:
         padded=context.padded,
         in_order=grouping.tied and not context.padded,
         many_documents=not context.single_document,
+        most_documents=context.most_documents,
     )
 
 

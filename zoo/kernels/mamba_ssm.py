@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels import chunked
+from zoo.kernels import chunked, outlines
 from zoo.kernels.layout import Layout, causal_window
 
 FORGET = 1e30
 """Δ at a separator between documents: exp(Δ A) is 0 for any |A| above 1e-28, and its input is 0, so the state becomes
 0. A large Δ at a document's first token instead would also scale that token's input."""
+MOST_STATES = 256
+"""Largest N of the scan's kernel."""
 NEVER = -1e4
 """dt where there is no token: softplus gives Δ = 0, the state stays."""
 
@@ -36,6 +41,19 @@ def missing() -> str | None:
     return None
 
 
+def _function(module: str, name: str, like: Tensor) -> Callable[..., Any]:
+    """A function of the packages; for values without contents its outline."""
+    return getattr(outlines if like.is_meta else importlib.import_module(module), name)
+
+
+@functools.cache
+def _say_too_many_states(states: int) -> None:
+    warnings.warn(
+        f"d_state: {states} is more than the {MOST_STATES} that mamba-ssm's scan takes; the scan runs in plain PyTorch",
+        stacklevel=3,
+    )
+
+
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, layout: Layout, window: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -43,8 +61,7 @@ def causal_conv1d(
     channels, taps = weight.shape
     if not 2 <= taps <= 4 or channels % 8:
         return chunked.causal_conv1d(x, weight, bias, layout, window)
-    from causal_conv1d import causal_conv1d_fn
-
+    causal_conv1d_fn = _function("causal_conv1d", "causal_conv1d_fn", x)
     if window is not None:  # in front of the input: the kernel does not take an initial state together with documents
         rows, layout, window = causal_window(x, layout, window)
         return causal_conv1d(rows, weight, bias, layout)[0][: x.shape[0]], window
@@ -67,15 +84,16 @@ def selective_scan(
     layout: Layout,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.selective_scan`, but the final state has no gradient.
+    """As `reference.selective_scan`, but the final state has no gradient; more than 256 states go by `chunked`.
 
     The kernel takes no initial state: decoding goes by `chunked`. It has one bias vector, added in fp32. Of the biases
     of several groups that is their mean; what a group's is off it is added to its rows before, in their dtype.
     """
-    if state is not None:
+    if A.shape[1] > MOST_STATES:
+        _say_too_many_states(A.shape[1])
+    if state is not None or A.shape[1] > MOST_STATES:
         return chunked.selective_scan(u, dt, bias, A, B, C, D, z, layout, state)
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
+    selective_scan_fn = _function("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", u)
     dtype, delta_bias = u.dtype, bias.float()[0]
     if bias.shape[0] > 1:
         delta_bias = bias.float().mean(0)
@@ -118,8 +136,7 @@ def ssd(
     chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.ssd`. Δ is made here, in fp32: rows may have biases of several groups."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    mamba_chunk_scan_combined = _function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", x)
     delta = F.softplus(layout.biased(dt.float(), bias.float()))
     # steps after a sequence's last token have Δ = 0: they leave the state as it is
     x_t, delta_t, B_t, C_t = (layout.to_time(value).contiguous() for value in (x, delta, B, C))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from zoo.batch import Batch
 from zoo.config import ConfigError
 from zoo.context import TokenContext
-from zoo.heads import HeadConfig, IdHead, wide
+from zoo.cross_entropy import TokenLosses
+from zoo.heads import HeadConfig
 from zoo.registry import BlockConfig, Place, register
 from zoo.slots import Objective
 from zoo.trace import Terms
@@ -91,44 +92,56 @@ class Autoregressive(Objective, counter_noise=True):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums of cross-entropies in nats, of the losses of heads, and of log² Z."""
-        if not self.heads:
-            return self.sums(model(batch.tokens, batch.context), {}, batch)
-        before = self.before(batch.context)
-        logits, predictions = model(batch.tokens, batch.context, content=batch.content, read=before)
-        return self.sums(logits, predictions, batch)
+        target = self.target(batch)
+        losses, predictions = model(
+            batch.tokens,
+            batch.context,
+            content=batch.content,
+            read=self.before(batch.context),
+            target=target,
+            log_z=self.z_loss > 0,
+        )
+        return self.sums(losses, predictions, batch, target)
 
-    def sums(self, logits: Tensor, predictions: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    def target(self, batch: Batch) -> Tensor:
+        """(B, T) the id that each position predicts, the next token's; −1 where it predicts none."""
+        is_target, modality = self._is_target(batch.context), batch.context.modality[:, 1:]
+        for name, m in self.modalities.items():
+            if not self._has_ids(name):
+                is_target = is_target & (modality != m)
+        return nn.functional.pad(torch.where(is_target, batch.tokens[:, 1:], -1), (0, 1), value=-1)
+
+    def sums(
+        self, losses: TokenLosses, predictions: Mapping[str, Tensor], batch: Batch, target: Tensor
+    ) -> dict[str, Tensor]:
         """As `forward`, of what the model has said.
 
         Args:
-            logits: (B, T, V).
+            losses: (B, T), of the ids that are predicted.
             predictions: what each head predicts at `before`; those of other modalities are not looked at.
+            target: (B, T), as `target` gives it.
         """
         context, is_target = batch.context, self._is_target(batch.context)
         sums = {name: self._head_loss(name, predictions[name], batch, is_target) for name in self.heads}
         modality = context.modality[:, 1:]
-        for name, m in self.modalities.items():
-            if not self._has_ids(name):
-                is_target = is_target & (modality != m)
-        logits = wide(logits[:, :-1].reshape(-1, logits.shape[-1]))
-        target, modality = torch.where(is_target, batch.tokens[:, 1:], -100).reshape(-1), modality.reshape(-1)
-        losses = IdHead.Config().loss(logits, target)
+        has_target = target[:, :-1] >= 0
+        cross_entropy = losses.cross_entropy[:, :-1]
         for name, m in self.modalities.items():
             if self._has_ids(name):
                 part = name + LENGTH if name in self.heads else name
-                of_modality = (target >= 0) & (modality == m)
-                sums[part] = self._told(part, losses.masked_fill(~of_modality, 0.0), of_modality, context).sum()
+                of_modality = has_target & (modality == m)
+                sums[part] = self._told(part, cross_entropy.masked_fill(~of_modality, 0.0), of_modality, context).sum()
         if self.z_loss:
-            log_z = logits.logsumexp(-1).masked_fill(target < 0, 0.0)
-            sums[Z_LOSS] = self._told(Z_LOSS, log_z.square(), target >= 0, context).sum()
+            assert losses.log_z is not None
+            log_z = losses.log_z[:, :-1].masked_fill(~has_target, 0.0)
+            sums[Z_LOSS] = self._told(Z_LOSS, log_z.square(), has_target, context).sum()
         return sums
 
     @staticmethod
     def _told(part: str, losses: Tensor, counted: Tensor, context: TokenContext) -> Tensor:
-        """`losses` of all positions but the first of each row, flat, after the trace has been told them."""
-        rows = context.shape[0]
+        """`losses` (B, T − 1) of all positions but the first of each row, after the trace has been told them."""
         if context.trace is not None:
-            padded = (nn.functional.pad(each.reshape(rows, -1), (1, 0)) for each in (losses, counted))
+            padded = (nn.functional.pad(each, (1, 0)) for each in (losses, counted))
             context.trace.add_terms(part, lambda: Terms(*padded))
         return losses
 

@@ -188,22 +188,25 @@ class Denoising(Objective, abc.ABC):
         context = batch.context
         times = {name: self.times(context, name) for name in self.heads}
         noisy = {name: self.noisy(batch, name, times[name]) for name in self.heads}
-        logits, predictions = model(
+        target = self.next.target(batch)
+        losses, predictions = model(
             batch.tokens,
             context,
             content={**batch.content, **{name: each.mixture for name, each in noisy.items()}},
             time={name: each.time for name, each in noisy.items()},
             read=self.next.before(context) | {name: context.index(self.modalities.index(name)) for name in self.heads},
+            target=target,
+            log_z=self.next.z_loss > 0,
         )
-        sums = self.next.sums(logits, predictions, batch)
+        sums = self.next.sums(losses, predictions, batch, target)
         for name, head in self.heads.items():
-            losses = head.loss(predictions[name], noisy[name].target) / times[name].size
-            sums[name] = losses.sum()
+            errors = head.loss(predictions[name], noisy[name].target) / times[name].size
+            sums[name] = errors.sum()
             if context.trace is not None:
                 places, begins = context.index(self.modalities.index(name)), times[name].begins
-                context.trace.add_terms(name, functools.partial(terms_at, context, places, losses, begins))
+                context.trace.add_terms(name, functools.partial(terms_at, context, places, errors, begins))
             for k in range(GRID):
-                sums[self._at(name, k)] = losses.detach().masked_fill(times[name].column != k, 0.0).sum()
+                sums[self._at(name, k)] = errors.detach().masked_fill(times[name].column != k, 0.0).sum()
         return sums
 
     def combine(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> Tensor:
