@@ -99,7 +99,8 @@ def used(model: zoo.Model, row: Tensor, prompt: int) -> tuple[float, float]:
             early = before.statistics.shares()
             shares = {name: (share * stop - early[name] * start) / (stop - start) for name, share in shares.items()}
         cost = model.cost(length, shares or None)
-        result.append(cost.flops[0] + cost.router[0] + cost.auxiliary[0])
+        head = 0.0 if start else model.head.cost().flops[0]  # of a prompt's tokens the last alone gets logits
+        result.append(cost.flops[0] + cost.router[0] + cost.auxiliary[0] - head)
     return result[0], result[1]
 
 
