@@ -95,7 +95,7 @@ def build(run: Run) -> Any:
                 prompt = _prompt(run, words, paths, text_first)
                 return _answered(run, prompt, follows, choosing)
             except UserError as error:
-                raise gradio.Error(str(error), duration=None) from None
+                raise gradio.Error(str(error), duration=None, print_exception=False) from None
 
         inputs = [text, *files, first, then, temperature, top_p, guidance, steps, tokens, seed]
         go.click(answer, inputs, [made, routed], api_name="answer")
