@@ -28,8 +28,8 @@ LONG = re.compile(rf"\S{{{WORD + 1},}}|\s{{{WORD + 1},}}")
 TOKENIZER = "tokenizer.json"
 PROBE = "aЖ語"
 """Characters of which a tokenizer must make something."""
-PROBES = ("A Fox jumps  over\n\n\ta Dog.", "Crème Bru\u0302le\u0301e", "ﬁne ½ Ⅷ", "日本語 🙂 Ж")
-"""Texts that a tokenizer must give back."""
+PROBES = ("A Fox jumps  over\n\n\ta Dog.", "Crème Bru\u0302le\u0301e", "ﬁne ½ Ⅷ", "日本語 🙂 Ж", "A Fox", "a  dog")
+"""Texts that a tokenizer must give back; the last ones are of letters that even a small vocabulary knows."""
 
 
 class TextConfig(ModalityConfig):

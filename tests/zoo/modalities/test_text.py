@@ -222,6 +222,20 @@ def test_a_tokenizer_that_alters_texts_is_refused_or_accepted_by_name(tmp_path, 
     assert config.model_copy(update={"lossy": True}).load(tmp_path / "x.json").encode("fox").size
 
 
+def test_a_small_vocabulary_hides_no_change_behind_unknown_characters(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = (
+        tokenizers.normalizers.BertNormalizer(),
+        tokenizers.pre_tokenizers.BertPreTokenizer(),
+    )
+    words.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[UNK]"], show_progress=False)
+    words.train_from_iterator(["a fox and a dog"] * 20, trainer)
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(UserError, match="words.json alters texts: 'A Fox' becomes 'a fox'"):
+        BPE.Config(vocab_size=256).load(tmp_path / "words.json")
+
+
 @pytest.mark.parametrize(
     "change",
     [
