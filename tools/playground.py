@@ -133,7 +133,7 @@ def _html(run: Run, part: Part) -> str:
 
 
 def _wait() -> None:
-    """Until Ctrl-C."""
+    """Wait until Ctrl-C."""
     try:
         while True:
             time.sleep(3600)

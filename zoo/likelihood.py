@@ -30,7 +30,7 @@ class Likelihood(NamedTuple):
     nats: float
     """Log-likelihood, 0 at most."""
     tokens: int
-    """Of how many tokens."""
+    """How many tokens it is of."""
     greedy: bool
     """Whether each of its tokens is the likeliest after those before it."""
 

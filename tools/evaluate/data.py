@@ -65,7 +65,7 @@ class Evaluated:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """One document."""
+    """A document that was drawn from the data."""
 
     key: str
     parts: Sequence[Part]

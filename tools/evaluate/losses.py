@@ -37,7 +37,7 @@ class Losses:
     loss less top-k loss; `eval/unigram/<modality>` and `eval/constant/<modality>`: the loss of the best constant
     guess."""
     step: int | None = None
-    """Of the run's own last evaluation; on its own data alone."""
+    """The step of the run's own last evaluation; on its own data alone."""
     difference: float | None = None
     """The largest difference to what the run itself said there, over losses."""
 

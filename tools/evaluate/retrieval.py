@@ -32,7 +32,7 @@ class Retrieval:
     caption_nats: float
     """Mean nats of a caption, with the document's end, after its item."""
     caption_perplexity: float
-    """Of a token of those."""
+    """Perplexity of a token of those."""
     caption_nats_after_another: float
     """The same after another item of the candidates, a mean over all."""
     caption_nats_alone: float
@@ -132,7 +132,7 @@ def _says_likelihood(run: Run, modality: str) -> bool:
 
 
 def _scores(run: Run, prompts: Sequence[Any], parts: Sequence[Any]) -> list[list[Likelihood]]:
-    """Of each prompt how likely each part is after it."""
+    """How likely each part is after each prompt."""
     found = likelihoods(run, [(prompt, part) for prompt in prompts for part in parts], batch=BATCH)
     return [found[start : start + len(parts)] for start in range(0, len(found), len(parts))]
 

@@ -19,7 +19,7 @@ from zoo.run import Run
 
 TEMPLATES = Path(__file__).with_name("templates")
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#bfef45", "#f032e6", "#9a6324", "#469990")
-"""Of experts, by number; after the last the first comes again."""
+"""Colours of experts, by number; after the last the first comes again."""
 SIDE = 112
 """Pixels of the side of a picture."""
 TICK = 5

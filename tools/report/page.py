@@ -45,7 +45,7 @@ class Content:
     samples: int
     """Samples of each modality."""
     options: Mapping[str, Any]
-    """Of how samples are chosen."""
+    """How samples are chosen."""
 
 
 def write(run: Run, content: Content, path: Path) -> Path:

@@ -194,7 +194,7 @@ def test_mistakes_are_one_line(folder: Path, data: str, trained_run: Path, tmp_p
 
 
 def test_a_run_folder_runs_no_command(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    """Of its own recipe; whoever evaluates it may name one."""
+    """Not that of its own recipe; whoever evaluates it may name one."""
     pipe = f"pipe:touch {tmp_path / 'ran'}"
     shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())

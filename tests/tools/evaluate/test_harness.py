@@ -60,7 +60,7 @@ def test_likelihoods_are_those_of_the_run(run: Run) -> None:
 
 
 def test_a_long_text_is_read_in_windows(run: Run) -> None:
-    """Of what fits it is the likelihood of the text; each token of a longer one is predicted once."""
+    """For what fits it is the likelihood of the text; each token of a longer one is predicted once."""
     short, long = "seven", "one two three " * 40
     one, other = harness(run).loglikelihood_rolling([Request((short,)), Request((long,))])
     assert one == pytest.approx(run.log_likelihoods([([], short)], end=False)[0], rel=1e-6)
