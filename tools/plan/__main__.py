@@ -15,10 +15,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from pretrain.memory import SPARE, RankMemory
-
 from pretrain import recipe as recipes
 from pretrain.describe import blueprint
+from pretrain.memory import SPARE, RankMemory
 from pretrain.recipe import Recipe
 from tools.describe.tree import count, size
 from tools.plan.accelerators import KNOWN, Accelerator

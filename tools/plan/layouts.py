@@ -6,11 +6,11 @@ import dataclasses
 from typing import Literal
 
 import tqdm
-from pretrain.memory import RankMemory, of_rank
 
 from pretrain import deepspeed_config
 from pretrain import recipe as recipes
 from pretrain.describe import objective_of
+from pretrain.memory import RankMemory, of_rank
 from pretrain.recipe import Recipe
 from zoo.model import Model
 
