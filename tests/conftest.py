@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder, shifts=0)
     recipe = recipes.resolve(tiny_recipe(folder, folder))
     open_data(recipe.data, recipe.modalities, seed=0, log=lambda line: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step on the digits, in `run`; its data now lie elsewhere than its recipe says, in `moved`."""
+    from tests.pretrain.runs import start, tiny_recipe, write_recipe
+
+    folder = tmp_path_factory.mktemp("trained_run")
+    shutil.copytree(digit_shards, folder / "data")
+    modalities = tiny_recipe("", "")["modalities"] | {"text": {"type": "bpe", "vocab_size": 300}}
+    recipe = write_recipe(folder, folder / "data", folder / "run", train={"steps": 1}, modalities=modalities)
+    processes = start([recipe], folder / "printed")
+    assert processes.wait() == [0], processes.printed()
+    (folder / "data").rename(folder / "moved")
     return folder
 
 

@@ -12,7 +12,6 @@ every part, and index.html, which shows prompts and what followed, pictures and 
 from __future__ import annotations
 
 import argparse
-import base64
 import html
 import mimetypes
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import zoo
+from tools.pages import data_url
 from zoo.config import UserError
 from zoo.files import atomic_write
 from zoo.generate import Part, modality_of_part
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             drawing=drawing,
             batch=options.batch,
             progress=True,
-            **{key: getattr(options, key) for key in CHOOSING if getattr(options, key) is not None},
+            **chosen(options),
         )
         options.out.mkdir(parents=True, exist_ok=True)
         files = write_parts(run, rows, options.out)
@@ -110,19 +110,54 @@ def _shown(run: Run, part: Part) -> str:
     modality = run.modalities[part.modality]
     if part.modality == run.vocabulary.text:
         return f"<span>{html.escape(part.item)}</span>"
-    content = modality.write(part.item)
-    kind = mimetypes.types_map.get(modality.config.suffix, "application/octet-stream")
-    data = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return as_shown(modality.write(part.item), modality.config.suffix, part.modality)
+
+
+def as_shown(content: bytes, suffix: str, name: str = "") -> str:
+    """The content of a file as HTML: a text, a picture, a sound to be played, or anything else to be saved.
+
+    Args:
+        suffix: ending of the file.
+        name: what a picture is said to be, for those who do not see it.
+    """
+    if suffix == ".txt":
+        return f"<span>{html.escape(content.decode(errors='replace'))}</span>"
+    kind = mimetypes.types_map.get(suffix, "application/octet-stream")
+    data = data_url(content, kind)
     if kind.startswith("image/"):
-        return f'<img src="{data}" alt="{html.escape(part.modality)}">'
+        return f'<img src="{data}" alt="{html.escape(name)}">'
     if kind.startswith("audio/"):
         return f'<audio controls src="{data}"></audio>'
-    return f'<a download="{html.escape(part.modality + modality.config.suffix)}" href="{data}">{part.modality}</a>'
+    return f'<a download="{html.escape(name + suffix)}" href="{data}">{html.escape(name) or "file"}</a>'
 
 
 def _name(run: Run, word: str) -> str:
     """A modality that the user calls by its name or by the type of part it reads."""
     return modality_of_part(run, word) if word in PARTS and word not in run.modalities else word
+
+
+def add_choosing(parser: argparse.ArgumentParser) -> None:
+    """Options for how what follows is chosen or drawn, for blocks of one's own, and for the device."""
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest (1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest that together reach P (1)")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="against text that repeats itself (1)")
+    parser.add_argument(
+        "--guidance", type=float, metavar="W", help="of items by what stands before them; 1 is none (1)"
+    )
+    parser.add_argument("--seed", type=int, help="everything drawn is a function of it (0)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="from noise to an item (50)")
+    parser.add_argument("--eta", type=float, default=0.0, help="fresh noise in each of them: 0 none, 1 as DDPM (0)")
+    parser.add_argument(
+        "--clip", type=float, metavar="C", help="bound of an item's numbers while it is drawn; 1 for pixels"
+    )
+    parser.add_argument("--imports", nargs="+", default=[], metavar="MODULE", help="modules with blocks of your own")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (cpu)")
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """The keys of `zoo.choosing.Choosing` that `add_choosing` was given."""
+    return {key: getattr(options, key) for key in CHOOSING if getattr(options, key) is not None}
 
 
 CHOOSING = ("temperature", "top_k", "top_p", "repetition_penalty", "guidance", "seed")
@@ -149,21 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, metavar="N", help="most tokens to write (as the model's context allows)"
     )
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a text")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest (1)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest")
-    parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest that together reach P (1)")
-    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="against text that repeats itself (1)")
-    parser.add_argument(
-        "--guidance", type=float, metavar="W", help="of items by what stands before them; 1 is none (1)"
-    )
-    parser.add_argument("--seed", type=int, help="everything drawn is a function of it (0)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="from noise to an item (50)")
-    parser.add_argument("--eta", type=float, default=0.0, help="fresh noise in each of them: 0 none, 1 as DDPM (0)")
-    parser.add_argument(
-        "--clip", type=float, metavar="C", help="bound of an item's numbers while it is drawn; 1 for pixels"
-    )
-    parser.add_argument("--imports", nargs="+", default=[], metavar="MODULE", help="modules with blocks of your own")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (cpu)")
+    add_choosing(parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Generation: parts in, parts out, for a trained run; and how likely parts are.
+"""Generation: parts in, parts out, for a trained run.
 
     run = zoo.load("runs/quickstart")
     [picture] = run.generate(["seven"], then="image", temperature=0.8)
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 import tqdm
 
 from zoo import auxiliary
@@ -26,7 +25,6 @@ from zoo.modalities.vocabulary import Vocabulary
 from zoo.modality import Modality
 from zoo.model import Model
 from zoo.objectives.denoising import Denoising
-from zoo.prefix import together
 from zoo.sampling import Sampling
 from zoo.slots import Objective
 from zoo.writing import MARKERS, Rules, write
@@ -108,65 +106,38 @@ def generate(
     return [written[number] for number in range(len(prompts))]
 
 
-@torch.no_grad()
-def log_likelihoods(
-    run: Trained, documents: Sequence[tuple[Sequence[Part | str], str]], end: bool = True, batch: int = 64
-) -> np.ndarray:
-    """(n,) log-likelihood in nats of each text after its prompt.
-
-    Args:
-        documents: (prompt, text) each.
-        end: whether the end of the document counts as well.
-    """
-    check_causal(run)
-    eos = Piece.of([run.vocabulary.eos] if end else [], run.grammars[run.vocabulary.text].text)
-    prompts = {id(prompt): prompt for prompt, _ in documents}
-    read = {number: document(run, prompt) for number, prompt in prompts.items()}  # each once, however often it stands
-    pieces = [(read[id(prompt)], Piece.join([_text(run, text), eos])) for prompt, text in documents]
-    result = np.zeros(len(pieces))
-    for start in range(0, len(pieces), batch):
-        chunk = pieces[start : start + batch]
-        wholes = [Piece.join(pair) for pair in chunk]
-        rows = together(wholes, run.model, [0] * len(chunk), [0] * len(chunk))
-        width = rows.tokens.shape[1]
-        places = [
-            (row, column)
-            for row, (prompt, text) in enumerate(chunk)
-            for column in range(len(prompt), len(prompt) + len(text))
-        ]
-        before = torch.tensor([row * width + column - 1 for row, column in places], device=rows.tokens.device)
-        logits = run.model(rows.tokens, rows.context, content=rows.content, logits_at=before).double()
-        target = rows.tokens.flatten()[before + 1]
-        said = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0].cpu().numpy()
-        np.add.at(result[start : start + batch], [row for row, _ in places], said)
-    return result
-
-
 def document(run: Readable, parts: Iterable[Part | str]) -> Piece:
     """The beginning of a document that holds these parts.
 
     Raises:
         UserError: a part's modality is not the run's, or its item is no such thing.
     """
-    pieces = [Piece.of([run.vocabulary.bos], run.grammars[run.vocabulary.text].text)]
-    for number, part in enumerate(parts):
-        name, item = (run.vocabulary.text, part) if isinstance(part, str) else part
-        check_modality(run, name, f"part {number + 1}")
-        modality: Modality = run.modalities[name]
-        try:
-            content = (
-                _text(run, item) if name == run.vocabulary.text else run.grammars[name].piece(modality.encode(item))
-            )
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"part {number + 1}: is no item of {name} ({error})") from None
-        positions = modality.config.positions
-        if positions is not None and not positions.least <= len(content) - MARKERS <= positions.most:
-            raise UserError(
-                f"part {number + 1}: takes {len(content) - MARKERS} positions of {name}, which has "
-                f"{positions.least} to {positions.most}; give a shorter one"
-            )
-        pieces.append(content)
-    return Piece.join(pieces)
+    begin = Piece.of([run.vocabulary.bos], run.grammars[run.vocabulary.text].text)
+    return Piece.join([begin, *(piece_of(run, part, f"part {number + 1}") for number, part in enumerate(parts))])
+
+
+def piece_of(run: Readable, part: Part | str, what: str) -> Piece:
+    """A part as it stands in the stream, markers included.
+
+    Args:
+        what: begins messages.
+    Raises:
+        UserError: its modality is not the run's, or its item is no such thing.
+    """
+    name, item = (run.vocabulary.text, part) if isinstance(part, str) else part
+    check_modality(run, name, what)
+    modality: Modality = run.modalities[name]
+    try:
+        content = _text(run, item) if name == run.vocabulary.text else run.grammars[name].piece(modality.encode(item))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{what}: is no item of {name} ({error})") from None
+    positions = modality.config.positions
+    if positions is not None and not positions.least <= len(content) - MARKERS <= positions.most:
+        raise UserError(
+            f"{what}: takes {len(content) - MARKERS} positions of {name}, which has "
+            f"{positions.least} to {positions.most}; give a shorter one"
+        )
+    return content
 
 
 def read_part(run: Readable, part: str, path: str | Path) -> Part:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from zoo import generate
+from zoo import generate, likelihood
 from zoo.build import build_block, build_model
 from zoo.choosing import Choosing
 from zoo.config import ConfigError, UserError, shown
@@ -96,10 +96,11 @@ class Run:
         return generate.generate(self, prompts, then, options, drawing or Sampling(), max_tokens, stop, batch, progress)
 
     def log_likelihoods(
-        self, documents: Sequence[tuple[Sequence[Part | str], str]], end: bool = True, batch: int = 64
+        self, documents: Sequence[tuple[Sequence[Part | str], Part | str]], end: bool = True, batch: int = 64
     ) -> np.ndarray:
-        """(n,) log-likelihood in nats of each text after its prompt, and of the document's end where `end`."""
-        return generate.log_likelihoods(self, documents, end, batch)
+        """(n,) log-likelihood in nats of each part after its prompt, and of the document's end where `end`; see
+        `zoo.likelihood`."""
+        return np.array([each.nats for each in likelihood.likelihoods(self, documents, end, batch)])
 
     def read(self, part: str, path: str | Path) -> Part:
         """The item in a file, for the modality that reads parts of that type: "image", "audio"."""

@@ -15,6 +15,7 @@ import zoo
 from zoo import Part, Run, UserError
 from zoo.generate import document
 from zoo.heads import default_head
+from zoo.likelihood import likelihoods, of_pieces
 from zoo.modalities import (
     Carries,
     Channels,
@@ -286,6 +287,43 @@ def test_likelihoods_are_of_the_full_forward(kind: str) -> None:
         own = range(len(document(run, prompt)), len(piece))
         expected = sum(float(logits[place - 1, piece.tokens[place]]) for place in own)
         assert value == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["ids", "ids, open-ended", "channels"])
+def test_likelihoods_of_a_document_are_the_loss_of_it(kind: str) -> None:
+    """Part after part, they add up to what the objective sums over the document, under causal routing."""
+    run = make_run(kind, "sparse")
+    parts = ["ab", item_of(run), "c"]
+    whole = Piece.join([document(run, parts), Piece.of([run.vocabulary.eos], 0)])
+    sums = run.objective(run.model, together([whole], run.model, [0], [0]))
+    channels = 3 if kind == "channels" else 1  # the loss of a position is a mean over them
+    expected = -float(sums["text"] + channels * sums["x"] + sums.get("x_length", 0))
+    pairs = [(parts[:n], part) for n, part in enumerate(parts)]
+    found = likelihoods(run, pairs, end=False, batch=2) + likelihoods(run, [(parts, "")], end=True)
+    assert sum(each.nats for each in found) == pytest.approx(expected, rel=1e-12)
+    assert [each.tokens for each in found] == [2, len(document(run, [item_of(run)])) - 1, 1, 1]
+
+
+def test_a_greedy_continuation_is_said_to_be_one() -> None:
+    run = make_run("ids")
+    for prompt in ("a", "bcd"):
+        piece, written = document(run, [prompt]), []
+        while len(written) < 4:  # the likeliest of all ids, whatever the grammar allows
+            tokens = Piece.of([*piece.tokens, *written], 0)
+            batch = together([tokens], run.model, [0], [0])
+            written.append(int(run.model(batch.tokens, batch.context)[0, -1].argmax()))
+        other = [*written[:-1], (written[-1] + 1) % 200]
+        found = of_pieces(run, [(piece, Piece.of(each, 0)) for each in (written, other)])
+        assert [each.greedy for each in found] == [True, False] and found[0].nats > found[1].nats
+
+
+def test_likelihoods_that_there_are_not() -> None:
+    for kind, reason in (("vectors", "x: carries vectors in run"), ("flow", "x: carries vectors in run")):
+        run = make_run(kind)
+        with pytest.raises(UserError, match=reason):
+            likelihoods(run, [(["a"], item_of(run))])
+    with pytest.raises(UserError, match="a document of 52 tokens: run was trained on 40"):
+        make_run("ids").log_likelihoods([(["a" * 30], "b" * 20)])
 
 
 def bad(**changes: Any) -> Run:

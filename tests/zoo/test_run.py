@@ -16,7 +16,7 @@ import yaml
 import zoo
 from pretrain import recipe as recipes
 from pretrain import run_folder
-from tests.pretrain.runs import start, tiny_recipe, write_recipe
+from tests.pretrain.runs import tiny_recipe
 from zoo.config import UserError
 from zoo.kept import different, keep_modalities, open_modalities
 from zoo.modalities import HuggingFace, parse_modalities
@@ -25,17 +25,9 @@ TEXTS = ["the quick brown fox", "zwölf Boxkämpfer", "", "</s> 語"]
 
 
 @pytest.fixture(scope="module")
-def trained(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(trained_run: Path) -> Path:
     """A run of one step whose data are gone."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(digit_shards, folder / "data")
-    text = {"type": "bpe", "vocab_size": 300}
-    modalities = tiny_recipe("", "")["modalities"] | {"text": text}
-    recipe = write_recipe(folder, folder / "data", folder / "run", train={"steps": 1}, modalities=modalities)
-    processes = start([recipe], folder / "printed")
-    assert processes.wait() == [0], processes.printed()
-    shutil.rmtree(folder / "data")
-    return folder / "run"
+    return trained_run / "run"
 
 
 def test_a_run_is_whole(trained: Path) -> None:

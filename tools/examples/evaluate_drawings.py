@@ -20,8 +20,9 @@ import zoo
 from pretrain import recipe as recipes
 from pretrain import report
 from pretrain.data import DataConfig
+from tools.evaluate.judging import Share
 from tools.examples.captions import add_sampling, sampling_of
-from tools.examples.judge_drawings import TEMPERATURE, Captioned, Share, evaluate, nearest, read_captioned
+from tools.examples.judge_drawings import TEMPERATURE, Captioned, evaluate, nearest, read_captioned
 from zoo.config import UserError
 
 SHOWN = 12

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ import numpy as np
 import webdataset
 
 from pretrain.data.shards import find_shards
+from tools.evaluate.judging import (
+    RESAMPLES,
+    Share,
+    distances,
+    picture_classifier,
+    picture_rows,
+    squared_distances,
+)
 from tools.examples.captions import draw, scores
 from zoo.config import UserError
 from zoo.run import Run
@@ -25,7 +33,6 @@ CANDIDATES = 20
 """Captions among which the right one is to be found."""
 NEAR = 8.0
 """Drawings that differ by less, in the root mean square of their 8-bit pixels, are copies."""
-RESAMPLES = 2000
 TEMPERATURE = 0.9
 """At which pictures of ids are chosen."""
 
@@ -43,25 +50,6 @@ class Captioned:
     def pick(self, index: np.ndarray) -> Captioned:
         """Some of them."""
         return Captioned(self.images[index], [self.captions[i] for i in index], self.categories[index])
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """A share of n cases, with an interval that holds 95 % of what chance makes of it."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, hits: np.ndarray) -> Share:
-        """The mean of (n,) cases that are 0 or 1, under resampling of the cases."""
-        drawn = np.random.default_rng(0).integers(0, len(hits), (RESAMPLES, len(hits)))
-        low, high = np.quantile(hits[drawn].mean(1), (0.025, 0.975))
-        return cls(float(hits.mean()), float(low), float(high))
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
 def read_captioned(folder: str, pattern: str, run: Run) -> Captioned:
@@ -99,7 +87,8 @@ def evaluate(
     hits = (seen == asked).astype(float)
     random = np.random.default_rng(seed)
     shuffled = np.array([(seen == random.permutation(asked)).mean() for _ in range(RESAMPLES)])
-    nearest, control = distances(drawn, training.images), distances(held_out.images, training.images)
+    known = picture_rows(training.images)
+    near, control = (distances(picture_rows(images), known) for images in (drawn, held_out.images))
     summary: dict[str, Any] = {
         "drawings": len(drawn),
         "category_as_asked": dataclasses.asdict(Share.of(hits)),
@@ -110,35 +99,23 @@ def evaluate(
         },
         "shuffled_as_good_as_asked": float((shuffled >= hits.mean()).mean()),
         "classifier_accuracy_on_held_out": float((classify(held_out.images) == asked).mean()),
-        "nearest_training_distance": float(nearest.mean()),
+        "nearest_training_distance": float(near.mean()),
         "nearest_training_distance_of_held_out": float(control.mean()),
-        "copies": float((nearest < NEAR).mean()),
+        "copies": float((near < NEAR).mean()),
         "copies_among_held_out": float((control < NEAR).mean()),
     }
     return summary | retrieval(run, held_out, random), drawn
 
 
-def classifier(training: Captioned) -> Any:
-    """A function from drawings (n, H, W, channels) to the names of their categories: a support vector machine on the
-    principal components of the pixels, all categories weighing alike."""
-    from sklearn.decomposition import PCA
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import SVC
-
-    pixels = _flat(training.images) / 255
-    components = PCA(min(60, *pixels.shape), random_state=0)
-    fitted = make_pipeline(components, SVC(C=3.0, class_weight="balanced")).fit(pixels, training.categories)
-    return lambda images: fitted.predict(_flat(images) / 255)
-
-
-def distances(images: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """(n,) root mean square difference of the pixels, 0 to 255, between each image and the nearest of `training`."""
-    return np.sqrt(_squared(images, training).min(1))
+def classifier(training: Captioned) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from drawings (n, H, W, channels) to the names of their categories."""
+    fitted = picture_classifier(picture_rows(training.images), training.categories)
+    return lambda images: fitted(picture_rows(images))
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
     """(n,) number of the nearest training drawing of each image."""
-    return _squared(images, training).argmin(1)
+    return squared_distances(picture_rows(images), picture_rows(training)).argmin(1)
 
 
 def retrieval(run: Run, held_out: Captioned, random: np.random.Generator) -> dict[str, Any]:
@@ -156,14 +133,3 @@ def retrieval(run: Run, held_out: Captioned, random: np.random.Generator) -> dic
 def unconditional(run: Run, captions: Sequence[str]) -> np.ndarray:
     """(n,) log-likelihood in nats of each caption, and of the end of the document, with no picture before it."""
     return scores(run, [None], captions)[0]
-
-
-def _squared(images: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """(n, m) mean squared differences of pixels."""
-    a, b = _flat(images).astype(np.float64), _flat(training).astype(np.float64)
-    squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return np.maximum(squared, 0) / a.shape[1]
-
-
-def _flat(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1)

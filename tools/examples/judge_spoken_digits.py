@@ -8,18 +8,16 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
-from sklearn.svm import SVC
 
+from tools.evaluate.judging import Sounds, sound_classifier
 from tools.examples.make_spoken_digits import Take
 from zoo.generate import Part
-from zoo.modalities.speech import DMel, Spectrum
+from zoo.modalities.speech import Spectrum
 from zoo.run import Run
 
 SAMPLES = 10
 """Takes of each word that the model speaks."""
 TEMPERATURE = 0.7
-FRAMES = 12
-"""Frames that the classifier sees of any sound, evenly over its length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,22 +101,20 @@ def spectrogram(spectrum: Spectrum, sound: np.ndarray) -> np.ndarray:
 
 
 class Judge:
-    """Tells spoken words apart by a support vector machine on `FRAMES` frames, fitted on the takes that are not held
-    out."""
+    """Tells spoken words apart by a classifier fitted on the takes that are not held out."""
 
     def __init__(self, config: Any, takes: Sequence[Take]) -> None:
-        self.spectrum = Spectrum(DMel.Config(rate=config.rate, mels=40, high=0.95 * config.rate / 2))
+        self.sounds = Sounds(config.rate)
         known = [take for take in takes if not take.held_out]
-        seen = np.stack([self._seen(config.read(take.sound)) for take in known])
-        self.machine = SVC(C=10.0).fit(seen, [take.word for take in known])
+        rows = self.sounds.rows([config.read(take.sound) for take in known])
+        self.classify = sound_classifier(rows, [take.word for take in known])
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """What it sees sounds by."""
+        return self.sounds.spectrum
 
     def accuracy(self, sounds: Sequence[tuple[str, np.ndarray]]) -> float:
         """Share of (word, sound) in which the sound is recognised as the word."""
-        found = self.machine.predict(np.stack([self._seen(sound) for _, sound in sounds]))
+        found = self.classify(self.sounds.rows([sound for _, sound in sounds]))
         return float(np.mean(found == np.array([word for word, _ in sounds])))
-
-    def _seen(self, sound: np.ndarray) -> np.ndarray:
-        frames = np.maximum(self.spectrum.frames(sound), -3)
-        frames = frames - frames.mean()  # however loud it is
-        at = np.linspace(0, len(frames) - 1, FRAMES)
-        return np.stack([np.interp(at, np.arange(len(frames)), channel) for channel in frames.T]).ravel()

@@ -18,9 +18,10 @@ import zoo
 from tests.pretrain.data.samples import sample, write_shard
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.runs import tiny_recipe
+from tools.evaluate.judging import Share, distances, picture_rows
 from tools.examples import evaluate_drawings
 from tools.examples.captions import draw, scores
-from tools.examples.judge_drawings import Captioned, Share, classifier, distances, nearest, read_captioned
+from tools.examples.judge_drawings import Captioned, classifier, nearest, read_captioned
 from zoo.context import CAUSAL, TokenContext
 from zoo.sampling import Sampling
 
@@ -140,7 +141,9 @@ def test_figures_by_hand() -> None:
     assert share.value == 0.75 and 0.64 < share.low < 0.70 < 0.80 < share.high < 0.86
     black, white = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)
     training = np.concatenate([white, black + 3])
-    assert distances(black, training) == pytest.approx([3.0]) and nearest(black, training).tolist() == [1]
+    assert distances(picture_rows(black), picture_rows(training)) == pytest.approx([3.0]) and nearest(
+        black, training
+    ).tolist() == [1]
     random = np.random.default_rng(0)
     images = np.concatenate([random.integers(0, 90, (40, 8, 8, 3)), random.integers(160, 255, (40, 8, 8, 3))])
     names = np.array(["dark"] * 40 + ["bright"] * 40)

@@ -16,8 +16,9 @@ from pretrain import recipe as recipes
 from pretrain.data import open_data
 from pretrain.describe import objective_of
 from tests.pretrain.data.samples import write_shard
+from tools.evaluate.judging import FRAMES
 from tools.examples import make_spoken_digits
-from tools.examples.judge_spoken_digits import FRAMES, SAMPLES, Judge, evaluate
+from tools.examples.judge_spoken_digits import SAMPLES, Judge, evaluate
 from tools.examples.make_digits import NAMES
 from tools.examples.make_spoken_digits import takes, write
 
@@ -84,7 +85,7 @@ def test_the_judge_tells_words_apart(recordings: Path) -> None:
     held_out = [(take.word, config.read(take.sound)) for take in every if take.held_out]
     assert judge.accuracy(held_out) > 0.9
     assert judge.accuracy([("one", sound) for _, sound in held_out]) == pytest.approx(0.1, abs=0.05)
-    assert judge._seen(held_out[0][1]).shape == (40 * FRAMES,)
+    assert judge.sounds.rows([held_out[0][1]]).shape == (1, 40 * FRAMES)
 
 
 @pytest.mark.parametrize("speech", [{"type": "dmel", "mels": 8}, {"type": "units", "units": 16, "mels": 8}])

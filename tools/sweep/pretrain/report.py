@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markdown_it import MarkdownIt
 
 from pretrain.recipe import Recipe
+from tools.pages import environment
 from tools.sweep import report
 from tools.sweep.pretrain.curves import losses
 from tools.sweep.pretrain.figures import draw
@@ -30,16 +30,7 @@ def write(study: Study, out: Path) -> list[Path]:
     drawn = draw(study, out / FIGURES)
     found = {"study": study, "tables": rows, "figures": {t: p.relative_to(out) for t, p in drawn.items()}}
     pictures = {title: base64.b64encode(path.read_bytes()).decode() for title, path in drawn.items()}
-    html, plain = (
-        jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES),
-            autoescape=a,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        for a in (True, False)
-    )
+    html, plain = (environment(TEMPLATES, escaped) for escaped in (True, False))
     costs = [MarkdownIt("commonmark", {"html": False}).enable("table").render(text) for text in study.costs]
     page = html.get_template("report.html").render(**found, pictures=pictures, costs=costs)
     text = plain.get_template("report.md").render(**found, table=report.table)

@@ -1,0 +1,1 @@
+"""`python -m tools.report`: one page of HTML about a trained run."""
