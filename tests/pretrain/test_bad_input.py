@@ -56,7 +56,7 @@ def refused(
         raise AssertionError("the run was launched")
 
     monkeypatch.setattr(pretrain.train, "Pretraining", launched)
-    monkeypatch.setattr(pretrain.train, "prepare_environment", lambda device: None)
+    monkeypatch.setattr(pretrain.train, "prepare_environment", lambda *given, **named: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(tmp_path)
     return Refused(tmp_path, digit_shards, capsys)

@@ -53,7 +53,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     recipe = yaml.safe_load((tmp_path / "other" / "recipe.yaml").read_text())
     recipe["model"]["layers"] *= 2
     (tmp_path / "other" / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(recipe))))
-    own = recipe | {"imports": ["a_block_of_mine"]}
+    own = recipe | {"imports": ["blocks_that_nobody_named"]}
     write_run(tmp_path / "own", "ids")
     (tmp_path / "own" / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(own))))
     write_run(tmp_path / "unended", "ids")

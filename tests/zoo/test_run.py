@@ -114,7 +114,7 @@ def test_modules_are_imported_where_the_user_names_them(
     (tmp_path / "a_block_of_mine.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     assert zoo.load(run, imports=["a_block_of_mine"]).length == 72
-    monkeypatch.delitem(sys.modules, "a_block_of_mine")
+    del sys.modules["a_block_of_mine"]
 
 
 def test_kinds_from_folders_are_kept_too(tmp_path: Path) -> None:

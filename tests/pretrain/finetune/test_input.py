@@ -79,7 +79,7 @@ def refused(
         raise AssertionError("the run was launched")
 
     monkeypatch.setattr(pretrain.finetune.train, "FineTuning", launched)
-    monkeypatch.setattr(pretrain.finetune.train, "prepare_environment", lambda device: None)
+    monkeypatch.setattr(pretrain.finetune.train, "prepare_environment", lambda *given, **named: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(folder)
 
