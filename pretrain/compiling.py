@@ -18,6 +18,7 @@ from zoo.block import LayerConfig
 from zoo.config import ConfigError
 from zoo.depth import MixtureOfDepths
 from zoo.experts import ExpertConfig
+from zoo.feedforward import Dense
 from zoo.kernels import flex
 from zoo.model import ModelConfig
 from zoo.routing.scorer import Router
@@ -63,8 +64,8 @@ def _check_routing(layer: LayerConfig, path: str) -> None:
             f"{path}.depth: only one capacity for all tokens of a row (scope: row) goes with train.compile; remove "
             "train.compile, or change the layer"
         )
-    untied = any(getattr(part, "untied", None) for part in (layer.mixer, inner)) or layer.untied_norms
-    if untied or (isinstance(inner, ExpertConfig) and list(inner.group_sizes()) != ["all"]):
+    untied = any(isinstance(part, Attention.Config | Dense.Config) and part.untied for part in (layer.mixer, inner))
+    if untied or layer.untied_norms or (isinstance(inner, ExpertConfig) and list(inner.group_sizes()) != ["all"]):
         raise ConfigError(
             f"{path}.depth: does not go with train.compile where the layer treats modalities apart (moma, untied "
             "weights): how many tokens of each are kept depends on the data; remove train.compile, or make the layer's "

@@ -17,6 +17,7 @@ from zoo.batch import Batch
 from zoo.carries import nothing
 from zoo.config import ConfigError
 from zoo.context import Counts, Kept, TokenContext
+from zoo.depth import MixtureOfDepths
 from zoo.storages import StorageMeter
 from zoo.trace import Trace
 
@@ -154,7 +155,10 @@ ENOUGH_REPEATS = 3
 def activations(recipe: Recipe, objective: zoo.Objective) -> Activations | None:
     """What a micro-batch of full rows holds; None where a block of the model cannot be run without values."""
     repeat = recipe.model.repeat
-    varying = any(getattr(layer.depth, "over_layers", None) for layer in recipe.model.layers)
+    varying = any(
+        isinstance(layer.depth, MixtureOfDepths.Config) and layer.depth.over_layers is not None
+        for layer in recipe.model.layers
+    )
     batch, runs = batch_of(recipe), [repeat]
     if repeat > ENOUGH_REPEATS and not varying:
         runs = [ENOUGH_REPEATS - 1, ENOUGH_REPEATS]

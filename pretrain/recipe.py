@@ -25,6 +25,9 @@ from pretrain.recipe_file import ImportsOfRun, read
 from pretrain.recipe_kind import PRETRAINING, check_kind
 from zoo.carries import Ids
 from zoo.config import Config, ConfigError, dotted, shown
+from zoo.depth import MixtureOfDepths
+from zoo.experts import ExpertConfig
+from zoo.feedforward import Dense
 from zoo.heads import default_head
 from zoo.modalities import ModalitiesSection, default_modalities, in_order, vocabulary
 from zoo.model import MAX_IDS, ModelConfig
@@ -204,9 +207,14 @@ class Recipe(RunRecipe):
 
     @property
     def resumable(self) -> re.Pattern[str]:
+        """Keys that may differ when a run goes on; `train.micro_batch` among them where rows do not meet."""
         layers = self.model.layers
         blocks = [block for layer in layers for block in (layer.feedforward, layer.depth) if block is not None]
-        by_row = all(block.type_name == "dense" or getattr(block, "scope", None) == "row" for block in blocks)
+        by_row = all(
+            isinstance(block, Dense.Config)
+            or (isinstance(block, ExpertConfig | MixtureOfDepths.Config) and block.scope == "row")
+            for block in blocks
+        )
         ours = all(layer.mixer.block.__module__.startswith("zoo.") for layer in layers)
         return MICRO_BATCH if by_row and ours else RESUMABLE
 

@@ -80,7 +80,6 @@ class MixtureOfDepths(Depth, RoutedBlock, counter_noise=True):
         over_steps: WarmDown | None = None
         scope: Scope = "row"
         """The tokens that compete: those of each row, or of the whole micro-batch."""
-        """How far a pool reaches: over each row by itself, or over the whole micro-batch."""
         auxiliary: bool = True
         """Train a causal router beside the main one. Without it the block has no causal mode."""
         router: RouterSlot = Field(default_factory=LinearScorer.Config)

@@ -38,6 +38,7 @@ from tools.generate import add_choosing, chosen, page
 from zoo.config import UserError
 from zoo.extras import extra
 from zoo.files import atomic_write
+from zoo.modalities.speech import SoundConfig
 from zoo.run import Run
 from zoo.sampling import Sampling
 
@@ -108,8 +109,8 @@ def _described(run: Run, options: argparse.Namespace) -> list[str]:
 def _generated(
     run: Run, recipe: Recipe, data: Evaluated, modality: str, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    config: Any = run.modalities[modality].config if modality in run.modalities else None
-    rate = getattr(config, "rate", None)
+    config = run.modalities[modality].config if modality in run.modalities else None
+    rate = config.rate if isinstance(config, SoundConfig) else None
     asked = Asked(
         modality,
         options.documents,

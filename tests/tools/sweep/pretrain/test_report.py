@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.browser import opened
 from tests.tools.sweep.pretrain.sweeps import config as sweep_config
 from tests.tools.sweep.pretrain.sweeps import write_run
 from tools import compare
@@ -106,13 +104,9 @@ def test_hyperparameters_in_tensorboard(report: Path) -> None:
 
 
 def test_chromium_shows_it(report: Path, tmp_path: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium or google-chrome here to open the page in")
     shot = tmp_path / "page.png"
-    words = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    words += ["--window-size=1300,1600", f"--screenshot={shot}", (report / "report.html").as_uri()]
-    subprocess.run(words, check=True, capture_output=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)})
+    with opened((report / "report.html").as_uri()) as page:
+        page.screenshot(path=shot)
     with Image.open(shot) as picture:
         colors = picture.convert("RGB").resize((130, 160)).getcolors(130 * 160)
     assert colors is not None and len(colors) > 50, "there are words and lines on it"
